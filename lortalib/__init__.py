@@ -1,0 +1,9 @@
+"""lortalib: fine-tune a transformer through one low-rank tensor.
+
+`lortalib.decomp` makes tensor networks; `lortalib.nn` puts them on a model.
+"""
+
+from . import decomp, nn
+from ._version import __version__
+
+__all__ = ["__version__", "decomp", "nn"]

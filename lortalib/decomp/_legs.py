@@ -1,0 +1,235 @@
+"""The notation: a tensor network as one line of legs.
+
+A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
+A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). Behind the legs
+a parameter may be marked ``(frozen)``, not trained, or ``(zero)``, the one that starts at zero.
+
+    in r, out r, head r, layer r, matrix r          CP
+    in p, layer matrix p q, head out q              LoTR
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ._modes import MODES
+
+_MARKS = ("frozen", "zero")
+_TOKEN = re.compile(r"\(\s*(?P<mark>[^()]*?)\s*\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<other>\S)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class LegsError(ValueError):
+    """A line of legs that cannot be read, or that does not fit a shape; shows where."""
+
+    def __init__(self, message: str, line: str = "", span: tuple[int, int] | None = None) -> None:
+        if line:
+            message += f"\n    {line}"
+        if line and span is not None:
+            message += "\n    " + " " * span[0] + "^" * max(1, span[1] - span[0])
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Term:
+    """The legs of one parameter and its marks."""
+
+    legs: tuple[str, ...]
+    frozen: bool = False
+    zero: bool = False
+    spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        marks = [mark for mark in _MARKS if getattr(self, mark)]
+        return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
+
+    def without(self, gone: Iterable[str]) -> Term:
+        """The same parameter after the legs ``gone`` were indexed away."""
+        gone = set(gone)
+        return Term(tuple(leg for leg in self.legs if leg not in gone), self.frozen, self.zero)
+
+
+@dataclass(frozen=True)
+class Legs:
+    """A parsed line: which legs each parameter of a network has.
+
+    Example:
+        >>> legs = Legs.parse("in r, out r, layer r")
+        >>> str(legs), legs.bonds(["layer", "in", "out"])
+        ('in r, out r, layer r', ('r',))
+    """
+
+    terms: tuple[Term, ...]
+    line: str = field(default="", compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, line: str) -> Legs:
+        """Read a line of legs.
+
+        Raises:
+            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark.
+        """
+        terms: list[Term] = []
+        names: list[str] = []
+        spans: list[tuple[int, int]] = []
+        marks: list[str] = []
+
+        def close(at: int) -> None:
+            if not names:
+                raise LegsError("a parameter without legs in", line, (at, at + 1))
+            flags = dict.fromkeys(marks, True)
+            terms.append(Term(tuple(names), spans=tuple(spans), **flags))
+            names.clear(), spans.clear(), marks.clear()
+
+        for token in _TOKEN.finditer(line):
+            span = token.span()
+            if token["comma"]:
+                close(span[0])
+            elif token["mark"] is not None:
+                if token["mark"] not in _MARKS:
+                    raise LegsError(
+                        f"unknown mark ({token['mark']}); a parameter can be marked "
+                        f"{' or '.join(f'({mark})' for mark in _MARKS)} in",
+                        line,
+                        span,
+                    )
+                marks.append(token["mark"])
+            elif token["leg"] is None or not _NAME.match(token["leg"]) or marks:
+                why = "a leg behind a mark" if marks else "no leg name (letters, digits, _)"
+                raise LegsError(f"{token[0]!r} is {why} in", line, span)
+            elif token["leg"] in names:
+                raise LegsError(
+                    f"leg {token['leg']!r} stands twice on one parameter; "
+                    "give the second axis a name of its own in",
+                    line,
+                    span,
+                )
+            else:
+                names.append(token["leg"])
+                spans.append(span)
+        close(len(line))
+        return cls(tuple(terms), line)
+
+    def __str__(self) -> str:
+        return ", ".join(str(term) for term in self.terms)
+
+    @cached_property
+    def carriers(self) -> dict[str, tuple[int, ...]]:
+        """For each leg, in order of first appearance, the parameters that carry it."""
+        carriers: dict[str, tuple[int, ...]] = {}
+        for position, term in enumerate(self.terms):
+            for leg in term.legs:
+                carriers[leg] = (*carriers.get(leg, ()), position)
+        return carriers
+
+    def bonds(self, modes: Iterable[str]) -> tuple[str, ...]:
+        """The legs that are not among ``modes``, in order of first appearance."""
+        modes = set(modes)
+        return tuple(leg for leg in self.carriers if leg not in modes)
+
+    def check(self, modes: Sequence[str]) -> None:
+        """Hold the line against the modes of a tensor.
+
+        Raises:
+            LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
+                not have, a bond that only one parameter carries, ``in`` on several parameters,
+                more than one parameter marked ``(zero)``, one both frozen and zero.
+        """
+        for leg, carriers in self.carriers.items():
+            if leg in modes:
+                continue
+            if leg in MODES:
+                raise LegsError(
+                    f"unknown leg {leg!r}: it names a mode, but the tensor's modes are "
+                    f"{', '.join(modes)}, in",
+                    *self._at(leg),
+                )
+            if len(carriers) == 1:
+                close = difflib.get_close_matches(leg, modes, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise LegsError(
+                    f"unknown leg {leg!r}{hint}: it is none of the tensor's modes "
+                    f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
+                    *self._at(leg),
+                )
+        missing = [mode for mode in modes if mode not in self.carriers]
+        if missing:
+            raise LegsError(
+                f"no parameter carries the mode {', '.join(map(repr, missing))} of the tensor, in",
+                self.line or str(self),
+            )
+        if len(self.carriers.get("in", ())) > 1:
+            raise LegsError(
+                "'in' stands on several parameters; an update is cut at the one that carries it, "
+                "so exactly one can, in",
+                *self._at("in", self.carriers["in"][1]),
+            )
+        zeros = [term for term in self.terms if term.zero]
+        if len(zeros) > 1 or any(term.frozen for term in zeros):
+            raise LegsError("one trainable parameter can be marked (zero), in", self.line)
+
+    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Size of each leg, read off the shapes of the parameters.
+
+        Raises:
+            LegsError: a parameter with another number of axes than legs, a leg whose sizes
+                on two parameters disagree.
+        """
+        if len(shapes) != len(self.terms):
+            raise LegsError(
+                f"{len(self.terms)} parameters are named but {len(shapes)} tensors were given, in",
+                self.line or str(self),
+            )
+        sizes: dict[str, int] = {}
+        for position, (term, shape) in enumerate(zip(self.terms, shapes)):
+            if len(shape) != len(term.legs):
+                raise LegsError(
+                    f"parameter {position} ({term}) has {len(term.legs)} legs but its tensor has "
+                    f"shape {tuple(shape)}, in",
+                    *self._at(term.legs[0], position),
+                )
+            for leg, size in zip(term.legs, shape):
+                if sizes.setdefault(leg, size) != size:
+                    raise LegsError(
+                        f"leg {leg!r} has size {size} here but {sizes[leg]} on an earlier "
+                        "parameter, in",
+                        *self._at(leg, position),
+                    )
+        return sizes
+
+    def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
+        """The largest useful size of each bond; a larger one spans nothing more.
+
+        A bond b between exactly two parameters is the inner axis of a matrix product, for every
+        value of the other legs that the two share: its rank is at most the number of rows on
+        either side. A bond of three or more (the r of CP) has no such limit. Cutting one bond
+        lowers the limits of its neighbours, so this repeats until nothing changes.
+        """
+        sizes = dict(sizes)
+        pairs = [
+            (leg, [set(self.terms[position].legs) for position in self.carriers[leg]])
+            for leg in self.bonds(modes)
+            if len(self.carriers[leg]) == 2
+        ]
+        changed = True
+        while changed:
+            changed = False
+            for leg, (left, right) in pairs:
+                shared = left & right
+                rows = (math.prod(sizes[x] for x in side - shared) for side in (left, right))
+                limit = min(rows)
+                if limit < sizes[leg]:
+                    sizes[leg], changed = limit, True
+        return {leg: sizes[leg] for leg in self.bonds(modes)}
+
+    def _at(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
+        position = self.carriers[leg][0] if position is None else position
+        term = self.terms[position]
+        if not self.line or not term.spans:
+            return str(self), None
+        return self.line, term.spans[term.legs.index(leg)]

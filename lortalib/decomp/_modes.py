@@ -1,0 +1,83 @@
+"""The named modes of an update tensor, and the shape that gives each one a size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Union
+
+#: Every reserved mode name, in the order of T. A leg with one of these names is never a bond.
+MODES = ("task", "layer", "expert", "head", "matrix", "in", "out")
+
+#: The modes of LoRTA's tensor T, in the order in which a bare tuple of sizes is read.
+T_MODES = ("layer", "head", "matrix", "in", "out")
+
+ShapeLike = Union["Shape", Mapping[str, int], Sequence[int]]
+
+
+class Shape(Mapping[str, int]):
+    """Sizes of named modes, in the order of the tensor's axes; immutable and hashable.
+
+    Args:
+        sizes: either five integers, read as ``(layer, head, matrix, in, out)``, or a mapping
+            from mode names to sizes, whose order is the order of the axes.
+
+    Raises:
+        ValueError: a tuple that has not five entries, a size below 1.
+        TypeError: a size that is no integer.
+
+    Example:
+        >>> Shape((12, 12, 4, 768, 64))
+        Shape(layer=12, head=12, matrix=4, in=768, out=64)
+        >>> Shape({"layer": 2, "in": 8, "out": 8}).numel
+        128
+    """
+
+    __slots__ = ("_sizes",)
+
+    def __init__(self, sizes: ShapeLike) -> None:
+        if isinstance(sizes, Mapping):
+            named = dict(sizes)
+        else:
+            listed = tuple(sizes)
+            if len(listed) != len(T_MODES):
+                raise ValueError(
+                    f"a shape given as a tuple has {len(T_MODES)} sizes, {T_MODES}; found "
+                    f"{len(listed)}: {listed}. For other modes give a mapping from names to sizes, "
+                    "for instance {'layer': 12, 'in': 768, 'out': 768}."
+                )
+            named = dict(zip(T_MODES, listed))
+        for mode, size in named.items():
+            if isinstance(size, bool) or not hasattr(size, "__index__"):
+                raise TypeError(f"the size of mode {mode!r} must be an integer; found {size!r}")
+            if size < 1:
+                raise ValueError(f"the size of mode {mode!r} must be at least 1; found {size}")
+        self._sizes = {mode: int(size) for mode, size in named.items()}
+
+    def __getitem__(self, mode: str) -> int:
+        return self._sizes[mode]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._sizes.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shape) and list(self.items()) == list(other.items())
+
+    def __repr__(self) -> str:
+        return f"Shape({', '.join(f'{mode}={size}' for mode, size in self.items())})"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The mode names, in the order of the axes."""
+        return tuple(self._sizes)
+
+    @property
+    def numel(self) -> int:
+        """How many entries the full tensor has."""
+        return math.prod(self._sizes.values())

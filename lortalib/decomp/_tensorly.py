@@ -1,0 +1,273 @@
+"""The bridge to TensorLy. The only file that touches TensorLy's backend setting.
+
+TensorLy keeps one backend per process and one per thread, and its own context manager restores the
+process-wide one from a thread. So whatever calls TensorLy here runs in a thread of its own, whose
+local setting is PyTorch and ends with it: the user's setting is never touched, also on failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, Union
+
+import tensorly as tl
+import torch
+from tensorly.cp_tensor import CPTensor
+from tensorly.decomposition import parafac, tensor_train
+from tensorly.decomposition import tucker as tensorly_tucker
+from tensorly.tt_tensor import TTTensor
+from tensorly.tucker_tensor import TuckerTensor
+from torch import Tensor
+
+from ._formats import Rank, format_of, train_line
+from ._legs import Legs
+from ._modes import T_MODES, Shape
+from ._network import Network
+
+TensorLyObject = Union[CPTensor, TuckerTensor, TTTensor]
+Modes = Union[str, Sequence[str], Mapping[str, int]]
+Result = TypeVar("Result")
+
+
+def to_tensorly(net: Network) -> TensorLyObject:
+    """The network as a TensorLy object that holds these very parameters, with live autograd.
+
+    Returns:
+        A ``CPTensor``, ``TuckerTensor`` or ``TTTensor``. CP and Tucker have their axes in the
+        order of ``net.modes``; a train in the order of the train. The names of the axes are left
+        on the object as its attribute ``modes``, so that ``net.dense()`` permuted to that order is
+        TensorLy's own reconstruction, and `from_tensorly` needs no help.
+
+    Raises:
+        ValueError: the network is neither CP, Tucker nor a tensor train with one mode on each
+            factor.
+
+    Example:
+        >>> from lortalib.decomp import cp
+        >>> to_tensorly(cp((2, 2, 4, 8, 4), rank=3)).rank
+        3
+    """
+    read = _as_cp(net) or _as_tucker(net) or _as_tt(net)
+    if read is None:
+        raise ValueError(
+            "only CP, Tucker and tensor trains with one mode on each factor have a TensorLy "
+            f"object; this network is\n    {net.legs}"
+        )
+    kind, content, axes = read
+    obj = _with_pytorch(lambda: kind(content))
+    obj.modes, obj.dense_modes = tuple(axes), net.modes
+    return obj
+
+
+def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
+    """A network from a TensorLy object; the tensors are copied, the weights of CP absorbed.
+
+    Args:
+        obj: a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of PyTorch tensors (NumPy arrays are
+            converted).
+        modes: names of the axes, as a sequence, a string such as ``"layer in out"``, or a mapping
+            with sizes, which are checked. By default those that `to_tensorly` left on the object,
+            else ``layer, head, matrix, in, out`` for five axes.
+
+    Raises:
+        TypeError: another kind of object.
+        ValueError: the names do not fit the axes.
+
+    Example:
+        >>> from lortalib.decomp import tucker
+        >>> net = tucker((2, 2, 4, 8, 4), rank=2, init="normal")
+        >>> from_tensorly(net.to_tensorly()).dense().equal(net.dense())
+        True
+    """
+    if not isinstance(obj, (CPTensor, TuckerTensor, TTTensor)):
+        raise TypeError(
+            f"expected a CPTensor, TuckerTensor or TTTensor of TensorLy; found {type(obj).__name__}"
+        )
+    order = getattr(obj, "dense_modes", None) if modes is None else None
+    names = _axis_names(getattr(obj, "modes", None) if modes is None else modes, tuple(obj.shape))
+    return _network_of(obj, names, order or names)
+
+
+def _network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) -> Network:
+    """The network whose line is that of the format, and whose axes are named ``names``."""
+    factors = {name: torch.as_tensor(factor) for name, factor in zip(names, obj.factors)}
+    shape = Shape(dict(zip(names, obj.shape)))
+    if isinstance(obj, TTTensor):
+        legs = Legs.parse(train_line(names, shape))
+        cores = [factors[name].movedim(1, 0) for name in names]  # (mode, left bond, right bond)
+        cores[0], cores[-1] = cores[0][:, 0], cores[-1][..., 0]
+        tensors = [core.squeeze() if len(names) == 1 else core for core in cores]
+    else:
+        legs = format_of("cp" if isinstance(obj, CPTensor) else "tucker").legs(shape)
+        if isinstance(obj, CPTensor):
+            factors[names[0]] = factors[names[0]] * torch.as_tensor(obj.weights)
+        tensors = [factors[term.legs[0]] for term in legs.terms if term.legs[0] in factors]
+        if isinstance(obj, TuckerTensor):
+            modes = [term.legs[0] for term in legs.terms[:-1]]
+            tensors.append(torch.as_tensor(obj.core).permute([names.index(m) for m in modes]))
+    copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    return Network(legs, copies, order)
+
+
+class Fit(NamedTuple):
+    """A network fitted to a dense tensor.
+
+    Attributes:
+        network: the fitted network.
+        error: ``|dense - network.dense()| / |dense|`` in the Frobenius norm.
+    """
+
+    network: Network
+    error: float
+
+
+def decompose(
+    dense: Tensor,
+    decomposition: str,
+    rank: Rank,
+    *,
+    modes: Modes | None = None,
+    **options: Any,
+) -> Fit:
+    """Fit a network to a dense tensor with TensorLy's own algorithm for the format.
+
+    Args:
+        dense: the tensor. Half precision is computed in float32; the factors have the
+            dtype of the tensor.
+        decomposition: ``"cp"`` (``parafac``, alternating least squares), ``"tucker"`` (``tucker``,
+            orthogonal iteration) or ``"tt"`` (``tensor_train``, successive truncated SVDs).
+        rank: as for the format; cut, with a warning, to what the modes can fill.
+        modes: names of the axes, as in `from_tensorly`.
+        options: passed to TensorLy (``n_iter_max``, ``tol``, ``init``, ``random_state`` ...).
+
+    Returns:
+        `Fit`: the network and its relative error, measured on the network returned.
+
+    Raises:
+        ValueError: a format that TensorLy has no algorithm for, names that do not fit the axes,
+            a tensor that is not finite.
+
+    Example:
+        >>> fit = decompose(torch.ones(2, 3, 4), "tt", 1, modes="layer in out")
+        >>> fit.network.count(), round(fit.error, 4)
+        (9, 0.0)
+    """
+    names = _axis_names(modes, tuple(dense.shape))
+    kind = format_of(decomposition).name
+    if kind not in ("cp", "tucker", "tt"):
+        raise ValueError(
+            f"TensorLy has no algorithm for {decomposition!r} here; choose 'cp', 'tucker' or 'tt'"
+        )
+    if not torch.isfinite(dense).all():
+        raise ValueError("the tensor to decompose holds NaN or infinity")
+    shape = Shape(dict(zip(names, dense.shape)))
+    # The format itself checks and cuts the ranks, and says in which order the modes stand.
+    net = format_of(kind)(shape, rank, init="invariant", device=dense.device, dtype=dense.dtype)
+    norm = torch.linalg.vector_norm(dense.detach().double()).item()
+    if norm == 0:  # TensorLy meets a singular matrix here; the zero network is exact
+        return Fit(net, 0.0)
+    wide = dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
+    axes = tuple(names)
+    ranks = list(net.ranks.values())
+    if kind == "cp":
+        options = {"n_iter_max": 1000, "tol": 1e-10, "random_state": 0, **options}
+        obj = _with_pytorch(lambda: parafac(wide, ranks[0], **options))
+    elif kind == "tucker":
+        bond_of = {term.legs[0]: term.legs[-1] for term in net.legs.terms[:-1]}
+        per_axis = [net.ranks[bond_of[name]] for name in names]
+        options = {"n_iter_max": 200, "tol": 1e-10, "random_state": 0, **options}
+        obj = _with_pytorch(lambda: tensorly_tucker(wide, per_axis, **options))
+    else:
+        axes = tuple(term.legs[0] for term in net.legs.terms)
+        train = wide.permute([names.index(name) for name in axes]).contiguous()
+        obj = _with_pytorch(lambda: tensor_train(train, [1, *ranks, 1], **options))
+    fitted = _network_of(obj, axes, names).to(dense.dtype)
+    difference = dense.detach().double() - fitted.dense().detach().double()
+    return Fit(fitted, torch.linalg.vector_norm(difference).item() / norm)
+
+
+def _as_cp(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+    bonds = tuple(net.ranks)
+    found = _factors(net, bonds[:1])
+    if len(bonds) != 1 or found is None:
+        return None
+    factors = [found[mode] for mode in net.modes]
+    return CPTensor, (factors[0].new_ones(net.sizes[bonds[0]]), factors), net.modes
+
+
+def _as_tucker(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+    *terms, core = net.legs.terms
+    bond_of = {term.legs[0]: term.legs[-1] for term in terms if len(term.legs) == 2}
+    if set(bond_of) != set(net.modes) or set(core.legs) != set(net.ranks):
+        return None
+    if len(terms) != len(net.modes) or set(bond_of.values()) != set(core.legs):
+        return None
+    factors = dict(zip(bond_of, net.tensors))
+    axes = [core.legs.index(bond_of[mode]) for mode in net.modes]
+    return (
+        TuckerTensor,
+        (net.tensors[-1].permute(axes), [factors[mode] for mode in net.modes]),
+        net.modes,
+    )
+
+
+def _as_tt(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+    """Recognised in the order in which the line gives the cores."""
+    modes = tuple(leg for term in net.legs.terms for leg in term.legs if leg in net.modes)
+    bonds = tuple(net.ranks)
+    if len(modes) != len(net.legs.terms) or len(bonds) != len(modes) - 1:
+        return None
+    cores = []
+    for k, (term, tensor) in enumerate(zip(net.legs.terms, net.tensors)):
+        legs = (*bonds[max(0, k - 1) : k], modes[k], *bonds[k : k + 1])
+        if set(term.legs) != set(legs):
+            return None
+        core = tensor.permute([term.legs.index(leg) for leg in legs])
+        left = net.sizes[bonds[k - 1]] if k else 1
+        cores.append(core.reshape(left, net.sizes[modes[k]], -1))
+    return TTTensor, cores, modes
+
+
+def _factors(net: Network, bond: Sequence[str]) -> dict[str, Tensor] | None:
+    """For each mode its (mode, bond) factor, if every parameter is one."""
+    found: dict[str, Tensor] = {}
+    for term, tensor in zip(net.legs.terms, net.tensors):
+        mode = [leg for leg in term.legs if leg in net.modes]
+        if len(mode) != 1 or len(term.legs) != 2 or mode[0] in found:
+            return None
+        found[mode[0]] = tensor if term.legs[0] == mode[0] else tensor.mT
+    return found
+
+
+def _axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
+    if modes is None:
+        if len(sizes) != len(T_MODES):
+            raise ValueError(
+                f"the tensor has {len(sizes)} axes {sizes}; name them, for instance "
+                "modes='layer in out' (only five axes have default names: "
+                f"{', '.join(T_MODES)})"
+            )
+        return T_MODES
+    names = tuple(modes.split() if isinstance(modes, str) else modes)
+    if len(names) != len(sizes) or len(set(names)) != len(names):
+        raise ValueError(
+            f"{len(names)} axis names ({', '.join(map(str, names))}) do not fit a tensor of shape "
+            f"{sizes}"
+        )
+    if isinstance(modes, Mapping) and tuple(modes.values()) != sizes:
+        raise ValueError(f"the tensor has shape {sizes}, the modes say {dict(modes)}")
+    return names
+
+
+def _with_pytorch(call: Callable[[], Result]) -> Result:
+    """Run ``call`` in a thread of its own, in which TensorLy's backend is PyTorch."""
+    grad = torch.is_grad_enabled()
+
+    def run() -> Result:
+        tl.set_backend("pytorch", local_threadsafe=True)
+        with torch.set_grad_enabled(grad):
+            return call()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()

@@ -1,0 +1,205 @@
+"""The verb that puts an adapter on a model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from ..decomp import Network, Shape, format_of
+from ..decomp._formats import Rank
+from ..decomp._initial import StartLike, as_start, zero_parameter
+from ._adapter import Adapter, Settings, install
+from ._anatomy import sites
+from ._beside import Beside, find_modules
+from ._groups import Group, Targets, choose, group_sites
+from ._host import host_of
+
+Decomposition = Union[str, Callable[..., Network]]
+
+
+def apply(
+    model: nn.Module,
+    decomposition: Decomposition = "cp",
+    rank: Rank = 8,
+    *,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    targets: Targets = "qkvo",
+    layers: int | Iterable[int] | None = None,
+    init: StartLike = "invariant",
+    gqa: str = "pool",
+    name: str = "default",
+    train_also: Sequence[str] = (),
+    freeze: bool = True,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """Put an adapter on a transformers model: one low-rank tensor for all its attention projections.
+
+    Sites of equal head count and widths form one tensor T[layer, head, matrix, in, out] for each
+    stack; ``in`` is the residual stream, ``head`` and ``out`` the other side, of readers (q, k, v)
+    and writers (o) alike. Their shares are added by forward hooks; no module is replaced.
+
+    Args:
+        model: the model; it is changed in place, until ``adapter.remove()``.
+        decomposition: a registered name (``"cp"``, ``"tucker"``, ``"tt"``, ...), a line of legs, a
+            function such as ``lortalib.decomp.tt``, or any callable ``(shape, rank, ...)`` that
+            returns a network of that shape.
+        rank: as for `lortalib.decomp.network`.
+        alpha: the update is ``alpha * T``. The start makes the effect of the first step independent
+            of the rank, so nothing is divided by it; only ``init="lorta"`` uses ``alpha / rank``.
+        dropout: probability of dropping an input feature of the adapter in training.
+        targets: letters out of ``"qkvo"``, module names or paths, or a predicate on a `Site`.
+        layers: only these layers of each stack; all by default.
+        init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
+        gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
+            slices) or ``"split"`` (tensors of their own for k and v).
+        name: name of the adapter on the model.
+        train_also: modules that train as a whole beside it and are saved with it.
+        freeze: whether all else of the model stops requiring gradients.
+        generator: source of randomness for the start.
+        dtype: of the factors; computation follows the model's dtype.
+
+    Returns:
+        The `Adapter`, active.
+
+    Raises:
+        AnatomyError: the model's attention was not, or not wholly, found.
+        ValueError: a bad argument, a name that is in use, targets that choose nothing. The model
+            is then as it was.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> lortalib.nn.apply(model, "cp", rank=2).count()
+        100
+    """
+    _check_name(model, name)
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
+    as_start(init)
+    chosen = choose(sites(model), targets, layers)
+    groups = group_sites(chosen, gqa)
+    paths = find_modules(model, train_also, (site.path for site in chosen))
+    networks: dict[str, Network] = {}
+    for group in groups:
+        weight = model.get_submodule(group.sites[0].path).weight
+        device = weight.device if isinstance(weight, torch.Tensor) else None
+        options = {"init": init, "generator": generator, "device": device, "dtype": dtype}
+        networks[group.name] = _make(decomposition, group, rank, options)
+    settings = Settings(
+        decomposition=_name_of(decomposition),
+        alpha=float(alpha),
+        scaling=float(alpha) / (_published_rank(networks) if init == "lorta" else 1),
+        dropout=float(dropout),
+        gqa=gqa,
+        init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
+    )
+    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
+    install(adapter, model, active=True, freeze=freeze)
+    return adapter
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name, in the order in which they were applied."""
+    host = host_of(model)
+    return {adapter.name: adapter for adapter in host.adapters()} if host else {}
+
+
+def activate(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let exactly these adapters take part in the forward; their updates add up.
+
+    The cost does not depend on the size of the model.
+
+    Args:
+        model: a model with adapters.
+        names: one name, several, or none (``[]``).
+
+    Raises:
+        KeyError: a name that no adapter has; then nothing is changed.
+        ValueError: two of them train the same module beside them.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    known = adapters(model)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise KeyError(
+            f"no adapter is called {', '.join(map(repr, unknown))}; the model has "
+            f"{', '.join(map(repr, known)) or 'none'}"
+        )
+    for position, name in enumerate(wanted):
+        taken = known[name].beside.conflict(known[other].beside for other in wanted[:position])
+        if taken:
+            raise ValueError(f"the adapters {wanted} cannot be active together: both train {taken!r}")
+    for name, adapter in known.items():
+        if name not in wanted:
+            adapter.disable()
+    for name in wanted:
+        known[name].enable()
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
+    if name in adapters(model):
+        raise ValueError(
+            f"the model already has an adapter called {name!r}; give name=..., or remove that one "
+            f"with lortalib.nn.adapters(model)[{name!r}].remove()"
+        )
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
+
+
+def _name_of(decomposition: Decomposition) -> str:
+    if isinstance(decomposition, str):
+        return format_of(decomposition).name or decomposition
+    name = getattr(decomposition, "name", "") or getattr(decomposition, "__name__", "")
+    return name or type(decomposition).__name__
+
+
+def _make(
+    decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
+) -> Network:
+    """The network of a group, checked against the group's shape."""
+    shape = group.shape
+    if isinstance(decomposition, str):
+        return format_of(decomposition)(shape, rank, **options)
+    if not callable(decomposition):
+        raise ValueError(
+            f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"
+        )
+    network = decomposition(shape, **_accepted(decomposition, {"rank": rank, **options}))
+    if not isinstance(network, Network):
+        raise ValueError(f"the decomposition {decomposition!r} returned no Network but {network!r}")
+    if dict(network.shape) != dict(shape):
+        raise ValueError(
+            f"the decomposition {decomposition!r} was asked for {shape} and returned {network.shape}"
+        )
+    return network.to(options["device"], options["dtype"])
+
+
+def _accepted(function: Callable[..., Network], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the callable takes by name."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return options
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in options.items() if name in by_name}
+
+
+def _published_rank(networks: dict[str, Network]) -> int:
+    """The r of alpha/r: the size of the bonds at the parameter that starts at zero."""
+    network = next(iter(networks.values()))
+    term = network.legs.terms[zero_parameter(network.legs)]
+    return math.prod(network.sizes[leg] for leg in term.legs if leg in network.ranks)
+
+

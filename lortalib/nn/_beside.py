@@ -1,0 +1,108 @@
+"""Modules of the model that train beside an adapter, such as a new classifier head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Values = dict[str, dict[str, Tensor]]
+
+
+class Beside:
+    """Whole modules that an adapter trains in place, owns and takes with it.
+
+    While the adapter is active the modules hold its values, and else those of the base. So a
+    disabled adapter leaves no trace, and two adapters can each have a head of their own (but not
+    both be active).
+
+    Attributes:
+        paths: paths of the modules.
+    """
+
+    def __init__(self, paths: Iterable[str] = (), values: Values | None = None) -> None:
+        self.paths = tuple(paths)
+        self._inside = False
+        self._other: Values = values or {}  # the base's values while inside, else the adapter's own
+
+    def values(self, model: nn.Module) -> Values:
+        """The adapter's own values: path of the module, name in it, tensor."""
+        return self._read(model) if self._inside or not self._other else self._other
+
+    def conflict(self, others: Iterable[Beside]) -> str | None:
+        """A module that is also in use by one of ``others``."""
+        taken = {path for other in others for path in other.paths}
+        return next((path for path in self.paths if path in taken), None)
+
+    def enter(self, model: nn.Module, others: Iterable[Beside]) -> None:
+        """Put the adapter's values into the modules and keep the base's.
+
+        Raises:
+            ValueError: one of the modules holds the values of another active adapter.
+        """
+        taken = self.conflict(others)
+        if taken:
+            raise ValueError(
+                f"{taken!r} is trained by another active adapter and can hold only one's values; "
+                "disable that adapter first"
+            )
+        base = self._read(model)
+        self._write(model, self._other)
+        self._other, self._inside = base, True
+
+    def leave(self, model: nn.Module) -> None:
+        """Give the modules the base's values back and keep the adapter's."""
+        own = self._read(model)
+        self._write(model, self._other)
+        self._other, self._inside = own, False
+
+    def set_trainable(self, model: nn.Module, trainable: bool) -> None:
+        """Set ``requires_grad`` of every parameter of the modules."""
+        for path in self.paths:
+            model.get_submodule(path).requires_grad_(trainable)
+
+    def _read(self, model: nn.Module) -> Values:
+        return {
+            path: {k: t.detach().clone() for k, t in model.get_submodule(path).state_dict().items()}
+            for path in self.paths
+        }
+
+    def _write(self, model: nn.Module, values: Values) -> None:
+        for path, tensors in values.items():
+            own = model.get_submodule(path).state_dict()
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    own[name].copy_(tensor)
+
+
+def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[str]) -> list[str]:
+    """Paths of the modules that ``names`` mean: a path, or the end of one.
+
+    Raises:
+        ValueError: a name that fits no module, one without parameters, or one that holds an
+            adapted projection.
+    """
+    if isinstance(names, str):
+        names = [names]
+    modules = dict(model.named_modules())
+    site_paths = list(site_paths)
+    found: list[str] = []
+    for name in names:
+        fits = [path for path in modules if name and (path == name or path.endswith(f".{name}"))]
+        if not fits:
+            raise ValueError(
+                f"train_also={name!r} fits no module; the model's own are "
+                f"{', '.join(child for child, _ in model.named_children())}"
+            )
+        for path in fits:
+            if not any(True for _ in modules[path].parameters()):
+                raise ValueError(f"train_also={name!r}: {path!r} has no parameters to train")
+            inner = [site for site in site_paths if site == path or site.startswith(f"{path}.")]
+            if inner:
+                raise ValueError(
+                    f"train_also={name!r}: {path!r} holds the adapted projection {inner[0]!r}; "
+                    "a weight takes an update or trains as a whole, not both"
+                )
+        found += [path for path in fits if path not in found]
+    return [p for p in found if not any(p != q and p.startswith(f"{q}.") for q in found)]

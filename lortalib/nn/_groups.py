@@ -1,0 +1,134 @@
+"""Which sites share one tensor: those of a stack whose head count and widths are equal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+from torch import Tensor
+
+from ..decomp import Cut, Network, Shape
+from ._anatomy import ROLES, Site
+
+Targets = Union[str, Sequence[str], Callable[[Site], bool]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that share one tensor T[layer, head, matrix, in, out].
+
+    Attributes:
+        name: name of the group's network in the adapter, unique there.
+        heads: size of the mode ``head``; a multiple of the heads of each site.
+        sites: ordered by layer and role.
+        layers: layer index of the model for each position of the mode ``layer``.
+        roles: role for each position of the mode ``matrix``.
+    """
+
+    name: str
+    heads: int
+    sites: tuple[Site, ...]
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the group's tensor."""
+        site = self.sites[0]
+        sizes = len(self.layers), self.heads, len(self.roles), site.width, site.head_dim
+        return Shape(sizes)
+
+    def pair(self, network: Network, site: Site) -> Cut:
+        """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p).
+
+        Where the tensor has the query heads and the site has fewer (grouped queries), each of the
+        site's heads takes the mean of its group.
+        """
+        cut = network.select(
+            layer=self.layers.index(site.layer), matrix=self.roles.index(site.role)
+        ).cut()
+        if site.heads == self.heads:
+            return cut
+        return Cut(cut.A, pool_heads(cut.B, self.heads, site.heads))
+
+
+def pool_heads(b: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Mean over the query heads of each group: (heads*head_dim, p) to (kv_heads*head_dim, p)."""
+    head_dim, rank = b.shape[0] // heads, b.shape[1]
+    grouped = b.reshape(kv_heads, heads // kv_heads, head_dim, rank)
+    return grouped.mean(1).reshape(kv_heads * head_dim, rank)
+
+
+def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
+    """Divide sites into groups of equal stack, heads, width and head_dim.
+
+    Args:
+        sites: what to group.
+        gqa: ``"pool"`` gives keys and values the query heads, so that they share the queries'
+            tensor; ``"split"`` gives them a tensor of their own where their head count differs.
+
+    Raises:
+        ValueError: an unknown ``gqa``.
+    """
+    if gqa not in ("pool", "split"):
+        raise ValueError(f"gqa must be 'pool' or 'split'; found {gqa!r}")
+    members: dict[tuple[str, int, int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        heads = site.query_heads if gqa == "pool" else site.heads
+        members[site.stack, heads, site.width, site.head_dim].append(site)
+    stacks = [stack for stack, *_ in members]
+    groups = []
+    for (stack, heads, width, head_dim), found in members.items():
+        name = stack.replace(".", "_")
+        if stacks.count(stack) > 1:
+            name += f"_{heads}x{head_dim}_{width}"
+        layers = tuple(sorted({site.layer for site in found}))
+        roles = tuple(role for role in ROLES if any(site.role == role for site in found))
+        groups.append(Group(name, heads, tuple(found), layers, roles))
+    return groups
+
+
+def choose(
+    sites: Sequence[Site], targets: Targets, layers: int | Iterable[int] | None
+) -> list[Site]:
+    """The sites that ``targets`` and ``layers`` name.
+
+    Raises:
+        ValueError: nothing is named, or a name or layer that fits no site.
+    """
+    if callable(targets):
+        chosen = [site for site in sites if targets(site)]
+    else:
+        roles = isinstance(targets, str) and set(targets) <= set(ROLES)
+        names = list(targets) if roles or not isinstance(targets, str) else [targets]
+        named = [{site for site in sites if _is_named(site, name)} for name in names]
+        for name, fits in zip(names, named):
+            if not fits:
+                known = sorted({site.path.rpartition(".")[2] for site in sites})
+                raise ValueError(
+                    f"target {name!r} fits no projection; choose letters out of "
+                    f"{''.join(ROLES)!r}, module names ({', '.join(known)}), paths, or a "
+                    "function of a site"
+                )
+        chosen = [site for site in sites if any(site in fits for fits in named)]
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        absent = wanted - {site.layer for site in sites}
+        if absent:
+            raise ValueError(
+                f"layers {sorted(absent)} do not exist; the model has layers "
+                f"{sorted({site.layer for site in sites})}"
+            )
+        chosen = [site for site in chosen if site.layer in wanted]
+    if not chosen:
+        raise ValueError(
+            f"targets={targets!r} with layers={layers!r} choose none of the {len(sites)} "
+            "projections found; there is nothing to train"
+        )
+    return chosen
+
+
+def _is_named(site: Site, name: str) -> bool:
+    return name == site.role or site.path == name or site.path.endswith(f".{name}")

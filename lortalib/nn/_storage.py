@@ -1,0 +1,285 @@
+"""Adapters as files: the numbers in ``adapter.safetensors``, all else in ``adapter.json``.
+
+A site is stored by (stack, layer, role) and its sizes; its module path is only a hint, since
+transformers renames paths between versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..decomp import Legs, LegsError, Network
+from ._adapter import Adapter, Settings, install
+from ._anatomy import Site, sites
+from ._apply import _check_name
+from ._beside import Beside, Values, find_modules
+from ._groups import Group
+
+FORMAT_VERSION = 1
+TENSORS = "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+
+
+class AdapterFileError(ValueError):
+    """A folder that holds no sound adapter, or one that does not fit the model."""
+
+
+def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
+    """Write an adapter; see `Adapter.save`. Both files are written aside first, then renamed."""
+    folder = Path(folder)
+    tensors = {
+        f"networks.{group.name}.{name}": tensor.detach().cpu().contiguous()
+        for group in adapter.groups
+        for name, tensor in adapter.network(group).named_parameters()
+        if not _on_meta(tensor, group)
+    }
+    model = adapter.host.model
+    for path, values in adapter.beside.values(model).items():
+        tensors |= {f"beside.{path}:{k}": v.cpu().contiguous() for k, v in values.items()}
+    config = getattr(model, "config", None)
+    description = {
+        "format": "lortalib adapter",
+        "format_version": FORMAT_VERSION,
+        "lortalib_version": __version__,
+        "name": adapter.name,
+        "settings": asdict(adapter.settings),
+        "trained_beside": list(adapter.beside.paths),
+        "base_model": {
+            "class": type(model).__name__,
+            "model_type": getattr(config, "model_type", None),
+            "name": getattr(config, "_name_or_path", None) or None,
+        },
+        "groups": [_group_to_json(group, adapter.network(group)) for group in adapter.groups],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        save_file(tensors, Path(aside, TENSORS), metadata={"format": "pt"})
+        text = json.dumps(description, indent=2) + "\n"
+        Path(aside, DESCRIPTION).write_text(text, encoding="utf-8")
+        for file in (TENSORS, DESCRIPTION):
+            os.replace(Path(aside, file), folder / file)
+    return folder
+
+
+def load(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    name: str | None = None,
+    active: bool = True,
+    freeze: bool = True,
+) -> Adapter:
+    """Put a saved adapter on a model.
+
+    Args:
+        model: a model of the same shape as the one the adapter was trained on.
+        folder: what `Adapter.save` wrote.
+        name: name on the model; the saved one by default.
+        active: whether it takes part in the forward at once.
+        freeze: whether all else of the model stops requiring gradients.
+
+    Returns:
+        The `Adapter`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterFileError: a file is damaged, or the adapter does not fit the model; the message says
+            what differs. The model is then as it was.
+        ValueError: the name is in use.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    name = description["name"] if name is None else name
+    _check_name(model, name)
+    tensors = read_tensors(folder)
+    try:
+        settings = Settings(**description["settings"])
+        saved = [_group_from_json(entry) for entry in description["groups"]]
+        paths = list(description["trained_beside"])
+    except (KeyError, TypeError, AttributeError, LegsError) as error:
+        raise AdapterFileError(
+            f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}"
+        ) from error
+    values = _beside_values(model, paths, tensors, folder)
+    found = {site.key: site for site in sites(model)}
+    _check_fit(model, saved, found, description)
+    groups, networks = [], {}
+    for group, legs, modes in saved:
+        fitted = tuple(found[site.key] for site in group.sites)
+        groups.append(Group(group.name, group.heads, fitted, group.layers, group.roles))
+        networks[group.name] = _read_network(group, legs, modes, tensors, folder)
+    if tensors:
+        raise AdapterFileError(f"{folder / TENSORS} holds unknown tensors: {', '.join(tensors)}")
+    for group in groups:
+        weight = model.get_submodule(group.sites[0].path).weight
+        networks[group.name].to(weight.device)
+    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths, values))
+    install(adapter, model, active=active, freeze=freeze)
+    return adapter
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The contents of ``adapter.json``, as far as any version must have them."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {DESCRIPTION} in {folder}; a saved adapter is a folder with {DESCRIPTION} and "
+            f"{TENSORS}, as Adapter.save writes it"
+        )
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{file} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != "lortalib adapter":
+        raise AdapterFileError(f"{file} does not describe a lortalib adapter")
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{file} has format version {version}; this lortalib {__version__} reads version "
+            f"{FORMAT_VERSION}. Update lortalib"
+        )
+    missing = {"name", "settings", "trained_beside", "groups"} - set(description)
+    if missing:
+        raise AdapterFileError(f"{file} is damaged: {', '.join(sorted(missing))} is missing")
+    return description
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of ``adapter.safetensors``, on the CPU, checked to be finite."""
+    file = folder / TENSORS
+    if not file.is_file():
+        raise FileNotFoundError(f"no {TENSORS} in {folder}, beside its {DESCRIPTION}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file} is damaged or cut short: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{file}: tensor {key!r} holds NaN or infinity")
+    return tensors
+
+
+def _on_meta(tensor: Tensor, group: Group) -> bool:
+    if tensor.is_meta:
+        raise ValueError(f"network {group.name!r} is on the meta device: it has no numbers to save")
+    return False
+
+
+def _group_to_json(group: Group, network: Network) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "legs": str(network.legs),
+        "modes": dict(network.shape),
+        "ranks": network.ranks,
+        "layers": list(group.layers),
+        "roles": list(group.roles),
+        "sites": [asdict(site) for site in group.sites],
+    }
+
+
+def _group_from_json(entry: Mapping[str, Any]) -> tuple[Group, Legs, dict[str, int]]:
+    members = tuple(Site(**site) for site in entry["sites"])
+    modes = {str(mode): int(size) for mode, size in entry["modes"].items()}
+    legs = Legs.parse(entry["legs"])
+    legs.check(tuple(modes))
+    group = Group(
+        entry["name"], modes["head"], members, tuple(entry["layers"]), tuple(entry["roles"])
+    )
+    if dict(group.shape) != modes:
+        raise KeyError(f"the modes {modes} of group {group.name!r} do not fit its sites")
+    for site in members:
+        if site.layer not in group.layers or site.role not in group.roles:
+            raise KeyError(f"site {site.key} is outside its group {group.name!r}")
+    return group, legs, modes
+
+
+def _read_network(
+    group: Group, legs: Legs, modes: Mapping[str, int], tensors: dict[str, Tensor], folder: Path
+) -> Network:
+    """Take the group's tensors out of ``tensors``, in the order of the line."""
+    prefix = f"networks.{group.name}."
+    names = [f"{prefix}{'_'.join(term.legs)}" for term in legs.terms]
+    for position, name in enumerate(names):
+        while names[position] in names[:position]:
+            names[position] += "_"
+        if names[position] not in tensors:
+            raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {name!r}")
+    try:
+        network = Network(legs, [tensors.pop(name) for name in names], tuple(modes))
+    except LegsError as error:
+        raise AdapterFileError(f"{folder / TENSORS} does not fit its description: {error}") from error
+    if dict(network.shape) != dict(modes):
+        raise AdapterFileError(
+            f"{folder}: network {group.name!r} has the shape {network.shape}, its description says "
+            f"{modes}"
+        )
+    return network
+
+
+def _beside_values(
+    model: nn.Module, paths: list[str], tensors: dict[str, Tensor], folder: Path
+) -> Values:
+    """Take the values of the modules trained beside the adapter out of ``tensors``, checked."""
+    values: Values = {}
+    modules = dict(model.named_modules())
+    for path in paths:
+        if path not in modules:
+            raise AdapterFileError(
+                f"the adapter in {folder} was trained beside the module {path!r}, which "
+                f"{type(model).__name__} does not have"
+            )
+        expected = modules[path].state_dict()
+        prefix = f"beside.{path}:"
+        values[path] = {
+            key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in values[path].items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        if found != wanted:
+            raise AdapterFileError(
+                f"the module {path!r} saved with the adapter holds {found}; the model's holds {wanted}"
+            )
+    find_modules(model, paths, ())
+    return values
+
+
+def _check_fit(
+    model: nn.Module,
+    saved: list[tuple[Group, Legs, dict[str, int]]],
+    found: Mapping[tuple[str, int, str], Site],
+    description: Mapping[str, Any],
+) -> None:
+    sizes: Callable[[Site], tuple[int, ...]] = lambda s: (s.heads, s.query_heads, s.head_dim, s.width)  # noqa: E731
+    differences = []
+    for site in (site for group, *_ in saved for site in group.sites):
+        other = found.get(site.key)
+        where = f"{site.stack} layer {site.layer} {site.role}"
+        if other is None:
+            differences.append(f"{where}: the model has no such projection")
+        elif sizes(other) != sizes(site):
+            differences.append(
+                f"{where}: heads, query heads, head_dim, width are {sizes(site)} in the file, "
+                f"{sizes(other)} in the model"
+            )
+    if differences:
+        base = description.get("base_model") or {}
+        shown = "\n  ".join(differences[:5])
+        more = f"\n  ... and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise AdapterFileError(
+            f"the adapter (trained on {base.get('class')} {base.get('name') or ''}) does not fit "
+            f"{type(model).__name__}; nothing was changed:\n  {shown}{more}"
+        )
