@@ -201,7 +201,7 @@ def _as_tucker(net: Network) -> tuple[type, Any, Sequence[str]] | None:
     bond_of = {term.legs[0]: term.legs[-1] for term in terms if len(term.legs) == 2}
     if set(bond_of) != set(net.modes) or set(core.legs) != set(net.ranks):
         return None
-    if len(terms) != len(net.modes) or set(bond_of.values()) != set(core.legs):
+    if len(terms) != len(net.modes) or sorted(bond_of.values()) != sorted(core.legs):
         return None
     factors = dict(zip(bond_of, net.tensors))
     axes = [core.legs.index(bond_of[mode]) for mode in net.modes]

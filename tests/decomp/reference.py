@@ -1,0 +1,88 @@
+"""What the library is compared with: definitions, index by index, in NumPy, and TensorLy itself.
+
+Slow, and sharing no code with it.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import numpy as np
+import tensorly as tl
+
+
+def _terms(net):
+    return [(t.legs, p.detach().numpy()) for t, p in zip(net.legs.terms, net.tensors)]
+
+
+def _bonds(net):
+    legs = dict.fromkeys(leg for names, _ in _terms(net) for leg in names)
+    return [leg for leg in legs if leg not in net.modes]
+
+
+def entry(net, index):
+    """One entry of the tensor: a sum over all bonds of products of one number per parameter."""
+    terms, bonds, total = _terms(net), _bonds(net), 0.0
+    for position in product(*(range(net.sizes[bond]) for bond in bonds)):
+        at = {**index, **dict(zip(bonds, position))}
+        total += math.prod(array[tuple(at[leg] for leg in legs)] for legs, array in terms)
+    return total
+
+
+def dense(net):
+    """Every entry: the outer product with one axis for each leg, summed over the bonds."""
+    legs = [*net.modes, *_bonds(net)]
+    outer = np.ones([net.sizes[leg] for leg in legs])
+    for names, array in _terms(net):
+        order = sorted(range(len(names)), key=lambda axis: legs.index(names[axis]))
+        sizes = [net.sizes[leg] if leg in names else 1 for leg in legs]
+        outer = outer * array.transpose(order).reshape(sizes)
+    return outer.sum(axis=tuple(range(len(net.modes), len(legs))))
+
+
+def matrix(tensor, modes):
+    """The (head*out, in) matrix of a tensor over in, out and perhaps head.
+
+    Row ``h*out + j``, column i holds the entry at head h, component j, input i.
+    """
+    size = dict(zip(modes, tensor.shape))
+    rows = np.full((size.get("head", 1) * size["out"], size["in"]), np.nan)
+    for h, j, i in np.ndindex(size.get("head", 1), size["out"], size["in"]):
+        at = {"head": h, "out": j, "in": i}
+        rows[h * size["out"] + j, i] = tensor[tuple(at[mode] for mode in modes)]
+    return rows
+
+
+def smallest_crossing(net):
+    """The least product of bonds between the side of ``in`` and that of ``head`` and ``out``.
+
+    All divisions of the parameters are tried. Where one parameter has ``in`` and ``out``, there is
+    none, and ``in`` itself crosses.
+    """
+    terms = [set(names) for names, _ in _terms(net)]
+    best = None
+    for sides in product((False, True), repeat=len(terms)):
+        pairs = list(zip(sides, terms))
+        near = set().union(*(term for far, term in pairs if not far))
+        far = set().union(*(term for far, term in pairs if far))
+        if "in" in far or near & {"head", "out"}:
+            continue
+        crossing = math.prod(net.sizes[bond] for bond in near & far)
+        best = crossing if best is None else min(best, crossing)
+    return net.sizes["in"] if best is None else best
+
+
+def on(backend, call):
+    """What ``call`` returns in a new thread with this backend; no setting outlives the thread."""
+
+    def run():
+        tl.set_backend(backend, local_threadsafe=True)
+        return call()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+def rebuilt(obj):
+    """TensorLy's own reconstruction of one of its objects."""
+    return on("pytorch", obj.to_tensor)
