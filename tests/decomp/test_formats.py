@@ -10,6 +10,7 @@ from strategies import FORMATS, generator, small
 
 from lortalib.decomp import (
     Format,
+    Legs,
     LegsError,
     Shape,
     cp,
@@ -83,6 +84,33 @@ def test_the_registry_holds_the_published_formats():
         assert isinstance(entry, Format)
         assert entry.name == name
         assert entry.about
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("cp", "in r, out r, head r, layer r, matrix r"),
+        ("tucker", "in p, out q, head s, layer t, matrix u, p q s t u"),
+        ("tt", "in a, layer a b, matrix b c, head c d, out d"),
+        ("metatt_4d", "in a, layer a b, matrix b c, head out c"),
+        ("metatt_41d", "in a, layer a b, task b c, matrix c d, head out d"),
+        ("ring", "in e a, layer a b, matrix b c, head c d, out d e"),
+        ("lotr", "in p, layer matrix p q, head out q"),
+        ("fact_tk", "in p, head out q, layer matrix s, p q s"),
+        ("cara", "in r, out r, head r, layer matrix r"),
+        ("lora", "layer matrix in r, layer matrix head out r"),
+        (
+            "lora_xs",
+            "layer matrix in p (frozen), layer matrix p q, layer matrix head out q (frozen)",
+        ),
+        ("vera", "in r (frozen), head out r (frozen), layer matrix r"),
+    ],
+)
+def test_a_format_is_its_line(name, line):
+    found, expected = small(name).legs.terms, Legs.parse(line).terms
+    assert {(*sorted(t.legs), t.frozen) for t in found} == {
+        (*sorted(t.legs), t.frozen) for t in expected
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -22,6 +23,8 @@ def _fits_models(name):
 
 #: Every registered format that an adapter can have; a new one is tested by joining.
 FORMATS = sorted(filter(_fits_models, decomp.registry))
+
+each_format = pytest.mark.parametrize("decomposition", FORMATS)
 
 
 def examples(number):

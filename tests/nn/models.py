@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -227,3 +228,5 @@ _ALL = (
     HandMade("Conv1D", {}, {"layers": _same(kv_heads=2, head_dim=3, width=10)}, inputs=vectors),
 )
 FAMILIES = {family.name: family for family in _ALL}
+
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -7,31 +7,17 @@ from itertools import combinations
 
 import pytest
 import torch
-from harness import FORMATS, changes, close, output, picture, put, same_bits, unchanged
-from models import FAMILIES
+from harness import changes, close, each_format, output, picture, put, same_bits, unchanged
+from models import each_family
 from torch.utils.hooks import RemovableHandle
 
 import lortalib
 from lortalib.nn import activate, adapters, sites
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-formats = pytest.mark.parametrize("decomposition", FORMATS)
-
-
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["Llama"].inputs()
-
-
 # A fresh or disabled adapter changes no output bit
 
 
-@formats
+@each_format
 def test_fresh_changes_no_output_bit(decomposition, llama, inputs):
     before = output(llama, inputs)
     adapter = put(llama, decomposition, init="invariant")
@@ -39,7 +25,7 @@ def test_fresh_changes_no_output_bit(decomposition, llama, inputs):
     assert same_bits(output(llama, inputs), before)
 
 
-@formats
+@each_format
 def test_trained_and_disabled_changes_no_output_bit(decomposition, llama, inputs):
     before = output(llama, inputs)
     adapter = put(llama, decomposition)
@@ -54,7 +40,7 @@ def test_trained_and_disabled_changes_no_output_bit(decomposition, llama, inputs
     assert same_bits(output(llama, inputs), trained)
 
 
-@families
+@each_family
 def test_every_family_runs_and_is_left_as_it_was(family):
     model, inputs = family.model(), family.inputs()
     before, look = output(model, inputs), picture(model)
@@ -68,7 +54,7 @@ def test_every_family_runs_and_is_left_as_it_was(family):
     assert same_bits(output(model, inputs), before)
 
 
-@families
+@each_family
 def test_each_site_has_its_share_in_the_forward(family):
     """With one site's update written into its weight by hand, the output is that of the hook."""
     model, inputs = family.model(), family.inputs()
@@ -112,6 +98,14 @@ def test_flags_while_it_is_on_and_after(llama, freeze):
         assert llama.get_parameter(name).requires_grad == (flag and not freeze)
     adapter.remove()
     assert changes(look, picture(llama)) == []
+
+
+def test_what_the_second_froze_thaws_when_it_leaves(llama):
+    put(llama, name="a", freeze=False)
+    second = put(llama, name="b")
+    assert not llama.model.norm.weight.requires_grad
+    second.remove()
+    assert llama.model.norm.weight.requires_grad
 
 
 # Several

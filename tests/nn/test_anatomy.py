@@ -3,18 +3,15 @@
 import pytest
 import torch
 import transformers
-from models import BERT, FAMILIES, LLAMA, Attention
+from models import BERT, FAMILIES, LLAMA, Attention, each_family
 from torch import nn
 
 from lortalib.nn import AnatomyError, apply, sites
 from lortalib.nn._anatomy import role_of
 
-family_names = pytest.mark.parametrize("name", FAMILIES)
 
-
-@family_names
-def test_sites_are_those_of_the_config(name):
-    family = FAMILIES[name]
+@each_family
+def test_sites_are_those_of_the_config(family):
     found = sites(family.model())
     assert list(dict.fromkeys(site.stack for site in found)) == list(family.stacks)
     for stack, sizes in family.stacks.items():
@@ -29,9 +26,9 @@ def test_sites_are_those_of_the_config(name):
             assert site.writer == (site.role == "o")
 
 
-@family_names
-def test_a_site_leads_to_its_projection(name):
-    model = FAMILIES[name].model()
+@each_family
+def test_a_site_leads_to_its_projection(family):
+    model = family.model()
     found = sites(model)
     assert len({site.key for site in found}) == len({site.path for site in found}) == len(found)
     for site in found:
@@ -42,12 +39,12 @@ def test_a_site_leads_to_its_projection(name):
         assert f".{site.layer}." in site.path
 
 
-@family_names
-def test_meta_device_gives_the_same_sites(name):
+@each_family
+def test_meta_device_gives_the_same_sites(family):
     with torch.device("meta"):
-        on_meta = FAMILIES[name].model()
+        on_meta = family.model()
     assert all(parameter.is_meta for parameter in on_meta.parameters())
-    assert sites(on_meta) == sites(FAMILIES[name].model())
+    assert sites(on_meta) == sites(family.model())
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.head])

@@ -84,6 +84,12 @@ def test_the_base_comes_back(model, leave):
     assert changes(look, picture(model)) == []
 
 
+def test_a_name_given_twice_to_activate_counts_once(model):
+    adapter = put(model, train_also=["classifier"])
+    activate(model, ["default", "default"])
+    assert adapter.active
+
+
 def test_merging_keeps_it_and_removing_merged_leaves_it(model):
     before = values(model.classifier)
     adapter = put(model, train_also=["classifier"])

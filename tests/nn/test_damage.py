@@ -17,11 +17,6 @@ LLAMA_FAMILY = FAMILIES["Llama"]
 
 
 @pytest.fixture
-def llama():
-    return LLAMA_FAMILY.model("ForCausalLM")
-
-
-@pytest.fixture
 def saved(llama, tmp_path):
     put(llama, "tt", name="saved", train_also=["lm_head"]).save(tmp_path)
     return tmp_path

@@ -14,11 +14,6 @@ from lortalib.nn import AnatomyError, adapters, apply
 LINE = "in p, layer matrix p q, head out q"
 
 
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
-
-
 def wrong_shape(shape, rank):
     return decomp.cp({**shape, "out": shape["out"] + 1}, rank)
 
@@ -129,6 +124,12 @@ def test_any_name_works_or_is_refused(name):
             adapter.remove()
 
 
+def test_train_also_means_the_model_and_not_other_adapters(llama):
+    put(llama, name="other")
+    with unchanged(llama), pytest.raises(ValueError, match="'networks' fits no module"):
+        apply(llama, train_also=["networks"])
+
+
 def test_a_callable_that_fails_at_its_second_tensor(llama):
     with unchanged(llama), pytest.raises(RuntimeError, match="no luck"):
         apply(llama, second_group_fails, gqa="split")
@@ -226,6 +227,14 @@ def test_a_base_that_is_not_finite_is_not_the_adapters_fault(llama):
     adapter.merge()
     adapter.unmerge()
     assert all(same_bits(weight(llama, s), old) for s, old in zip(adapter.sites, look))
+
+
+def test_a_weight_shared_by_two_sites_cannot_hold_two_updates(llama):
+    first, second = (layer.self_attn for layer in llama.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    adapter = put(llama)
+    with unchanged(llama), pytest.raises(ValueError, match=r"q_proj.*nothing was changed"):
+        adapter.merge()
 
 
 class Quantised(torch.nn.Linear):

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from harness import FORMATS, close, examples, generator, output, put, weight
+from harness import close, each_format, examples, generator, output, put, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES
@@ -32,7 +32,6 @@ def adapted(name, decomposition, gqa):
 CASES = [("Bert", "pool"), ("Llama", "pool"), ("Llama", "split"), ("Mistral", "pool")]
 CASES += [("T5", "pool"), ("Conv1D", "pool"), ("Conv1D", "split")]
 cases = pytest.mark.parametrize(("name", "gqa"), CASES, ids=lambda case: case)
-formats = pytest.mark.parametrize("decomposition", FORMATS)
 
 
 def group_of(adapter, site):
@@ -60,7 +59,7 @@ def by_heads(dense, site):
     return torch.stack(rows)
 
 
-@formats
+@each_format
 @cases
 @given(data=st.data())
 @examples(6)
@@ -83,7 +82,7 @@ def test_head_h_of_the_tensor_is_head_h_of_the_weight(name, gqa, decomposition, 
             assert moved[other].max() == 0
 
 
-@formats
+@each_format
 @cases
 def test_delta_is_the_dense_tensor_entry_by_entry(name, gqa, decomposition):
     adapter = adapted(name, decomposition, gqa)
@@ -130,7 +129,7 @@ def only_head(adapter, head):
                     parameter.select(axis, other).zero_()
 
 
-@formats
+@each_format
 @cases
 def test_the_hook_moves_one_head_only(name, gqa, decomposition):
     model = tiny(name)

@@ -4,26 +4,15 @@ import copy
 
 import pytest
 import torch
-from harness import FORMATS, changes, close, output, picture, put, same_bits
+from harness import changes, close, each_format, output, picture, put, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import FAMILIES
+from models import FAMILIES, each_family
 
 from lortalib.nn import activate, adapters, sites
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["Llama"].inputs()
 
 
 def weights(model):
@@ -35,7 +24,7 @@ def share_hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-@families
+@each_family
 def test_merged_forward_is_the_adapted_one(family):
     model, inputs = family.model(), family.inputs()
     adapter = put(model, alpha=0.7)
@@ -54,7 +43,7 @@ def test_merged_forward_is_the_adapted_one(family):
 
 
 @pytest.mark.parametrize("gqa", ["pool", "split"])
-@pytest.mark.parametrize("decomposition", FORMATS)
+@each_format
 def test_every_format_merges(decomposition, gqa, llama, inputs):
     look = picture(llama)
     adapter = put(llama, decomposition, gqa=gqa)

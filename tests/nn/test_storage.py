@@ -5,31 +5,29 @@ import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from harness import FORMATS, changes, close, examples, output, picture, put, same_bits, unchanged
+from harness import (
+    changes,
+    close,
+    each_format,
+    examples,
+    output,
+    picture,
+    put,
+    same_bits,
+    unchanged,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES
+from models import FAMILIES, each_family
 from safetensors import safe_open
 
 from lortalib import decomp
 from lortalib.nn import AdapterFileError, activate, adapters, load
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 FILES = ["adapter.json", "adapter.safetensors"]
-
-
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["Llama"].inputs()
 
 
 def description(folder):
@@ -45,7 +43,7 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("gqa", ["pool", "split"])
-@pytest.mark.parametrize("decomposition", FORMATS)
+@each_format
 def test_round_trip_of_every_format(decomposition, gqa, llama, inputs, tmp_path):
     base = output(llama, inputs)
     adapter = put(llama, decomposition, gqa=gqa, alpha=0.7, dropout=0.1)
@@ -67,7 +65,7 @@ def test_round_trip_of_every_format(decomposition, gqa, llama, inputs, tmp_path)
     assert same_bits(output(other, inputs), base)
 
 
-@families
+@each_family
 def test_round_trip_of_every_family(family, tmp_path):
     model = family.model()
     put(model, "tt").save(tmp_path)
@@ -124,24 +122,26 @@ def test_saving_what_was_loaded_gives_the_same_files(llama, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+SCRIPT = """
+import torch
+from harness import output, same_bits
+from models import FAMILIES
+from lortalib.nn import load
+
+inputs, expected = torch.load("expected.pt")
+model = FAMILIES["Llama"].model("ForCausalLM")
+assert not same_bits(output(model, inputs), expected)
+load(model, "adapter")
+assert same_bits(output(model, inputs), expected)
+"""
+
+
 def test_a_fresh_process_computes_the_same(llama, inputs, tmp_path):
     put(llama, "tt", gqa="split").save(tmp_path / "adapter")
     torch.save((inputs, output(llama, inputs)), tmp_path / "expected.pt")
-    script = (
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from harness import output, same_bits\n"
-        "from models import FAMILIES\n"
-        "from lortalib.nn import load\n"
-        "inputs, expected = torch.load('expected.pt')\n"
-        "model = FAMILIES['Llama'].model('ForCausalLM')\n"
-        "assert not same_bits(output(model, inputs), expected)\n"
-        "load(model, 'adapter')\n"
-        "assert same_bits(output(model, inputs), expected)\n"
-    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", script], **options)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], **options)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from harness import FORMATS, close, generator, output, put, same_bits, unchanged
+from harness import close, each_format, generator, output, put, same_bits, unchanged
 from models import FAMILIES
 
 import lortalib
 from lortalib import decomp
 from lortalib.nn import sites
-
-
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
 
 
 def paths(adapter):
@@ -208,7 +203,7 @@ def test_a_registered_format_can_be_used_at_once(llama):
         del decomp.registry["one_matrix"]
 
 
-@pytest.mark.parametrize("decomposition", FORMATS)
+@each_format
 def test_the_generator_decides_the_start(decomposition):
     def start(seed):
         model = FAMILIES["Bert"].model()

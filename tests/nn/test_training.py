@@ -2,24 +2,12 @@
 
 import pytest
 import torch
-from harness import FORMATS, close, generator, output, put, same_bits, unchanged, weight
-from models import FAMILIES
+from harness import close, each_format, generator, output, put, same_bits, unchanged, weight
+from models import FAMILIES, each_family
 from torch.nn.functional import linear
 
 import lortalib
 from lortalib.nn import activate
-
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-@pytest.fixture
-def llama():
-    return FAMILIES["Llama"].model("ForCausalLM")
-
-
-@pytest.fixture
-def inputs():
-    return FAMILIES["Llama"].inputs()
 
 
 def loss_of(model, inputs):
@@ -35,7 +23,7 @@ def gradients(model, inputs):
 # Gradients
 
 
-@families
+@each_family
 def test_after_one_step_every_factor_has_a_gradient_and_no_base_weight(family):
     model, inputs = family.model(), family.inputs()
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -57,7 +45,7 @@ def test_after_one_step_every_factor_has_a_gradient_and_no_base_weight(family):
 
 
 @pytest.mark.parametrize("gqa", ["pool", "split"])
-@pytest.mark.parametrize("decomposition", FORMATS)
+@each_format
 def test_gradients_are_those_of_the_dense_update(decomposition, gqa, llama, inputs):
     """The same loss with weights + delta, formed densely, has the same gradients."""
     adapter = put(llama, decomposition, gqa=gqa, alpha=0.7)
@@ -196,7 +184,7 @@ def test_zero_dropout_draws_no_random_numbers(llama, inputs):
 # Precision
 
 
-@families
+@each_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_of_half_precision_runs_and_trains(family, dtype):
     model = family.model()
