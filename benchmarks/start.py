@@ -63,7 +63,9 @@ def main() -> None:
     ]
     for name in FORMATS:
         for init in ("invariant", "lorta"):
-            found = [[first_step(name, rank, init, seed) for seed in range(SEEDS)] for rank in RANKS]
+            found = [
+                [first_step(name, rank, init, seed) for seed in range(SEEDS)] for rank in RANKS
+            ]
             for k, measured in enumerate(("change of outputs", "gradient norm")):
                 values = [statistics.median(pair[k] for pair in pairs) for pairs in found]
                 cells = " | ".join(f"{value / values[0]:.3g}" for value in values)

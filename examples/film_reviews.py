@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import lortalib
 
 Rows = list[tuple[str, int]]
+Tokenizer = Any
 
 
 def main() -> None:
@@ -37,7 +39,8 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.verify:
-        return verify(args)
+        verify(args)
+        return
 
     rows = film_reviews()
     random.Random(args.seed).shuffle(rows)
@@ -73,7 +76,9 @@ def main() -> None:
     table = Table(title=f"{len(test_rows):,} held-out film reviews, {args.steps} steps")
     for column in ("", "trainable numbers", "accuracy", "adapter file", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("frozen, trained head", f"+{heads:,}", f"{frozen:.3f}", "", f"{frozen_seconds:.0f}")
+    table.add_row(
+        "frozen, trained head", f"+{heads:,}", f"{frozen:.3f}", "", f"{frozen_seconds:.0f}"
+    )
     table.add_row(
         f"{args.decomposition}, rank {args.rank}",
         f"{adapter.count():,} (+{heads:,})",
@@ -107,7 +112,7 @@ def verify(args: argparse.Namespace) -> None:
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, object, list[str]]:
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, Tokenizer, list[str]]:
     """A classifier, its tokenizer, and the names of the modules that are not pretrained."""
     torch.manual_seed(args.seed)  # the new head is the same in every run
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
@@ -124,12 +129,14 @@ def parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     return [p for name in names for p in model.get_submodule(name).parameters()]
 
 
-def encode(tokenizer: object, texts: list[str]) -> dict[str, Tensor]:
+def encode(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
     """A padded batch of at most 64 tokens a text."""
-    return tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    return dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
 
 
-def train(model: nn.Module, tokenizer: object, rows: Rows, args: argparse.Namespace, what: str) -> float:
+def train(
+    model: nn.Module, tokenizer: Tokenizer, rows: Rows, args: argparse.Namespace, what: str
+) -> float:
     """AdamW over whatever requires gradients; the learning rate warms up, then falls to zero."""
     adapter = [p for n, p in model.named_parameters() if p.requires_grad and "lortalib" in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "lortalib" not in n]
@@ -156,18 +163,21 @@ def train(model: nn.Module, tokenizer: object, rows: Rows, args: argparse.Namesp
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, tokenizer: object, texts: list[str]) -> Tensor:
+def logits(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """Logits of one batch."""
     model.eval()
-    return model(**encode(tokenizer, texts)).logits.clone()
+    found: Tensor = model(**encode(tokenizer, texts)).logits
+    return found.clone()
 
 
-def accuracy(model: nn.Module, tokenizer: object, rows: Rows) -> float:
+def accuracy(model: nn.Module, tokenizer: Tokenizer, rows: Rows) -> float:
     """Share of texts whose larger logit is that of the label."""
     right = 0
     for start in tqdm(range(0, len(rows), 64), desc="evaluating", leave=False):
         texts, labels = zip(*rows[start : start + 64])
-        right += int((logits(model, tokenizer, list(texts)).argmax(1) == torch.tensor(labels)).sum())
+        right += int(
+            (logits(model, tokenizer, list(texts)).argmax(1) == torch.tensor(labels)).sum()
+        )
     return right / len(rows)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from itertools import combinations, product
+from string import ascii_letters
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -41,12 +42,12 @@ def contraction_path(
         A single tensor gives one step with ``i == j``.
     """
     size = dict(sizes)
-    letters = {leg: chr(ord("a") + index) for index, leg in enumerate(size)}
+    letters = dict(zip(size, ascii_letters, strict=False))
 
-    def numel(legs: Sequence[str]) -> int:
+    def numel(legs: Names) -> int:
         return math.prod(size[leg] for leg in legs)
 
-    def word(legs: Sequence[str]) -> str:
+    def word(legs: Names) -> str:
         return "".join(letters[leg] for leg in legs)
 
     left = list(terms)
@@ -54,24 +55,24 @@ def contraction_path(
         return ((0, 0, f"{word(left[0])}->{word(output)}"),)
     steps = []
     while len(left) > 1:
-
-        def joined(pair: tuple[int, int]) -> Names:
-            i, j = pair
-            if len(left) == 2:
-                return output
-            rest = {leg for k, term in enumerate(left) if k not in pair for leg in term}
-            both = dict.fromkeys(left[i] + left[j])
-            return tuple(leg for leg in both if leg in output or leg in rest)
-
-        def growth(pair: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-            i, j = pair
-            return numel(joined(pair)) - numel(left[i]) - numel(left[j]), pair
-
-        i, j = min(combinations(range(len(left)), 2), key=growth)
-        result = joined((i, j))
-        steps.append((i, j, f"{word(left[i])},{word(left[j])}->{word(result)}"))
-        left = [term for k, term in enumerate(left) if k not in (i, j)] + [result]
+        pairs = {pair: _joined(left, pair, output) for pair in combinations(range(len(left)), 2)}
+        growth = {
+            (i, j): numel(result) - numel(left[i]) - numel(left[j])
+            for (i, j), result in pairs.items()
+        }
+        i, j = min(growth, key=growth.__getitem__)
+        steps.append((i, j, f"{word(left[i])},{word(left[j])}->{word(pairs[i, j])}"))
+        left = [term for k, term in enumerate(left) if k not in (i, j)] + [pairs[i, j]]
     return tuple(steps)
+
+
+def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Names:
+    """The legs of the product of two terms: those that the output or another term still needs."""
+    if len(terms) == 2:
+        return output
+    rest = {leg for k, term in enumerate(terms) if k not in pair for leg in term}
+    both = dict.fromkeys(terms[pair[0]] + terms[pair[1]])
+    return tuple(leg for leg in both if leg in output or leg in rest)
 
 
 def contract(
@@ -117,11 +118,11 @@ def cheapest_cut(
     for choice in product((0, 1), repeat=len(free)):
         side = {**dict(enumerate(pinned)), **dict(zip(free, choice))}
         near = tuple(k for k in side if side[k] == 0)
-        far = tuple(k for k in side if side[k] == 1)
-        beyond = {leg for k in far for leg in terms[k]}
+        rest = tuple(k for k in side if side[k] == 1)
+        beyond = {leg for k in rest for leg in terms[k]}
         bonds = tuple(dict.fromkeys(leg for k in near for leg in terms[k] if leg in beyond))
         cost = (math.prod(size[bond] for bond in bonds), len(near))
         if best is None or cost < best[0]:
-            best = cost, Partition(near, far, bonds)
+            best = cost, Partition(near, rest, bonds)
     assert best is not None
     return best[1]

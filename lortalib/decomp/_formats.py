@@ -99,7 +99,11 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
             raise ValueError(f"the rank of bond {bond!r} must be an integer >= 1; found {size!r}")
     asked = {bond: int(size) for bond, size in asked.items()}
     limits = legs.limits({**shape, **asked}, shape.modes)
-    cut = [f"{bond} from {asked[bond]} to {limits[bond]}" for bond in bonds if limits[bond] < asked[bond]]
+    cut = [
+        f"{bond} from {asked[bond]} to {limits[bond]}"
+        for bond in bonds
+        if limits[bond] < asked[bond]
+    ]
     if cut:
         warnings.warn(
             f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    {line}",
@@ -299,9 +303,7 @@ register(
     "tensor ring: a train whose ends are joined",
 )
 register("lotr", "in p, layer matrix p q, head out q", "LoTR, arXiv 2402.01376; FacT-TT")
-register(
-    "fact_tk", "in p, head out q, layer matrix s, p q s", "FacT-TK, arXiv 2212.03145"
-)
+register("fact_tk", "in p, head out q, layer matrix s, p q s", "FacT-TK, arXiv 2212.03145")
 register("cara", "in r, out r, head r, layer matrix r", "CaRA, its attention part")
 register("lora", "layer matrix in r, layer matrix head out r", "LoRA, arXiv 2106.09685")
 register(

@@ -87,9 +87,7 @@ def invariant(
     return tensors
 
 
-def lorta(
-    legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Randn
-) -> list[Tensor]:
+def lorta(legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Randn) -> list[Tensor]:
     """The published start of LoRTA (arXiv 2410.04060, official code with ``init_scale=0``).
 
     Kaiming uniform with the rank as fan-in: U(+-1/sqrt(r)) for the parameter that carries ``in``,
@@ -120,7 +118,9 @@ def as_start(init: StartLike) -> Start:
     if callable(init):
         return init
     if init not in STARTS:
-        raise ValueError(f"unknown init {init!r}; choose {', '.join(map(repr, STARTS))} or a callable")
+        raise ValueError(
+            f"unknown init {init!r}; choose {', '.join(map(repr, STARTS))} or a callable"
+        )
     return STARTS[init]
 
 
@@ -133,4 +133,5 @@ def _orthogonal_slices(tensor: Tensor, n_modes: int) -> Tensor:
     tall = matrix if rows >= columns else matrix.mT
     q = torch.linalg.qr(tall).Q
     q = q if rows >= columns else q.mT
-    return (q * max(rows, columns) ** 0.5).reshape(tensor.shape)
+    scaled: Tensor = q * max(rows, columns) ** 0.5
+    return scaled.reshape(tensor.shape)

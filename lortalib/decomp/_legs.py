@@ -74,6 +74,11 @@ class Legs:
         Raises:
             LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark.
         """
+        line = re.sub(r"\s", " ", line)  # one for one: errors point at columns
+        if not line.strip():
+            raise LegsError(
+                "the line of legs is empty; CP, for instance, is 'in r, out r, layer r'"
+            )
         terms: list[Term] = []
         names: list[str] = []
         spans: list[tuple[int, int]] = []
@@ -84,7 +89,8 @@ class Legs:
                 raise LegsError("a parameter without legs in", line, (at, at + 1))
             flags = dict.fromkeys(marks, True)
             terms.append(Term(tuple(names), spans=tuple(spans), **flags))
-            names.clear(), spans.clear(), marks.clear()
+            for collected in (names, spans, marks):
+                collected.clear()  # type: ignore[attr-defined]
 
         for token in _TOKEN.finditer(line):
             span = token.span()
@@ -140,6 +146,10 @@ class Legs:
                 not have, a bond that only one parameter carries, ``in`` on several parameters,
                 more than one parameter marked ``(zero)``, one both frozen and zero.
         """
+        if len(set(modes)) < len(modes):
+            raise LegsError(
+                f"a mode stands twice among {', '.join(modes)}; its axes need names, for", self.line
+            )
         for leg, carriers in self.carriers.items():
             if leg in modes:
                 continue

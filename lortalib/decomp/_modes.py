@@ -67,7 +67,7 @@ class Shape(Mapping[str, int]):
         return hash(tuple(self._sizes.items()))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shape) and list(self.items()) == list(other.items())
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
 
     def __repr__(self) -> str:
         return f"Shape({', '.join(f'{mode}={size}' for mode, size in self.items())})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -93,7 +94,9 @@ class TensorNetwork(ABC):
         Raises:
             KeyError: a name that is no mode of this network.
             IndexError: a position outside the mode.
+            TypeError: a position that is no integer.
         """
+        index = {mode: operator.index(position) for mode, position in index.items()}
         for mode, position in index.items():
             if mode not in self.modes:
                 raise KeyError(
@@ -128,8 +131,9 @@ class TensorNetwork(ABC):
         if others or "in" not in self.modes or "out" not in self.modes:
             raise LegsError(
                 "a cut needs the modes in, out and optionally head, and no others; "
-                f"this network has {', '.join(self.modes)}. Select the others first, for "
-                f"instance net.select({', '.join(f'{mode}=0' for mode in others)}).cut()"
+                f"this network has {', '.join(self.modes)}."
+                + f" Select first: net.select({', '.join(f'{m}=0' for m in others)}).cut()"
+                * bool(others)
             )
         near_side, far_side, bonds = cheapest_cut(self._terms, tuple(self.sizes.items()), far)
         rank = math.prod([self.sizes[bond] for bond in bonds])

@@ -23,14 +23,14 @@ from torch import Tensor
 from ._formats import Rank, format_of, train_line
 from ._legs import Legs
 from ._modes import T_MODES, Shape
-from ._network import Network
+from ._network import Network, TensorNetwork
 
 TensorLyObject = Union[CPTensor, TuckerTensor, TTTensor]
 Modes = Union[str, Sequence[str], Mapping[str, int]]
 Result = TypeVar("Result")
 
 
-def to_tensorly(net: Network) -> TensorLyObject:
+def to_tensorly(net: TensorNetwork) -> TensorLyObject:
     """The network as a TensorLy object that holds these very parameters, with live autograd.
 
     Returns:
@@ -96,8 +96,9 @@ def _network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str])
     if isinstance(obj, TTTensor):
         legs = Legs.parse(train_line(names, shape))
         cores = [factors[name].movedim(1, 0) for name in names]  # (mode, left bond, right bond)
-        cores[0], cores[-1] = cores[0][:, 0], cores[-1][..., 0]
-        tensors = [core.squeeze() if len(names) == 1 else core for core in cores]
+        cores[0] = cores[0].squeeze(1)
+        cores[-1] = cores[-1].squeeze(-1)
+        tensors = cores
     else:
         legs = format_of("cp" if isinstance(obj, CPTensor) else "tucker").legs(shape)
         if isinstance(obj, CPTensor):
@@ -153,7 +154,12 @@ def decompose(
         >>> fit.network.count(), round(fit.error, 4)
         (9, 0.0)
     """
+    dense = torch.as_tensor(dense)
+    if not dense.is_floating_point():
+        dense = dense.to(torch.get_default_dtype())
     names = _axis_names(modes, tuple(dense.shape))
+    if len(names) < 2:
+        raise ValueError(f"a tensor of one mode ({', '.join(names)}) has no decomposition")
     kind = format_of(decomposition).name
     if kind not in ("cp", "tucker", "tt"):
         raise ValueError(
@@ -167,12 +173,19 @@ def decompose(
     norm = torch.linalg.vector_norm(dense.detach().double()).item()
     if norm == 0:  # TensorLy meets a singular matrix here; the zero network is exact
         return Fit(net, 0.0)
-    wide = dense.detach().to(torch.promote_types(dense.dtype, torch.float32))
+    # Tiny or huge entries are no reason for an algorithm to fail, so it sees a tensor of norm one.
+    wide = dense.detach().to(torch.promote_types(dense.dtype, torch.float32)) / norm
     axes = tuple(names)
     ranks = list(net.ranks.values())
     if kind == "cp":
         options = {"n_iter_max": 1000, "tol": 1e-10, "random_state": 0, **options}
-        obj = _with_pytorch(lambda: parafac(wide, ranks[0], **options))
+        try:
+            obj = _with_pytorch(lambda: parafac(wide, ranks[0], **options))
+        except RuntimeError as error:  # torch's LinAlgError
+            raise ValueError(
+                f"alternating least squares met a singular system at rank {ranks[0]}: the tensor has "
+                "a smaller rank; ask for fewer components, or for 'tucker' or 'tt'"
+            ) from error
     elif kind == "tucker":
         bond_of = {term.legs[0]: term.legs[-1] for term in net.legs.terms[:-1]}
         per_axis = [net.ranks[bond_of[name]] for name in names]
@@ -182,12 +195,15 @@ def decompose(
         axes = tuple(term.legs[0] for term in net.legs.terms)
         train = wide.permute([names.index(name) for name in axes]).contiguous()
         obj = _with_pytorch(lambda: tensor_train(train, [1, *ranks, 1], **options))
-    fitted = _network_of(obj, axes, names).to(dense.dtype)
+    fitted = _network_of(obj, axes, names)
+    with torch.no_grad():
+        fitted.tensors[0].mul_(norm)
+    fitted = fitted.to(dense.dtype)
     difference = dense.detach().double() - fitted.dense().detach().double()
     return Fit(fitted, torch.linalg.vector_norm(difference).item() / norm)
 
 
-def _as_cp(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+def _as_cp(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
     bonds = tuple(net.ranks)
     found = _factors(net, bonds[:1])
     if len(bonds) != 1 or found is None:
@@ -196,7 +212,7 @@ def _as_cp(net: Network) -> tuple[type, Any, Sequence[str]] | None:
     return CPTensor, (factors[0].new_ones(net.sizes[bonds[0]]), factors), net.modes
 
 
-def _as_tucker(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+def _as_tucker(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
     *terms, core = net.legs.terms
     bond_of = {term.legs[0]: term.legs[-1] for term in terms if len(term.legs) == 2}
     if set(bond_of) != set(net.modes) or set(core.legs) != set(net.ranks):
@@ -212,7 +228,7 @@ def _as_tucker(net: Network) -> tuple[type, Any, Sequence[str]] | None:
     )
 
 
-def _as_tt(net: Network) -> tuple[type, Any, Sequence[str]] | None:
+def _as_tt(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
     """Recognised in the order in which the line gives the cores."""
     modes = tuple(leg for term in net.legs.terms for leg in term.legs if leg in net.modes)
     bonds = tuple(net.ranks)
@@ -229,7 +245,7 @@ def _as_tt(net: Network) -> tuple[type, Any, Sequence[str]] | None:
     return TTTensor, cores, modes
 
 
-def _factors(net: Network, bond: Sequence[str]) -> dict[str, Tensor] | None:
+def _factors(net: TensorNetwork, bond: Sequence[str]) -> dict[str, Tensor] | None:
     """For each mode its (mode, bond) factor, if every parameter is one."""
     found: dict[str, Tensor] = {}
     for term, tensor in zip(net.legs.terms, net.tensors):
@@ -262,12 +278,10 @@ def _axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
 
 def _with_pytorch(call: Callable[[], Result]) -> Result:
     """Run ``call`` in a thread of its own, in which TensorLy's backend is PyTorch."""
-    grad = torch.is_grad_enabled()
 
     def run() -> Result:
         tl.set_backend("pytorch", local_threadsafe=True)
-        with torch.set_grad_enabled(grad):
-            return call()
+        return call()
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(run).result()

@@ -1,21 +1,31 @@
 """Adapters on transformers models: one low-rank tensor for all attention projections."""
 
+from ._acts import acts
 from ._adapter import Adapter, Settings
-from ._anatomy import AnatomyError, Site, sites
+from ._anatomy import AnatomyError, mlp_sites, sites
 from ._apply import activate, adapters, apply
+from ._families import Family
 from ._groups import Group
+from ._probe import Report, verify
+from ._site import Rows, Site
 from ._storage import AdapterFileError, load
 
 __all__ = [
     "Adapter",
     "AdapterFileError",
     "AnatomyError",
+    "Family",
     "Group",
+    "Report",
+    "Rows",
     "Settings",
     "Site",
     "activate",
+    "acts",
     "adapters",
     "apply",
     "load",
+    "mlp_sites",
     "sites",
+    "verify",
 ]

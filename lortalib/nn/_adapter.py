@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..decomp import Cut, Network
-from ._anatomy import Site
 from ._beside import Beside
 from ._groups import Group
-from ._host import ATTRIBUTE, Host, host_of, require_host
-from ._share import Share, dense_share
+from ._host import Host, host_of, require_host
+from ._names import ATTRIBUTE
+from ._share import attach, dense_share, detach
+from ._site import Site
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -34,6 +34,7 @@ class Settings:
         dropout: probability of dropping an input feature of the adapter in training.
         gqa: ``"pool"`` or ``"split"``.
         init: name of the start.
+        share_residual: whether networks of one stack have one factor for ``in``.
     """
 
     decomposition: str
@@ -42,6 +43,7 @@ class Settings:
     dropout: float
     gqa: str
     init: str
+    share_residual: bool = False
 
 
 class Adapter(nn.Module):
@@ -77,6 +79,7 @@ class Adapter(nn.Module):
         self.active = False
         self.merged = False
         self._host: list[Host] = []
+        self._frozen: list[nn.Parameter] | None = None  # what it stopped from requiring gradients
         self._group_of = {site: group for group in groups for site in group.sites}
 
     # What it is
@@ -98,7 +101,13 @@ class Adapter(nn.Module):
 
     def count(self, trainable_only: bool = True) -> int:
         """How many numbers the networks hold; modules trained beside them are not counted."""
-        return sum(self.network(group).count(trainable_only) for group in self.groups)
+        numbers = {
+            id(tensor): tensor.numel()
+            for group in self.groups
+            for tensor, term in zip(self.network(group).tensors, self.network(group).legs.terms)
+            if not (trainable_only and term.frozen)
+        }
+        return sum(numbers.values())
 
     def network(self, group: Group) -> Network:
         """The network of a group."""
@@ -131,7 +140,8 @@ class Adapter(nn.Module):
                     f"{len(self._group_of)} is {next(iter(self._group_of)).path!r}"
                 )
             site = found[0]
-        return dense_share(self.pair(site), site) * self.scaling
+        group = self._group_of[site]
+        return dense_share(group.dense(self.network(group), site), site) * self.scaling
 
     # On and off
 
@@ -201,6 +211,7 @@ class Adapter(nn.Module):
                         f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
                         f"{self.name!r} was not merged; nothing was changed"
                     )
+        active = self.active
         self.enable()
         self.merged = True
         try:
@@ -208,15 +219,17 @@ class Adapter(nn.Module):
         except Exception:
             self.merged = False
             self.host.prune()
+            if not active:
+                self.disable()
             raise
-        self.detach()
+        detach(self.host.model, self)
 
     def unmerge(self) -> None:
         """Take the update out of the weights; the base gets back every bit."""
         if self.merged:
             self.merged = False
             self.host.remerge(self.sites)
-            self.attach()
+            attach(self.host.model, self)
 
     def remove(self, *, merged: bool = False) -> None:
         """Take the adapter off its model, which is then as it was before `apply`.
@@ -236,24 +249,23 @@ class Adapter(nn.Module):
             self.disable()
         if not self.beside.conflict(self._others(active=False)):
             self.beside.set_trainable(host.model, False)
-        self.detach()
+        self._thaw()
+        detach(host.model, self)
         self.active = self.merged = False
         del host[self.name]
         self._host = []
         if not len(host):
             host.release()
 
-    def attach(self) -> None:
-        """Register the hooks (done by apply, load and unmerge)."""
-        for site in self.sites:
-            self.host.model.get_submodule(site.path).register_forward_hook(Share(self, site))
-
-    def detach(self) -> None:
-        """Take the hooks off (done by merge and remove)."""
-        for site in self.sites:
-            hooks = self.host.model.get_submodule(site.path)._forward_hooks
-            for key in [k for k, hook in hooks.items() if _is_share_of(hook, self)]:
-                del hooks[key]
+    def _thaw(self) -> None:
+        """Let what this adapter froze require gradients again, unless another keeps it frozen."""
+        others = [other for other in self.host.adapters() if other is not self]
+        heir = next((other for other in others if other._frozen is not None), None)
+        if heir is not None and heir._frozen is not None:
+            heir._frozen += self._frozen or []
+        else:
+            for parameter in self._frozen or []:
+                parameter.requires_grad_(True)
 
     # In words
 
@@ -275,10 +287,6 @@ class Adapter(nn.Module):
         return describe(self)
 
 
-def _is_share_of(hook: object, adapter: Adapter) -> bool:
-    return isinstance(hook, Share) and hook.adapter is adapter
-
-
 def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
     """Put a finished adapter on a model; the one place where `apply` and `load` touch it.
 
@@ -295,16 +303,18 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
         )
     host = require_host(model)
     if freeze:
+        adapter._frozen = []
         for name, parameter in model.named_parameters():
-            if not name.startswith(f"{ATTRIBUTE}."):
+            if parameter.requires_grad and not name.startswith(f"{ATTRIBUTE}."):
                 parameter.requires_grad_(False)
+                adapter._frozen.append(parameter)
         for other in others:
             other.beside.set_trainable(model, True)
     host[adapter.name] = adapter
     adapter._host = [host]
     adapter.train(model.training)
     adapter.beside.set_trainable(model, True)
-    adapter.attach()
+    attach(model, adapter)
     if active:
         adapter.enable()
 
@@ -324,7 +334,7 @@ def describe(adapter: Adapter) -> str:
         ranks = network.ranks
         same = len(set(ranks.values())) == 1
         rank = max(rank, max(ranks.values(), default=1))
-        lora += sum(site.heads * site.head_dim + site.width for site in group.sites)
+        lora += sum(site.features + site.width for site in group.sites)
         rows.append(
             (
                 group.sites[0].stack,
@@ -334,7 +344,9 @@ def describe(adapter: Adapter) -> str:
                 f"{shape['in']:,}",
                 f"{shape['out']:,}",
                 str(network.legs),
-                next(iter(ranks.values())) if same else " ".join(f"{b}={n}" for b, n in ranks.items()),
+                next(iter(ranks.values()))
+                if same
+                else " ".join(f"{b}={n}" for b, n in ranks.items()),
                 f"{network.count():,}",
             )
         )

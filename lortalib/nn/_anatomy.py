@@ -3,6 +3,7 @@
 Rules, not a list of models. A projection's role is read from its name, a block is a module that holds
 projections with the roles q, k and v, and widths decide what names leave open (the output projection
 must read heads * head_dim). Nothing is patched here, and no weight is read: meta devices will do.
+What rules cannot know is a row in ``_families``.
 """
 
 from __future__ import annotations
@@ -10,92 +11,31 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-#: The roles of attention projections, in the order of the mode ``matrix``.
-ROLES = ("q", "k", "v", "o")
-WRITERS = frozenset("o")
-
-_NOISE = frozenset(
-    "proj projection project linear lin layer to head heads attn attention states w".split()
-)
-_ROLE_OF = {
-    "q": "q", "query": "q", "queries": "q",
-    "k": "k", "key": "k", "keys": "k",
-    "v": "v", "value": "v", "values": "v",
-    "o": "o", "out": "o", "output": "o", "dense": "o", "post": "o", "c": "o", "": "o",
-}  # fmt: skip
-_HEAD_COUNTS = (
-    "num_attention_heads num_heads n_heads num_q_heads n_head heads num_attn_heads "
-    "encoder_attention_heads decoder_attention_heads"
-).split()
-_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv", "dim_head")
-#: Mixers that are called attention but have no softmax over keys: never required.
-_MIXERS = re.compile(r"mamba|deltanet|lightning|shortconv|rwkv|lstm|linearattention", re.I)
+from ._blocks import Block, BlockError, read_block
+from ._families import FAMILIES, Family
+from ._mlp import read_mlps
+from ._names import is_attention, is_mixer, is_projection, leaves, role_of
+from ._site import ROLES, Rows, Site
 
 
 class AnatomyError(ValueError):
     """A model whose attention projections were not, or not all, found."""
 
 
-@dataclass(frozen=True)
-class Site:
-    """One attention projection in one layer.
-
-    Attributes:
-        stack: which tower of layers: ``"encoder"``, ``"decoder.EncDecAttention"`` ... Together with
-            layer and role it identifies the site, also where module paths are renamed.
-        layer: index of the layer in its stack.
-        role: ``"q"``, ``"k"``, ``"v"`` or ``"o"``.
-        path: path of the projection module in the model.
-        heads: heads of this projection: of keys and values for k and v.
-        query_heads: heads of the block's queries; a multiple of ``heads``.
-        head_dim: components of one head.
-        width: size of the residual stream on the other side.
-        writer: whether the residual stream is the output (o) and not the input (q, k, v).
-        transposed: whether the weight is stored (in, out), as in transformers' Conv1D.
-    """
-
-    stack: str
-    layer: int
-    role: str
-    path: str
-    heads: int
-    query_heads: int
-    head_dim: int
-    width: int
-    writer: bool
-    transposed: bool = False
-
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """What identifies the site in a file: (stack, layer, role)."""
-        return self.stack, self.layer, self.role
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """Shape of the projection's weight, as stored."""
-        shape = self.heads * self.head_dim, self.width
-        return shape if self.writer == self.transposed else shape[::-1]
-
-
-@dataclass(frozen=True)
-class _Block:
-    path: str
-    leaves: dict[str, str]  # role -> path of the projection
-
-
-def sites(model: nn.Module) -> list[Site]:
+def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteList:
     """Every attention projection of a transformers model.
 
     Args:
-        model: any transformers model whose attention keeps q, k, v and o in modules of their own;
-            also on the meta device.
+        model: any transformers model; also on the meta device.
+        family: rows that say what the rules cannot read off, for remote-code models; they go before
+            the library's own.
 
     Returns:
-        Sites ordered by stack, layer and role.
+        Sites ordered by stack, layer and role; printed, the list is a table by stack.
 
     Raises:
         AnatomyError: no attention projection was found, or a block that looks like attention was
@@ -109,76 +49,131 @@ def sites(model: nn.Module) -> list[Site]:
         >>> site.role, site.path, site.heads, site.head_dim, site.writer
         ('o', 'encoder.layer.0.attention.output.dense', 4, 8, True)
     """
+    families = ((family,) if isinstance(family, Family) else tuple(family)) + FAMILIES
     modules = dict(model.named_modules())
-    found: list[Site] = []
-    blocks: list[_Block] = []
+    found: dict[str, list[Site]] = {}
     refused: dict[str, str] = {}
-    for block in _blocks(modules):
+    for block in _blocks(modules, families):
         try:
-            found += _read_block(block, modules)
-            blocks.append(block)
-        except AnatomyError as error:
-            refused[block.path] = str(error)
-    refused |= _overlooked(modules, blocks, refused)
+            found[block.name] = read_block(block, modules)
+        except BlockError as error:
+            if not is_mixer(modules[block.path]):
+                refused[block.path] = str(error)
+    refused |= _overlooked(modules, found, refused, families)
     if refused or not found:
-        raise AnatomyError(_complaint(model, len(blocks), refused))
-    return _number(found, blocks, _prefix(model))
+        raise AnatomyError(_complaint(model, len(found), refused))
+    return SiteList(_number(_tie(found, modules), _prefix(model)))
 
 
-def is_projection(module: nn.Module) -> bool:
-    """A linear map of known widths: nn.Linear, a quantised stand-in, or transformers' Conv1D."""
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return True
-    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(width, int) for width in widths) and hasattr(module, "weight")
+class SiteList(list[Site]):
+    """A list of sites that prints as a table, one row for each stack and shape."""
+
+    def __str__(self) -> str:
+        rows = [("stack", "layers", "role", "heads", "head_dim", "width", "first module", "rows")]
+        alike: dict[tuple[object, ...], list[Site]] = defaultdict(list)
+        for site in self:
+            key = (site.stack, site.role, site.heads, site.head_dim, site.width, str(site.rows))
+            alike[key].append(site)
+        for members in alike.values():
+            site = members[0]
+            rows.append(
+                (
+                    site.stack,
+                    str(len(members)),
+                    site.role + (" (weight)" if site.bypassed else ""),
+                    str(site.heads),
+                    str(site.head_dim),
+                    f"{site.width:,}",
+                    site.path,
+                    str(site.rows) if site.rows else "all",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        cells = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
+        return "\n".join(cells)
 
 
-def widths(module: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a projection module."""
-    if type(module).__name__ == "Conv1D":
-        n_in, n_out = module.weight.shape
-        return int(n_in), int(n_out)
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+def mlp_sites(model: nn.Module) -> SiteList:
+    """Every MLP projection that is recognised: gate, up (readers) and down (writers).
+
+    Experts packed as 3-D parameters are sites with ``experts`` set; shared experts and MLPs in lists
+    are ordinary ones. Their stacks carry the names of the towers that they stand in.
+
+    Raises:
+        AnatomyError: no MLP was found.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2,
+        ...                      intermediate_size=16)
+        >>> [(site.role, site.weight_shape) for site in mlp_sites(LlamaModel(config))]
+        [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
+    """
+    found = read_mlps(dict(model.named_modules()))
+    if not found:
+        raise AnatomyError(
+            f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
+            "down-projection (gate_proj/up_proj/down_proj, fc1/fc2, intermediate/output.dense, ...) "
+            "of widths that fit each other, or packed experts"
+        )
+    modules = dict(model.named_modules())
+    return SiteList(_number(_tie(found, modules), _prefix(model)))
 
 
-def role_of(name: str) -> str | None:
-    """The role that a projection's own name tells: q_proj, to_q, Wq, query, q_lin ... give "q"."""
-    words = name.split("_")
-    words = [re.sub(r"^W(?=[qkvo])", "", word).lower() for word in words]
-    return _ROLE_OF.get("_".join(word for word in words if word not in _NOISE))
-
-
-def _leaves(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, path below the module) of its projections, seen through one level of wrapping."""
-    for name, child in module.named_children():
-        if is_projection(child):
-            yield name, name
-        else:
-            inner = [k for k, grandchild in child.named_children() if is_projection(grandchild)]
-            if len(inner) == 1 and not _is_attention(child):
-                yield name, f"{name}.{inner[0]}"
-
-
-def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(re.search(r"attention|attn|MLA\b", name, re.I)) and not _MIXERS.search(name)
-
-
-def _blocks(modules: dict[str, nn.Module]) -> Iterator[_Block]:
+def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterator[Block]:
     for path, module in modules.items():
-        roles: dict[str, list[str]] = defaultdict(list)
-        for name, below in _leaves(module):
-            role = role_of(name)
-            if role is not None:
-                roles[role].append(f"{path}.{below}" if path else below)
-        if "q" in roles and ("k" in roles or _is_attention(module)):
-            leaves = {role: roles[role][0] for role in "qkv" if role in roles}
-            if output := _output(path, roles["o"], modules):
-                leaves["o"] = output
-            yield _Block(path, leaves)
+        row = next((row for row in families if row.fits(module)), Family(""))
+        if row.skip:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            yield Block(path, (), {}, row)
+            continue
+        sets: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        declared = {
+            f"{path}.{below}" if path else below: role for role, below in row.leaves.items()
+        }
+        for full, role in declared.items():
+            if full in modules:
+                sets[()][role].append(full)
+        for name, below in leaves(module):
+            full = f"{path}.{below}" if path else below
+            role, extra = role_of(name) or ("", ())
+            if full in declared:
+                continue
+            latent = extra[:1] if role in ("q", "kv") and extra[:1] in (("a",), ("b",)) else ()
+            if latent:
+                role, extra = f"{role}_{extra[0]}", ()
+            sets[() if role == "o" else extra][role].append(full)
+        outputs = sets[()].get("o", [])
+        if "q" in sets[()] and "qkv" in sets[()]:  # GPT-2's cross attention: c_attn holds k and v
+            sets[()]["kv"] = sets[()].pop("qkv")
+        taken: set[str] = set()
+        for extra, roles in sets.items():
+            held = {role: paths[0] for role, paths in roles.items() if role and role != "o"}
+            if not _is_block(set(held), module, bool(extra)):
+                continue
+            output = _output(path, extra, outputs, modules)
+            borrowed = output in taken  # a second set that shares the output of the first
+            taken.add(output or "")
+            yield Block(path, extra, held | ({"o": output} if output else {}), row, borrowed)
 
 
-def _output(path: str, candidates: Sequence[str], modules: dict[str, nn.Module]) -> str | None:
+def _is_block(roles: set[str], module: nn.Module, second: bool) -> bool:
+    if {"q", "k", "v"} <= roles:
+        return True
+    if second or not is_attention(module):
+        return False
+    return bool(
+        roles >= {"qkv"}
+        or roles >= {"q", "kv"}
+        or (roles >= {"kv_b"} and roles & {"q", "q_b"})
+        or roles in ({"q"}, {"q", "k"}, {"k", "v"})
+    )
+
+
+def _output(
+    path: str, extra: Sequence[str], candidates: Sequence[str], modules: dict[str, nn.Module]
+) -> str | None:
     """The output projection: in the block itself, else ``../output.dense`` as in BERT."""
 
     def preference(candidate: str) -> tuple[bool, bool]:
@@ -187,88 +182,60 @@ def _output(path: str, candidates: Sequence[str], modules: dict[str, nn.Module])
 
     if candidates:
         return min(candidates, key=preference)
-    parent = path.rpartition(".")[0]
-    sibling = f"{parent}.output.dense" if parent else "output.dense"
-    return sibling if sibling in modules and is_projection(modules[sibling]) else None
-
-
-def _read_block(block: _Block, modules: dict[str, nn.Module]) -> list[Site]:
-    """The sites of a block, widths checked against each other; layer and stack come later."""
-    module = modules[block.path]
-    width = {role: widths(modules[path]) for role, path in block.leaves.items()}
-    heads = _head_count(module)
-    q_out = width["q"][1]
-    if heads is None or q_out % heads:
-        raise AnatomyError(f"its queries are {q_out} wide, which {heads} heads do not divide")
-    head_dim = q_out // heads
-    stated = next((getattr(module, name) for name in _HEAD_DIMS if hasattr(module, name)), head_dim)
-    if isinstance(stated, int) and stated != head_dim:
-        raise AnatomyError(
-            f"its queries are {q_out} wide, which is not {heads} heads of {stated} components"
-        )
-    missing = [role for role in ROLES if role not in block.leaves]
-    if missing:
-        raise AnatomyError(f"no projection for {', '.join(missing)} was recognised")
-    k_out, v_out = width["k"][1], width["v"][1]
-    kv_heads = k_out // head_dim
-    if k_out % head_dim or heads % kv_heads or v_out % kv_heads:
-        raise AnatomyError(
-            f"{heads} query heads of {head_dim} do not fit keys of width {k_out} and values of "
-            f"width {v_out}"
-        )
-    v_dim = v_out // kv_heads
-    if width["o"][0] != heads * v_dim:
-        raise AnatomyError(
-            f"its output projection reads {width['o'][0]} features, not {heads} heads of {v_dim}"
-        )
-    counts = {"q": (heads, head_dim), "k": (kv_heads, head_dim), "v": (kv_heads, v_dim), "o": (heads, v_dim)}
-    return [
-        Site(
-            stack=block.path,
-            layer=0,
-            role=role,
-            path=block.leaves[role],
-            heads=counts[role][0],
-            query_heads=heads,
-            head_dim=counts[role][1],
-            width=width[role][1 if role in WRITERS else 0],
-            writer=role in WRITERS,
-            transposed=type(modules[block.leaves[role]]).__name__ == "Conv1D",
-        )
-        for role in ROLES
-    ]
-
-
-def _head_count(module: nn.Module) -> int | None:
-    """Heads of the queries, from the module itself, else from its config."""
-    for owner in (module, getattr(module, "config", None)):
-        for name in _HEAD_COUNTS:
-            heads = getattr(owner, name, None)
-            if isinstance(heads, int) and heads > 0:
-                return heads
-    return None
+    parent, _, own = path.rpartition(".")
+    dot = f"{parent}." if parent else ""
+    words = "_".join((*extra, "output"))
+    for sibling in (
+        f"{dot}{words}.dense",
+        f"{dot}output.dense",
+        f"{dot}{own}_output.dense",
+        f"{dot}output",
+    ):
+        if sibling in modules and is_projection(modules[sibling]):
+            return sibling
+    return next(
+        (
+            f"{dot}{name}"
+            for name, child in modules[parent].named_children()
+            if is_projection(child) and (role_of(name) or ("",))[0] == "o"
+        ),
+        None,
+    )
 
 
 def _overlooked(
-    modules: dict[str, nn.Module], blocks: Sequence[_Block], refused: dict[str, str]
+    modules: dict[str, nn.Module],
+    found: dict[str, list[Site]],
+    refused: dict[str, str],
+    families: Sequence[Family],
 ) -> dict[str, str]:
     """Modules that call themselves attention and hold weights, but took no part in any block."""
-    claimed = {leaf for block in blocks for leaf in block.leaves.values()}
-    known = [block.path for block in blocks] + list(refused)
+    claimed = {site.path for members in found.values() for site in members}
+    known = {name.partition(" ")[0] for name in found} | set(refused)
+    parents = {path.rpartition(".")[0] for path in claimed} - {""}
+    inside = {path for leaf in claimed | known for path in _ancestors(leaf)}
     overlooked: dict[str, str] = {}
     for path, module in modules.items():
-        if not (_is_attention(module) or isinstance(module, nn.MultiheadAttention)):
+        if not is_attention(module) or path in inside or path in claimed:
             continue
-        if any(_within(path, other) or _within(other, path) for other in (*known, *overlooked)):
+        if any(row.skip and row.fits(module) for row in families):
+            continue
+        if any(_within(path, other) for other in (*known, *overlooked, *parents)):
             continue
         weights = [name for name, p in module.named_parameters() if p.dim() > 1]
-        if weights and not any(_within(leaf, path) for leaf in claimed):
+        if weights:
             overlooked[path] = f"it holds {', '.join(weights[:6])}"
     return overlooked
 
 
+def _ancestors(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
 def _within(path: str, other: str) -> bool:
-    return path == other or other == "" or path.startswith(other + ".")
+    return path == other or not other or path.startswith(f"{other}.")
 
 
 def _complaint(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
@@ -276,19 +243,22 @@ def _complaint(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
     if not refused:
         return (
             f"no attention was found in {name}: looked for modules that hold projections for q, k "
-            "and v (named q_proj, query, to_q, Wq, ...) and saw "
+            "and v (named q_proj, query, to_q, Wq, qkv, ...) and saw "
             f"{', '.join(n for n, _ in model.named_children()) or 'no submodules'}"
         )
-    shown = list(refused.items())[:5]
-    lines = [
-        f"of {n_found + len(refused)} attention blocks in {name}, {len(refused)} were not understood; "
-        "nothing was changed. Looked for a module with projections for q, k, v and an output "
-        "projection that reads heads * head_dim features. Not understood:"
-    ]
     modules = dict(model.named_modules())
+    lines = [
+        f"of {n_found + len(refused)} attention blocks in {name}, {len(refused)} were not "
+        "understood; nothing was changed. Looked for a module with projections for q, k, v (apart or "
+        "fused) and an output projection that reads heads * head_dim features. Not understood:"
+    ]
+    shown = list(refused.items())[:5]
     lines += [f"  {path or name} ({type(modules[path]).__name__}): {why}" for path, why in shown]
     if len(refused) > len(shown):
         lines.append(f"  ... and {len(refused) - len(shown)} more")
+    lines.append(
+        "A row family=lortalib.nn.Family(...) tells what cannot be read off; see docs/models.md"
+    )
     return "\n".join(lines)
 
 
@@ -299,36 +269,95 @@ def _prefix(model: nn.Module) -> str:
 
 
 _CONTAINERS = frozenset(
-    "model transformer layers layer blocks block h self_attn attn attention self SelfAttention".split()
+    [
+        "model",
+        "transformer",
+        "layers",
+        "layer",
+        "blocks",
+        "block",
+        "h",
+        "self_attn",
+        "attn",
+        "attention",
+        "self",
+        "SelfAttention",
+        "mlp",
+        "DenseReluDense",
+        "experts",
+        "feed_forward",
+        "ffn",
+    ]
 )
 
 
-def _number(found: list[Site], blocks: Sequence[_Block], prefix: str) -> list[Site]:
-    """Give every site its stack and layer: blocks whose paths differ in numbers only are a stack."""
-    stacks: dict[str, list[str]] = defaultdict(list)
-    for block in blocks:
-        stacks[re.sub(r"(?<![^.])\d+(?![^.])", "*", block.path.removeprefix(prefix))].append(block.path)
-    names = _stack_names(list(stacks))
-    place: dict[str, tuple[str, int]] = {}
-    for pattern, paths in stacks.items():
-        indices = {path: [int(part) for part in path.split(".") if part.isdigit()] for path in paths}
-        columns = [set(column) for column in zip(*indices.values())]
-        varying = [k for k, column in enumerate(columns) if len(column) > 1] or [0]
-        ordered = sorted(paths, key=lambda path: indices[path])
-        for position, path in enumerate(ordered):
-            index = indices[path]
-            layer = index[varying[0]] if len(varying) == 1 and index else position
-            place[path] = names[pattern], layer
-    order = {name: k for k, name in enumerate(names.values())}
-    numbered = [replace(site, stack=place[site.stack][0], layer=place[site.stack][1]) for site in found]
-    return sorted(numbered, key=lambda s: (order[s.stack], s.layer, ROLES.index(s.role)))
+def _tie(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
+    """Let modules that hold the same parameter be one site: what is tied in the base stays tied."""
+    first: dict[tuple[int, str, Rows | None], tuple[str, int]] = {}
+    tied: dict[str, list[Site]] = {name: [] for name in found}
+    for name, members in found.items():
+        for site in members:
+            weight = getattr(modules[site.path], site.parameter)
+            key = (id(weight), site.role, site.rows)
+            if key in first:
+                owner, position = first[key]
+                known = tied[owner][position]
+                tied[owner][position] = replace(known, also=(*known.also, site.path))
+            else:
+                first[key] = name, len(tied[name])
+                tied[name].append(site)
+    return {name: members for name, members in tied.items() if members}
+
+
+@dataclass
+class _Stack:
+    """Blocks whose paths differ in numbers only."""
+
+    names: list[str] = field(default_factory=list)
+
+    def layers(self) -> dict[str, int]:
+        """Layer of each block: its number, or its position where several numbers vary."""
+        index = {
+            name: [int(part) for part in name.partition(" ")[0].split(".") if part.isdigit()]
+            for name in self.names
+        }
+        varying = [k for k, column in enumerate(zip(*index.values())) if len(set(column)) > 1]
+        if len(varying) <= 1:
+            column = varying[0] if varying else 0
+            return {name: numbers[column] if numbers else 0 for name, numbers in index.items()}
+        return {name: k for k, name in enumerate(sorted(self.names, key=lambda name: index[name]))}
+
+
+def _number(found: dict[str, list[Site]], prefix: str) -> list[Site]:
+    """Give every site its stack and its layer."""
+    stacks: dict[str, _Stack] = defaultdict(_Stack)
+    for name in found:
+        pattern = re.sub(r"(?<![^.])\d+(?![^. ])", "*", name.removeprefix(prefix))
+        stacks[pattern].names.append(name)
+    numbered: list[Site] = []
+    for pattern, short in _stack_names(list(stacks)).items():
+        layers = stacks[pattern].layers()
+        members = [
+            replace(site, stack=short, layer=layers[name])
+            for name in stacks[pattern].names
+            for site in found[name]
+        ]
+        numbered += sorted(members, key=lambda site: (site.layer, ROLES.index(site.role)))
+    return numbered
 
 
 def _stack_names(patterns: list[str]) -> dict[str, str]:
-    """Short names: what is left of a path without numbers and the usual containers."""
-    short = {}
-    for pattern in patterns:
-        words = [word for word in pattern.split(".") if word != "*" and word not in _CONTAINERS]
-        short[pattern] = ".".join(words) or "layers"
-    clash = {name for name in short.values() if list(short.values()).count(name) > 1}
-    return {pattern: pattern if name in clash else name for pattern, name in short.items()}
+    """Short names: a path without numbers and, where that stays unique, the usual containers."""
+
+    def words(pattern: str, drop: frozenset[str]) -> str:
+        kept = [word for word in re.split(r"[. ]", pattern) if word not in ("*", "", *drop)]
+        return ".".join(kept) or "layers"
+
+    candidates = [
+        [words(pattern, drop) for pattern in patterns] for drop in (_CONTAINERS, frozenset[str]())
+    ]
+    candidates.append(patterns)
+    return {
+        pattern: next(names[k] for names in candidates if names.count(names[k]) == 1)
+        for k, pattern in enumerate(patterns)
+    }

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Union
 
 import torch
 from torch import nn
 
-from ..decomp import Network, Shape, format_of
+from ..decomp import Network, format_of
 from ..decomp._formats import Rank
 from ..decomp._initial import StartLike, as_start, zero_parameter
 from ._adapter import Adapter, Settings, install
-from ._anatomy import sites
+from ._anatomy import AnatomyError, mlp_sites, sites
 from ._beside import Beside, find_modules
-from ._groups import Group, Targets, choose, group_sites
-from ._host import host_of
+from ._families import Family
+from ._groups import Group, Targets, choose, group_sites, tie_residual
+from ._host import Host, host_of
+from ._mlp import check_experts
+from ._probe import verify as probe
+from ._share import stored_weight
+from ._site import MLP_ROLES, Site
 
 Decomposition = Union[str, Callable[..., Network]]
 
@@ -35,6 +40,9 @@ def apply(
     gqa: str = "pool",
     name: str = "default",
     train_also: Sequence[str] = (),
+    share_residual: bool = False,
+    family: Family | Sequence[Family] = (),
+    verify: Mapping[str, Any] | None = None,
     freeze: bool = True,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
@@ -54,13 +62,19 @@ def apply(
         alpha: the update is ``alpha * T``. The start makes the effect of the first step independent
             of the rank, so nothing is divided by it; only ``init="lorta"`` uses ``alpha / rank``.
         dropout: probability of dropping an input feature of the adapter in training.
-        targets: letters out of ``"qkvo"``, module names or paths, or a predicate on a `Site`.
+        targets: letters out of ``"qkvo"`` (those that the model has), ``"mlp"``, ``"all"``, a list
+            of module names or paths, or a predicate on an attention `Site`.
         layers: only these layers of each stack; all by default.
         init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
             slices) or ``"split"`` (tensors of their own for k and v).
         name: name of the adapter on the model.
         train_also: modules that train as a whole beside it and are saved with it.
+        share_residual: let the networks of one stack with equal width and rank have one factor for
+            ``in``, the residual stream: attention and MLP then share it.
+        family: rows that explain a remote-code model; see `sites`.
+        verify: example inputs of the model; the plan is held against one forward of the live model
+            before anything is changed (see `lortalib.nn.verify`).
         freeze: whether all else of the model stops requiring gradients.
         generator: source of randomness for the start.
         dtype: of the factors; computation follows the model's dtype.
@@ -70,8 +84,8 @@ def apply(
 
     Raises:
         AnatomyError: the model's attention was not, or not wholly, found.
-        ValueError: a bad argument, a name that is in use, targets that choose nothing. The model
-            is then as it was.
+        ValueError: a bad argument, a name that is in use, targets that choose nothing, a plan that
+            the live model contradicts. The model is then as it was.
 
     Example:
         >>> import lortalib
@@ -87,15 +101,21 @@ def apply(
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
     as_start(init)
-    chosen = choose(sites(model), targets, layers)
+    chosen = choose(candidates(model, targets, family), targets, layers)
+    check_experts(model, chosen)
     groups = group_sites(chosen, gqa)
     paths = find_modules(model, train_also, (site.path for site in chosen))
     networks: dict[str, Network] = {}
     for group in groups:
-        weight = model.get_submodule(group.sites[0].path).weight
+        weight = stored_weight(model, group.sites[0])
         device = weight.device if isinstance(weight, torch.Tensor) else None
         options = {"init": init, "generator": generator, "device": device, "dtype": dtype}
         networks[group.name] = _make(decomposition, group, rank, options)
+    if share_residual:
+        tie_residual(groups, networks)
+    if verify is not None:
+        attention = [site for site in chosen if site.role not in MLP_ROLES]
+        probe(model, verify, sites=attention).raise_for_disagreement()
     settings = Settings(
         decomposition=_name_of(decomposition),
         alpha=float(alpha),
@@ -103,10 +123,26 @@ def apply(
         dropout=float(dropout),
         gqa=gqa,
         init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
+        share_residual=share_residual,
     )
     adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
     install(adapter, model, active=True, freeze=freeze)
     return adapter
+
+
+def candidates(model: nn.Module, targets: Targets, family: Family | Sequence[Family]) -> list[Site]:
+    """The sites that targets of this kind choose from."""
+    if targets == "mlp":
+        return mlp_sites(model)
+    attention = sites(model, family=family)
+    if targets == "all":
+        return attention + mlp_sites(model)
+    if isinstance(targets, str) or callable(targets):
+        return attention
+    try:
+        return attention + mlp_sites(model)
+    except AnatomyError:
+        return attention
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -128,7 +164,7 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
         KeyError: a name that no adapter has; then nothing is changed.
         ValueError: two of them train the same module beside them.
     """
-    wanted = [names] if isinstance(names, str) else list(names)
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = adapters(model)
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -139,7 +175,9 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
     for position, name in enumerate(wanted):
         taken = known[name].beside.conflict(known[other].beside for other in wanted[:position])
         if taken:
-            raise ValueError(f"the adapters {wanted} cannot be active together: both train {taken!r}")
+            raise ValueError(
+                f"the adapters {wanted} cannot be active together: both train {taken!r}"
+            )
     for name, adapter in known.items():
         if name not in wanted:
             adapter.disable()
@@ -155,7 +193,7 @@ def _check_name(model: nn.Module, name: str) -> None:
             f"the model already has an adapter called {name!r}; give name=..., or remove that one "
             f"with lortalib.nn.adapters(model)[{name!r}].remove()"
         )
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(host_of(model) or Host(nn.Module()), name):
         raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
 
 
@@ -201,5 +239,3 @@ def _published_rank(networks: dict[str, Network]) -> int:
     network = next(iter(networks.values()))
     term = network.legs.terms[zero_parameter(network.legs)]
     return math.prod(network.sizes[leg] for leg in term.legs if leg in network.ranks)
-
-

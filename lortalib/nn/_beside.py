@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._names import ATTRIBUTE
+
 Values = dict[str, dict[str, Tensor]]
 
 
@@ -85,7 +87,11 @@ def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[st
     """
     if isinstance(names, str):
         names = [names]
-    modules = dict(model.named_modules())
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if not path.startswith(f"{ATTRIBUTE}.")
+    }
     site_paths = list(site_paths)
     found: list[str] = []
     for name in names:

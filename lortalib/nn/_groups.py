@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Union
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..decomp import Cut, Network, Shape
-from ._anatomy import ROLES, Site
+from ._site import ROLES, Site
+
+#: The letters of targets; queries and keys may pass through latents of their own.
+_LATENT = {"q": ("q", "q_a"), "k": ("k", "kv_a"), "v": ("v", "kv_a"), "o": ("o",)}
 
 Targets = Union[str, Sequence[str], Callable[[Site], bool]]
 
@@ -37,8 +40,20 @@ class Group:
     def shape(self) -> Shape:
         """Shape of the group's tensor."""
         site = self.sites[0]
-        sizes = len(self.layers), self.heads, len(self.roles), site.width, site.head_dim
-        return Shape(sizes)
+        expert = {"expert": site.experts} if site.experts else {}
+        return Shape(
+            {
+                "layer": len(self.layers),
+                **expert,
+                "head": self.heads,
+                "matrix": len(self.roles),
+                "in": site.width,
+                "out": site.head_dim,
+            }
+        )
+
+    def _index(self, site: Site) -> dict[str, int]:
+        return {"layer": self.layers.index(site.layer), "matrix": self.roles.index(site.role)}
 
     def pair(self, network: Network, site: Site) -> Cut:
         """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p).
@@ -46,12 +61,21 @@ class Group:
         Where the tensor has the query heads and the site has fewer (grouped queries), each of the
         site's heads takes the mean of its group.
         """
-        cut = network.select(
-            layer=self.layers.index(site.layer), matrix=self.roles.index(site.role)
-        ).cut()
+        cut = network.select(**self._index(site)).cut()
         if site.heads == self.heads:
             return cut
         return Cut(cut.A, pool_heads(cut.B, self.heads, site.heads))
+
+    def dense(self, network: Network, site: Site) -> Tensor:
+        """The update of one site before scaling: (heads*head_dim, width), with a leading axis for
+        packed experts."""
+        if not site.experts:
+            a, b = self.pair(network, site)
+            return b @ a
+        order = ("expert", "head", "out", "in")
+        view = network.select(**self._index(site))
+        dense = view.dense().permute([view.modes.index(mode) for mode in order])
+        return dense.reshape(site.experts, site.features, site.width)
 
 
 def pool_heads(b: Tensor, heads: int, kv_heads: int) -> Tensor:
@@ -74,20 +98,32 @@ def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
     """
     if gqa not in ("pool", "split"):
         raise ValueError(f"gqa must be 'pool' or 'split'; found {gqa!r}")
-    members: dict[tuple[str, int, int, int], list[Site]] = defaultdict(list)
+    members: dict[tuple[str, int, int, int, int], list[Site]] = defaultdict(list)
     for site in sites:
         heads = site.query_heads if gqa == "pool" else site.heads
-        members[site.stack, heads, site.width, site.head_dim].append(site)
+        members[site.stack, heads, site.width, site.head_dim, site.experts].append(site)
     stacks = [stack for stack, *_ in members]
     groups = []
-    for (stack, heads, width, head_dim), found in members.items():
+    for (stack, heads, width, head_dim, experts), found in members.items():
         name = stack.replace(".", "_")
         if stacks.count(stack) > 1:
-            name += f"_{heads}x{head_dim}_{width}"
+            name += f"_{experts}x" * bool(experts) + f"_{heads}x{head_dim}_{width}"
         layers = tuple(sorted({site.layer for site in found}))
         roles = tuple(role for role in ROLES if any(site.role == role for site in found))
         groups.append(Group(name, heads, tuple(found), layers, roles))
     return groups
+
+
+def tie_residual(groups: Sequence[Group], networks: dict[str, Network]) -> None:
+    """Give the networks of one stack one parameter for ``in``, where it has the same legs and size."""
+    owners: dict[tuple[object, ...], nn.Parameter] = {}
+    for group in groups:
+        network = networks[group.name]
+        for name, term in zip(network.names, network.legs.terms):
+            if "in" in term.legs and not set(term.legs) & {"layer", "matrix", "head", "expert"}:
+                own = network.get_parameter(name)
+                key = (group.sites[0].stack, term.legs, own.shape)
+                network.register_parameter(name, owners.setdefault(key, own))
 
 
 def choose(
@@ -98,18 +134,20 @@ def choose(
     Raises:
         ValueError: nothing is named, or a name or layer that fits no site.
     """
-    if callable(targets):
+    if targets in ("mlp", "all"):
+        chosen = list(sites)
+    elif callable(targets):
         chosen = [site for site in sites if targets(site)]
     else:
-        roles = isinstance(targets, str) and set(targets) <= set(ROLES)
+        roles = isinstance(targets, str) and set(targets) <= set(_LATENT)
         names = list(targets) if roles or not isinstance(targets, str) else [targets]
         named = [{site for site in sites if _is_named(site, name)} for name in names]
         for name, fits in zip(names, named):
-            if not fits:
+            if not fits and not (roles and any(named)):
                 known = sorted({site.path.rpartition(".")[2] for site in sites})
                 raise ValueError(
                     f"target {name!r} fits no projection; choose letters out of "
-                    f"{''.join(ROLES)!r}, module names ({', '.join(known)}), paths, or a "
+                    f"{''.join(_LATENT)!r}, 'mlp', 'all', module names ({', '.join(known)}), paths, or a "
                     "function of a site"
                 )
         chosen = [site for site in sites if any(site in fits for fits in named)]
@@ -131,4 +169,7 @@ def choose(
 
 
 def _is_named(site: Site, name: str) -> bool:
-    return name == site.role or site.path == name or site.path.endswith(f".{name}")
+    if site.role in _LATENT.get(name, (name,)):
+        return True
+    path = f"{site.path}.{site.parameter}" if site.parameter != "weight" else site.path
+    return any(known == name or known.endswith(f".{name}") for known in (site.path, path))

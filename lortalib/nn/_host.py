@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from ._anatomy import Site
+from ._names import ATTRIBUTE
+from ._share import stored_weight
+from ._site import Site
 
 if TYPE_CHECKING:
     from ._adapter import Adapter
-
-#: The attribute of a model under which its adapters live.
-ATTRIBUTE = "lortalib"
 
 
 class Host(nn.ModuleDict):
@@ -49,7 +48,7 @@ class Host(nn.ModuleDict):
         """
         written: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            for site in sites:
+            for site in {_weight_name(site): site for site in sites}.values():
                 weight = self._weight(site)
                 old = weight.detach().clone()
                 written.append((weight, old))
@@ -64,27 +63,32 @@ class Host(nn.ModuleDict):
 
     def prune(self) -> None:
         """Forget the kept weights of sites that no adapter is merged into."""
-        merged = {s.path for adapter in self.adapters() if adapter.merged for s in adapter.sites}
+        merged = {
+            _weight_name(site)
+            for adapter in self.adapters()
+            if adapter.merged
+            for site in adapter.sites
+        }
         self._base = {path: base for path, base in self._base.items() if path in merged}
 
     def settle(self, adapter: Adapter) -> None:
         """Let the update of a merged adapter become part of the base."""
         for site in adapter.sites:
-            base = self._base[site.path]
+            base = self._base[_weight_name(site)]
             wide = torch.promote_types(base.dtype, torch.float32)
             update = adapter.delta(site).detach().to(base.device, wide)
-            self._base[site.path] = (base.to(wide) + update).to(base.dtype)
+            self._base[_weight_name(site)] = (base.to(wide) + update).to(base.dtype)
         adapter.merged = False
         self.prune()
 
     def _merged(self, site: Site, current: Tensor) -> Tensor:
-        base = self._base.setdefault(site.path, current).to(current.device)
+        base = self._base.setdefault(_weight_name(site), current).to(current.device)
         updates = [
             adapter.delta(adapter_site)
             for adapter in self.adapters()
             if adapter.merged
             for adapter_site in adapter.sites
-            if adapter_site.path == site.path
+            if adapter_site.path == site.path and adapter_site.parameter == site.parameter
         ]
         if not updates:
             return base
@@ -101,7 +105,7 @@ class Host(nn.ModuleDict):
         return merged
 
     def _weight(self, site: Site) -> nn.Parameter:
-        weight = self.model.get_submodule(site.path).weight
+        weight = stored_weight(self.model, site)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
                 f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "
@@ -119,6 +123,10 @@ class Host(nn.ModuleDict):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
         delattr(self.model, ATTRIBUTE)
+
+
+def _weight_name(site: Site) -> str:
+    return f"{site.path}.{site.parameter}"
 
 
 def host_of(model: nn.Module) -> Host | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -22,11 +23,15 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..decomp import Legs, LegsError, Network
-from ._adapter import Adapter, Settings, install
-from ._anatomy import Site, sites
+from ._adapter import Adapter, install
+from ._anatomy import mlp_sites, sites
 from ._apply import _check_name
 from ._beside import Beside, Values, find_modules
-from ._groups import Group
+from ._families import Family
+from ._groups import Group, tie_residual
+from ._records import Saved, group_from_json, group_to_json, settings_from_json, shared_from_json
+from ._share import stored_weight
+from ._site import MLP_ROLES, Site
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -40,12 +45,20 @@ class AdapterFileError(ValueError):
 def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     """Write an adapter; see `Adapter.save`. Both files are written aside first, then renamed."""
     folder = Path(folder)
-    tensors = {
-        f"networks.{group.name}.{name}": tensor.detach().cpu().contiguous()
-        for group in adapter.groups
-        for name, tensor in adapter.network(group).named_parameters()
-        if not _on_meta(tensor, group)
-    }
+    owned: dict[int, str] = {}  # a parameter that several networks share is stored once
+    shared: dict[str, dict[str, str]] = {group.name: {} for group in adapter.groups}
+    tensors = {}
+    for group in adapter.groups:
+        for name, tensor in adapter.network(group).named_parameters():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"network {group.name!r} is on the meta device: it has no numbers to save"
+                )
+            key = f"networks.{group.name}.{name}"
+            if owned.setdefault(id(tensor), key) == key:
+                tensors[key] = tensor.detach().cpu().contiguous()
+            else:
+                shared[group.name][name] = owned[id(tensor)]
     model = adapter.host.model
     for path, values in adapter.beside.values(model).items():
         tensors |= {f"beside.{path}:{k}": v.cpu().contiguous() for k, v in values.items()}
@@ -62,16 +75,34 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
             "model_type": getattr(config, "model_type", None),
             "name": getattr(config, "_name_or_path", None) or None,
         },
-        "groups": [_group_to_json(group, adapter.network(group)) for group in adapter.groups],
+        "groups": [
+            group_to_json(group, adapter.network(group), shared[group.name])
+            for group in adapter.groups
+        ],
     }
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
         save_file(tensors, Path(aside, TENSORS), metadata={"format": "pt"})
         text = json.dumps(description, indent=2) + "\n"
         Path(aside, DESCRIPTION).write_text(text, encoding="utf-8")
-        for file in (TENSORS, DESCRIPTION):
-            os.replace(Path(aside, file), folder / file)
+        _replace_both(Path(aside), folder)
     return folder
+
+
+def _replace_both(aside: Path, folder: Path) -> None:
+    """Put both new files in place; if one cannot be, the old ones are there again."""
+    kept: list[str] = []
+    try:
+        for file in (TENSORS, DESCRIPTION):
+            if (folder / file).exists():
+                shutil.copy2(folder / file, aside / f"old-{file}")
+                kept.append(file)
+        for file in (TENSORS, DESCRIPTION):
+            os.replace(aside / file, folder / file)
+    except OSError:
+        for file in kept:
+            shutil.copy2(aside / f"old-{file}", folder / file)
+        raise
 
 
 def load(
@@ -81,6 +112,7 @@ def load(
     name: str | None = None,
     active: bool = True,
     freeze: bool = True,
+    family: Family | Sequence[Family] = (),
 ) -> Adapter:
     """Put a saved adapter on a model.
 
@@ -90,6 +122,7 @@ def load(
         name: name on the model; the saved one by default.
         active: whether it takes part in the forward at once.
         freeze: whether all else of the model stops requiring gradients.
+        family: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Returns:
         The `Adapter`.
@@ -106,15 +139,19 @@ def load(
     _check_name(model, name)
     tensors = read_tensors(folder)
     try:
-        settings = Settings(**description["settings"])
-        saved = [_group_from_json(entry) for entry in description["groups"]]
-        paths = list(description["trained_beside"])
-    except (KeyError, TypeError, AttributeError, LegsError) as error:
-        raise AdapterFileError(
-            f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}"
-        ) from error
+        settings = settings_from_json(description["settings"])
+        saved = [group_from_json(entry) for entry in description["groups"]]
+        shares = [shared_from_json(entry) for entry in description["groups"]]
+    except ValueError as error:
+        raise AdapterFileError(f"{folder / DESCRIPTION} is damaged: {error}") from error
+    for (group, *_), shared in zip(saved, shares):
+        for own, owner in shared.items():
+            if owner not in tensors:
+                raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {owner!r}")
+            tensors[f"networks.{group.name}.{own}"] = tensors[owner]
+    paths = description["trained_beside"]
     values = _beside_values(model, paths, tensors, folder)
-    found = {site.key: site for site in sites(model)}
+    found = {site.key: site for site in _candidates(model, saved, family)}
     _check_fit(model, saved, found, description)
     groups, networks = [], {}
     for group, legs, modes in saved:
@@ -124,11 +161,24 @@ def load(
     if tensors:
         raise AdapterFileError(f"{folder / TENSORS} holds unknown tensors: {', '.join(tensors)}")
     for group in groups:
-        weight = model.get_submodule(group.sites[0].path).weight
+        weight = stored_weight(model, group.sites[0])
         networks[group.name].to(weight.device)
+    if settings.share_residual:
+        tie_residual(groups, networks)
     adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths, values))
     install(adapter, model, active=active, freeze=freeze)
     return adapter
+
+
+def _candidates(
+    model: nn.Module,
+    saved: list[Saved],
+    family: Family | Sequence[Family],
+) -> list[Site]:
+    """The sites of the model, of the kinds that the file speaks of."""
+    roles = {role for group, *_ in saved for role in group.roles}
+    attention = sites(model, family=family) if roles - set(MLP_ROLES) else []
+    return attention + (mlp_sites(model) if roles & set(MLP_ROLES) else [])
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -141,7 +191,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{file} is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("format") != "lortalib adapter":
         raise AdapterFileError(f"{file} does not describe a lortalib adapter")
@@ -154,6 +204,21 @@ def read_description(folder: Path) -> dict[str, Any]:
     missing = {"name", "settings", "trained_beside", "groups"} - set(description)
     if missing:
         raise AdapterFileError(f"{file} is damaged: {', '.join(sorted(missing))} is missing")
+    for key, kind in (
+        ("name", str),
+        ("settings", dict),
+        ("trained_beside", list),
+        ("groups", list),
+    ):
+        if not isinstance(description.get(key), kind):
+            raise AdapterFileError(f"{file} is damaged: {key} is {description.get(key)!r}")
+    names = [entry.get("name") for entry in description["groups"] if isinstance(entry, dict)]
+    if not names or len({str(name) for name in names}) < len(description["groups"]):
+        raise AdapterFileError(f"{file} is damaged: its groups are called {names}")
+    if any(hasattr(nn.ModuleDict, str(name)) for name in names):
+        raise AdapterFileError(f"{file} is damaged: no group can be called as one of {names}")
+    if not all(isinstance(path, str) for path in description["trained_beside"]):
+        raise AdapterFileError(f"{file} is damaged: trained_beside holds no paths")
     return description
 
 
@@ -168,43 +233,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} is damaged or cut short: {error}") from error
     for key, tensor in tensors.items():
+        if key.startswith("networks.") and not tensor.is_floating_point():
+            raise AdapterFileError(
+                f"{file}: factor {key!r} is of {tensor.dtype}, no numbers to train"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{file}: tensor {key!r} holds NaN or infinity")
     return tensors
-
-
-def _on_meta(tensor: Tensor, group: Group) -> bool:
-    if tensor.is_meta:
-        raise ValueError(f"network {group.name!r} is on the meta device: it has no numbers to save")
-    return False
-
-
-def _group_to_json(group: Group, network: Network) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "legs": str(network.legs),
-        "modes": dict(network.shape),
-        "ranks": network.ranks,
-        "layers": list(group.layers),
-        "roles": list(group.roles),
-        "sites": [asdict(site) for site in group.sites],
-    }
-
-
-def _group_from_json(entry: Mapping[str, Any]) -> tuple[Group, Legs, dict[str, int]]:
-    members = tuple(Site(**site) for site in entry["sites"])
-    modes = {str(mode): int(size) for mode, size in entry["modes"].items()}
-    legs = Legs.parse(entry["legs"])
-    legs.check(tuple(modes))
-    group = Group(
-        entry["name"], modes["head"], members, tuple(entry["layers"]), tuple(entry["roles"])
-    )
-    if dict(group.shape) != modes:
-        raise KeyError(f"the modes {modes} of group {group.name!r} do not fit its sites")
-    for site in members:
-        if site.layer not in group.layers or site.role not in group.roles:
-            raise KeyError(f"site {site.key} is outside its group {group.name!r}")
-    return group, legs, modes
 
 
 def _read_network(
@@ -221,7 +256,9 @@ def _read_network(
     try:
         network = Network(legs, [tensors.pop(name) for name in names], tuple(modes))
     except LegsError as error:
-        raise AdapterFileError(f"{folder / TENSORS} does not fit its description: {error}") from error
+        raise AdapterFileError(
+            f"{folder / TENSORS} does not fit its description: {error}"
+        ) from error
     if dict(network.shape) != dict(modes):
         raise AdapterFileError(
             f"{folder}: network {group.name!r} has the shape {network.shape}, its description says "
@@ -245,7 +282,9 @@ def _beside_values(
         expected = modules[path].state_dict()
         prefix = f"beside.{path}:"
         values[path] = {
-            key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)
+            key.removeprefix(prefix): tensors.pop(key)
+            for key in list(tensors)
+            if key.startswith(prefix)
         }
         found = {name: tuple(tensor.shape) for name, tensor in values[path].items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -259,11 +298,13 @@ def _beside_values(
 
 def _check_fit(
     model: nn.Module,
-    saved: list[tuple[Group, Legs, dict[str, int]]],
+    saved: list[Saved],
     found: Mapping[tuple[str, int, str], Site],
     description: Mapping[str, Any],
 ) -> None:
-    sizes: Callable[[Site], tuple[int, ...]] = lambda s: (s.heads, s.query_heads, s.head_dim, s.width)  # noqa: E731
+    def sizes(site: Site) -> tuple[int, ...]:
+        return site.heads, site.query_heads, site.head_dim, site.width
+
     differences = []
     for site in (site for group, *_ in saved for site in group.sites):
         other = found.get(site.key)

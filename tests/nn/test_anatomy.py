@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from models import BERT, FAMILIES, LLAMA, Attention, each_family
+from models import BERT, FAMILIES, Attention, each_family
 from torch import nn
 
 from lortalib.nn import AnatomyError, apply, sites
-from lortalib.nn._anatomy import role_of
+from lortalib.nn._names import role_of
 
 
 @each_family
@@ -100,11 +100,16 @@ def test_a_projection_is_seen_through_one_wrapper():
 @pytest.mark.parametrize(
     ("names", "role"),
     [
-        ("q q_proj query query_proj q_lin to_q Wq linear_q q_linear proj_q query_layer", "q"),
-        ("k k_proj key key_proj k_lin to_k Wk linear_k k_linear keys", "k"),
-        ("v v_proj value value_proj v_lin to_v Wv linear_v v_linear values", "v"),
-        ("o o_proj out_proj out_lin to_out Wo dense output proj c_proj linear_out", "o"),
-        ("gate_proj up_proj fc1 qkv in_proj_weight norm q_norm kv_a_proj Wqkv quick", None),
+        ("q q_proj query query_proj q_lin to_q Wq linear_q q_linear proj_q query_layer", ("q", ())),
+        ("k k_proj key key_proj k_lin to_k Wk linear_k k_linear keys", ("k", ())),
+        ("v v_proj value value_proj v_lin to_v Wv linear_v v_linear values", ("v", ())),
+        ("o o_proj out_proj out_lin to_out Wo dense output proj c_proj linear_out", ("o", ())),
+        ("qkv qkv_proj query_key_value Wqkv c_attn in_proj att_proj", ("qkv", ())),
+        ("kv kv_proj to_kv key_value keys_values", ("kv", ())),
+        ("q_a_proj", ("q", ("a",))),
+        ("kv_a_proj_with_mqa", ("kv", ("a", "with", "mqa"))),
+        ("query_global", ("q", ("global",))),
+        ("gate_proj up_proj fc1 norm quick router", None),
     ],
 )
 def test_role_of_names(names, role):
@@ -129,39 +134,31 @@ REFUSED = {
         "no attention was found in ResNetModel.*q_proj, query.*saw embedder, encoder, pooler",
     ),
     "nothing at all": (lambda: nn.Module(), "saw no submodules"),
-    "fused Conv1D": (
-        lambda: fused("GPT2", n_embd=16, n_head=4, n_layer=2, vocab_size=64, n_positions=32),
-        r"of 2 attention blocks in GPT2Model, 2 were not understood(.|\n)*h\.0\.attn "
-        r"\(GPT2Attention\): it holds c_attn\.weight, c_proj\.weight",
-    ),
-    "fused Linear": (
-        lambda: fused("Phi3", **LLAMA),
-        r"of 2 attention blocks in Phi3Model, 2 (.|\n)*q, k, v(.|\n)*qkv_proj\.weight",
-    ),
-    "torch's own attention": (
-        lambda: nn.TransformerEncoderLayer(16, 4),
-        r"self_attn \(MultiheadAttention\): it holds in_proj_weight, out_proj\.weight",
+    "grouped convolutions": (
+        lambda: fused("SqueezeBert", **BERT, embedding_size=BERT["hidden_size"]),
+        r"of 2 attention blocks in SqueezeBertModel, 2 were not understood(.|\n)*layers\.0\.attention "
+        r"\(SqueezeBertSelfAttention\): it holds query\.weight",
     ),
     "heads that do not divide": (
         lambda: Attention(heads=3),
         "queries are 16 wide, which 3 heads do not divide",
     ),
-    "no head count": (lambda: Attention(heads=None), "None heads do not divide"),
+    "no head count": (lambda: Attention(heads=None), "it states no head count"),
     "an unlike head_dim": (
         lambda: _with(Attention(), head_dim=8),
         "16 wide, which is not 4 heads of 8 components",
     ),
     "no output projection": (
         lambda: Attention(("q_proj", "k_proj", "v_proj")),
-        "no projection for o was recognised",
+        "no output projection was recognised",
     ),
     "an output that reads something else": (
         lambda: Attention(o_proj=(24, 16)),
-        "output projection reads 24 features, not 4 heads of 4",
+        "output projection reads 24 features, which is not 4 heads",
     ),
     "keys that are no heads": (
         lambda: Attention(k_proj=(16, 12)),
-        "4 query heads of 4 do not fit keys of width 12",
+        "4 query heads of 4 components do not fit keys of width 12",
     ),
 }
 
@@ -180,14 +177,16 @@ def test_refusals_say_what_was_looked_for_and_seen(case):
 
 
 def test_a_model_that_is_understood_in_part_is_refused_whole():
-    model = nn.ModuleDict({"good": Attention(), "bad": nn.MultiheadAttention(16, 4)})
+    model = nn.ModuleDict({"good": Attention(), "bad": Attention(heads=3)})
     with pytest.raises(AnatomyError, match=r"of 2 attention blocks .*, 1 were not(.|\n)*  bad \("):
         apply(model)
     assert not hasattr(model, "lortalib")
 
 
 def test_a_long_list_of_refusals_is_cut():
-    many = fused("GPT2", n_embd=16, n_head=4, n_layer=8, vocab_size=64, n_positions=32)
+    many = fused(
+        "SqueezeBert", **{**BERT, "num_hidden_layers": 8, "embedding_size": BERT["hidden_size"]}
+    )
     with pytest.raises(AnatomyError, match=r"\.\.\. and 3 more"):
         sites(many)
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES
 
-from lortalib.decomp import Cut
 from lortalib.nn import Site, sites
 from lortalib.nn._share import dense_share
 
@@ -109,7 +108,7 @@ def test_dense_share_of_a_square_site(role, transposed):
     """Two heads of two at width 4: every axis could be mistaken for another."""
     site = Site("s", 0, role, "p", 2, 2, 2, 4, writer=role == "o", transposed=transposed)
     a, b = torch.randn(3, 4, generator=generator(1)), torch.randn(4, 3, generator=generator(2))
-    dense = dense_share(Cut(a, b), site)
+    dense = dense_share(b @ a, site)
     for row in range(4):
         for column in range(4):
             entry = sum(b[row, p] * a[p, column] for p in range(3))
