@@ -18,7 +18,7 @@ from torch import nn
 from ._blocks import Block, BlockError, read_block
 from ._families import FAMILIES, Family
 from ._mlp import read_mlps
-from ._names import is_attention, is_mixer, is_projection, leaves, role_of
+from ._names import is_attention, is_mixer, is_projection, leaves, role_of, stored
 from ._site import ROLES, Rows, Site
 
 
@@ -297,7 +297,7 @@ def _tie(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[st
     tied: dict[str, list[Site]] = {name: [] for name in found}
     for name, members in found.items():
         for site in members:
-            weight = getattr(modules[site.path], site.parameter)
+            weight = stored(modules[site.path], site.parameter)
             key = (id(weight), site.role, site.rows)
             if key in first:
                 owner, position = first[key]

@@ -121,6 +121,11 @@ FAMILIES: tuple[Family, ...] = (
     Family(r"\w*VQ\w*AttnBlock", skip=True),  # convolutions inside an image tokeniser
     Family(r"Florence2VisionChannelAttention", skip=True),  # between channels, not tokens
     Family(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # no softmax over keys
+    Family(r"AriaCrossAttention", skip=True),  # its projections feed an inner MultiheadAttention
+    Family(
+        r"DiffLlama\w*Attention",
+        refuse="its value heads are paired and subtracted, so heads of v and o are not those of q",
+    ),
     Family(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
     Family(r"NeoMMEAttention", leaves={"o": "output_projection.o_proj"}),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 #: The attribute of a model under which its adapters live.
 ATTRIBUTE = "lortalib"
@@ -82,3 +84,10 @@ def leaves(module: nn.Module) -> Iterator[tuple[str, str]]:
             inner = [k for k, grandchild in child.named_children() if is_projection(grandchild)]
             if len(inner) == 1:
                 yield name, f"{name}.{inner[0]}"
+
+
+def stored(module: nn.Module, name: str) -> Any:
+    """A weight as it is stored: the original, where it is parametrized."""
+    if is_parametrized(module, name):
+        return module.parametrizations[name].original  # type: ignore[index, union-attr]
+    return getattr(module, name)

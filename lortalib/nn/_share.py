@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import (
 from torch.utils.hooks import RemovableHandle
 
 from ..decomp import Cut
+from ._names import stored
 from ._site import Site
 
 if TYPE_CHECKING:
@@ -112,10 +113,7 @@ class WeightShare(nn.Module):
 
 def stored_weight(model: nn.Module, site: Site) -> Any:
     """The weight of a site's module as it is stored, without a parametrization."""
-    module = model.get_submodule(site.path)
-    if is_parametrized(module, site.parameter):
-        return module.parametrizations[site.parameter].original  # type: ignore[index, union-attr]
-    return getattr(module, site.parameter)
+    return stored(model.get_submodule(site.path), site.parameter)
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:

@@ -58,7 +58,9 @@ def test_dtype_and_meta_device(name):
 def test_compiled_dense_and_cut_agree(name):
     net = small(name)
     torch.testing.assert_close(torch.compile(net, backend="aot_eager")(), net.dense())
-    fast = torch.compile(lambda: net.select(layer=1, matrix=2).cut(), fullgraph=True, backend="aot_eager")
+    fast = torch.compile(
+        lambda: net.select(layer=1, matrix=2).cut(), fullgraph=True, backend="aot_eager"
+    )
     for found, expected in zip(fast(), net.select(layer=1, matrix=2).cut()):
         torch.testing.assert_close(found, expected)
 
