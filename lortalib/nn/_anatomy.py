@@ -60,6 +60,7 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
             if not is_mixer(modules[block.path]):
                 refused[block.path] = str(error)
     refused |= _overlooked(modules, found, refused, families)
+    refused |= _claimed_twice(found)
     if refused or not found:
         raise AnatomyError(_complaint(model, len(found), refused))
     return SiteList(_number(_tie(found, modules), _prefix(model)))
@@ -109,18 +110,19 @@ def mlp_sites(model: nn.Module) -> SiteList:
         >>> [(site.role, site.weight_shape) for site in mlp_sites(LlamaModel(config))]
         [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
     """
-    found = read_mlps(dict(model.named_modules()))
+    modules = dict(model.named_modules())
+    found = read_mlps(modules)
     if not found:
         raise AnatomyError(
             f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
             "down-projection (gate_proj/up_proj/down_proj, fc1/fc2, intermediate/output.dense, ...) "
             "of widths that fit each other, or packed experts"
         )
-    modules = dict(model.named_modules())
     return SiteList(_number(_tie(found, modules), _prefix(model)))
 
 
 def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterator[Block]:
+    first = {id(module): path for path, module in reversed(modules.items())}
     for path, module in modules.items():
         row = next((row for row in families if row.fits(module)), Family(""))
         if row.skip:
@@ -136,7 +138,7 @@ def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterat
             if full in modules:
                 sets[()][role].append(full)
         for name, below in leaves(module):
-            full = f"{path}.{below}" if path else below
+            full = first[id(module.get_submodule(below))]  # a module can hang in two places
             role, extra = role_of(name) or ("", ())
             if full in declared:
                 continue
@@ -228,6 +230,20 @@ def _overlooked(
     return overlooked
 
 
+def _claimed_twice(found: dict[str, list[Site]]) -> dict[str, str]:
+    """Blocks that take a whole projection for two roles: two shares would not fit its output."""
+    roles: dict[tuple[str, str], str] = {}
+    twice: dict[str, str] = {}
+    for name, members in found.items():
+        for site in members:
+            other = roles.setdefault((site.path, site.parameter), site.role)
+            if site.rows is None and other != site.role:
+                twice[name.partition(" ")[0]] = (
+                    f"{site.path} would have the roles {other}, {site.role}"
+                )
+    return twice
+
+
 def _ancestors(path: str) -> Iterator[str]:
     while path:
         yield path
@@ -302,7 +318,8 @@ def _tie(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[st
             if key in first:
                 owner, position = first[key]
                 known = tied[owner][position]
-                tied[owner][position] = replace(known, also=(*known.also, site.path))
+                if site.path != known.path:
+                    tied[owner][position] = replace(known, also=(*known.also, site.path))
             else:
                 first[key] = name, len(tied[name])
                 tied[name].append(site)

@@ -197,3 +197,14 @@ def test_config_counts_heads_where_the_module_does_not():
         vars(module).pop("num_attention_heads", None)
         vars(module).pop("attention_head_size", None)
     assert {site.heads for site in sites(model)} == {BERT["num_attention_heads"]}
+
+
+def test_a_projection_cannot_have_two_roles():
+    model = nn.ModuleDict({"one": Attention(), "two": Attention()})
+    model["two"].q_proj = model["one"].q_proj
+    assert len(sites(model)) == 7  # one module that hangs in two places is one site
+    model["two"].q_proj = model["one"].v_proj
+    with pytest.raises(
+        AnatomyError, match=r"two \(Attention\): one\.v_proj would have the roles v, q"
+    ):
+        sites(model)
