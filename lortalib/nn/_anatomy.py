@@ -57,8 +57,7 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
         try:
             found[block.name] = read_block(block, modules)
         except BlockError as error:
-            if not is_mixer(modules[block.path]):
-                refused[block.path] = str(error)
+            refused[block.path] = str(error)
     refused |= _overlooked(modules, found, refused, families)
     refused |= _claimed_twice(found)
     if refused or not found:
@@ -125,7 +124,7 @@ def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterat
     first = {id(module): path for path, module in reversed(modules.items())}
     for path, module in modules.items():
         row = next((row for row in families if row.fits(module)), Family(""))
-        if row.skip:
+        if row.skip or is_mixer(module):
             continue
         if isinstance(module, nn.MultiheadAttention):
             yield Block(path, (), {}, row)

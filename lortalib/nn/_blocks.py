@@ -194,13 +194,17 @@ class _Reader:
         q_out, kv_out = self.width[q][1], self.width["kv_b"][1]
         if q_out % heads or kv_out % heads or o_in % heads:
             raise BlockError(f"{heads} heads do not divide the widths {q_out}, {kv_out}, {o_in}")
-        qk, unit, v = q_out // heads, kv_out // heads, o_in // heads
+        unit, v = kv_out // heads, o_in // heads
+        qk = own = q_out // heads
+        if self.head_dim and own == self.head_dim + v:
+            qk = self.head_dim  # each head holds its query, then a gate for its values
+        q_rows = part(0, (heads, own), (qk, 1)) if qk != own else None
         nope = unit - v
         if nope < 1 or nope > qk:
             raise BlockError(f"keys and values of {unit} components do not fit values of {v}")
         shape = _Shape(heads, heads, qk, v)
         sites = [
-            self._site("q", q, shape, None),
+            self._site("q", q, shape, q_rows),
             self._site(
                 "k", "kv_b", _Shape(heads, heads, nope, v), part(0, (heads, unit), (nope, 1))
             ),

@@ -127,5 +127,6 @@ FAMILIES: tuple[Family, ...] = (
         refuse="its value heads are paired and subtracted, so heads of v and o are not those of q",
     ),
     Family(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
+    Family(r"AXK2Attention", leaves={"q_b": "q_gate_proj"}),
     Family(r"NeoMMEAttention", leaves={"o": "output_projection.o_proj"}),
 )

@@ -26,9 +26,10 @@ _WHOLE = {
     "query_key_value": "qkv", "c_attn": "qkv", "att_proj": "qkv", "in_proj": "qkv",
     "queries_keys_values": "qkv", "key_value": "kv", "keys_values": "kv",
 }  # fmt: skip
-#: Mixers that have no softmax over keys, or no queries and keys at all: never required.
+#: Mixers that have no softmax over keys, or no queries and keys at all: left out.
+#: (KimiLinearAttention, of the model Kimi Linear, is softmax attention.)
 _MIXERS = re.compile(
-    r"mamba|delta_?net|lightning|shortconv|rwkv|lstm|linear_?(self)?attention|retention|gatedlinear"
+    r"mamba|delta_?(net|attention)|lightning|shortconv|rwkv|lstm|(?<!kimi)linear_?(self)?attention|retention|gatedlinear"
     r"|multiscaledeformable|gatedattention|attentiongru",
     re.I,
 )
