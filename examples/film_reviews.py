@@ -130,8 +130,8 @@ def parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """A padded batch of at most 64 tokens a text."""
-    return dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+    """A padded batch of at most 48 tokens a text."""
+    return dict(tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt"))
 
 
 def train(
