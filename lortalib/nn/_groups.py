@@ -135,7 +135,7 @@ def choose(
         ValueError: nothing is named, or a name or layer that fits no site.
     """
     if targets in ("mlp", "all"):
-        chosen = list(sites)
+        chosen = [site for site in sites if site.role != "router"]  # only when it is named
     elif callable(targets):
         chosen = [site for site in sites if targets(site)]
     else:

@@ -1,9 +1,11 @@
 """Where a model keeps its MLPs: gates and up-projections read the residual stream, down-projections
-write it. Packed experts are one site with a mode ``expert``."""
+write it. Packed experts are one site with a mode ``expert``; their router is a site that is adapted
+only when it is named."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -61,6 +63,9 @@ def read_mlps(modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
         experts = _experts(path, module)
         if experts:
             found[path] = experts
+            router = _router(path.rpartition(".")[0], modules)
+            if router is not None:
+                found[router.path] = [router]
             continue
         for names in _KINDS:
             sites = list(_plain(path, modules, names))
@@ -121,6 +126,17 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
         *sites,
         _site("down", path, inner, residual, None, None, transposed, "down_proj", count),
     ]
+
+
+def _router(block: str, modules: dict[str, nn.Module]) -> Site | None:
+    """The router beside packed experts: a linear map, or a module that reads its weight itself."""
+    for name in ("router", "gate"):
+        path = f"{block}.{name}" if block else name
+        weight = getattr(modules.get(path), "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
+            site = _site("router", path, weight.shape[0], weight.shape[1], None, None)
+            return replace(site, bypassed=not is_projection(modules[path]))
+    return None
 
 
 def _site(

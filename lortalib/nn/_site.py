@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 #: Every role, in the order of the mode ``matrix``.
-ROLES = ("q", "k", "v", "o", "q_a", "kv_a", "gate", "up", "down")
+ROLES = ("q", "k", "v", "o", "q_a", "kv_a", "gate", "up", "down", "router")
 #: The roles of an MLP.
-MLP_ROLES = ("gate", "up", "down")
+MLP_ROLES = ("gate", "up", "down", "router")
 #: Roles whose output is the residual stream.
 WRITERS = frozenset(("o", "down"))
 
@@ -53,7 +53,7 @@ class Site:
         layer: index of the layer in its stack.
         role: ``"q"``, ``"k"``, ``"v"``, ``"o"`` of attention (``"q_a"`` and ``"kv_a"`` are the
             projections of latent attention that read the residual stream); ``"gate"``, ``"up"``,
-            ``"down"`` of an MLP.
+            ``"down"`` of an MLP, ``"router"`` of a mixture of experts.
         path: path of the projection module in the model.
         heads: heads of this projection: of keys and values for k and v.
         query_heads: heads of the block's queries; a multiple of ``heads``.

@@ -6,11 +6,12 @@ transformers renames paths between versions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -74,6 +75,7 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
             "class": type(model).__name__,
             "model_type": getattr(config, "model_type", None),
             "name": getattr(config, "_name_or_path", None) or None,
+            "shape_fingerprint": fingerprint(adapter.sites),
         },
         "groups": [
             group_to_json(group, adapter.network(group), shared[group.name])
@@ -87,6 +89,12 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
         Path(aside, DESCRIPTION).write_text(text, encoding="utf-8")
         _replace_both(Path(aside), folder)
     return folder
+
+
+def fingerprint(sites: Iterable[Site]) -> str:
+    """A digest of the identities and weight shapes of sites: equal where adapters fit alike."""
+    shapes = sorted((*site.key, *site.weight_shape) for site in sites)
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def _replace_both(aside: Path, folder: Path) -> None:

@@ -228,3 +228,18 @@ def test_modules_that_hold_one_weight_are_one_site():
     adapter.unmerge()
     adapter.remove()
     assert torch.equal(output(model), base)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_router_is_adapted_when_it_is_named(name):
+    model, output = build(name)
+    assert "router" in {site.role for site in nn.mlp_sites(model)}
+    assert "router" not in {site.role for site in nn.apply(model, "cp", 2, targets="mlp").sites}
+    nn.adapters(model)["default"].remove()
+    adapter = nn.apply(model, "cp", 2, targets=["router"], init="normal")
+    assert {site.role for site in adapter.sites} == {"router"}
+    adapted = output(model)
+    with adapter.disabled():
+        assert not torch.equal(output(model), adapted)
+    adapter.merge()
+    torch.testing.assert_close(output(model), adapted, rtol=1e-3, atol=1e-4)

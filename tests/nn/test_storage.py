@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -169,11 +170,10 @@ def test_the_description_is_for_people_too(llama, tmp_path):
     put(llama, "metatt", 2, alpha=0.5, targets="qv", layers=1).save(tmp_path)
     text = description(tmp_path)
     assert text["format_version"] == 1
-    assert text["base_model"] == {
-        "class": "LlamaForCausalLM",
-        "model_type": "llama",
-        "name": "someone/tiny-llama",
-    }
+    base = text["base_model"]
+    assert (base["class"], base["model_type"]) == ("LlamaForCausalLM", "llama")
+    assert base["name"] == "someone/tiny-llama"
+    assert re.fullmatch("[0-9a-f]{16}", base["shape_fingerprint"])
     assert text["settings"]["decomposition"] == "tt"
     assert text["settings"]["scaling"] == 0.5
     (group,) = text["groups"]
