@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Union
 
 import torch
 from torch import nn
 
-from ..decomp import Network, format_of
+from ..decomp import Network, Shape, format_of
 from ..decomp._formats import Rank
 from ..decomp._initial import StartLike, as_start, zero_parameter
 from ._adapter import Adapter, Settings, install
@@ -96,9 +97,9 @@ def apply(
         100
     """
     _check_name(model, name)
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+    if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
     as_start(init)
     chosen = choose(candidates(model, targets, family), targets, layers)
@@ -215,7 +216,7 @@ def _make(
         raise ValueError(
             f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"
         )
-    network = decomposition(shape, **_accepted(decomposition, {"rank": rank, **options}))
+    network = _call(decomposition, shape, {"rank": rank, **options})
     if not isinstance(network, Network):
         raise ValueError(f"the decomposition {decomposition!r} returned no Network but {network!r}")
     if dict(network.shape) != dict(shape):
@@ -225,13 +226,17 @@ def _make(
     return network.to(options["device"], options["dtype"])
 
 
-def _accepted(function: Callable[..., Network], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that the callable takes by name."""
-    parameters = inspect.signature(function).parameters.values()
+def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any]) -> Network:
+    """Call with those of the options that it takes by name; a second position takes the rank."""
+    parameters = list(inspect.signature(function).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return options
-    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {name: value for name, value in options.items() if name in by_name}
+        return function(shape, **options)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    accepted = {name: value for name, value in options.items() if name in named}
+    second = parameters[1] if len(parameters) > 1 else None
+    if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
+        return function(shape, options["rank"], **accepted)
+    return function(shape, **accepted)
 
 
 def _published_rank(networks: dict[str, Network]) -> int:

@@ -134,6 +134,10 @@ def choose(
     Raises:
         ValueError: nothing is named, or a name or layer that fits no site.
     """
+    if not callable(targets) and not isinstance(targets, (str, Sequence)):
+        raise ValueError(
+            f"targets must be letters, names or a function of a site; found {targets!r}"
+        )
     if targets in ("mlp", "all"):
         chosen = [site for site in sites if site.role != "router"]  # only when it is named
     elif callable(targets):

@@ -91,15 +91,15 @@ class Host(nn.ModuleDict):
             if adapter_site.path == site.path and adapter_site.parameter == site.parameter
         ]
         if not updates:
-            return base
+            return base.to(current.dtype)
         wide = torch.promote_types(base.dtype, torch.float32)
         total = base.to(wide)
         for update in updates:
             total = total + update.to(base.device, wide)
-        merged = total.to(base.dtype)
+        merged = total.to(current.dtype)  # the model may have been cast since it was merged
         if not torch.isfinite(merged).all() and torch.isfinite(base).all():
             raise ValueError(
-                f"merging would write NaN or infinity into {site.path} ({base.dtype}); nothing was "
+                f"merging would write NaN or infinity into {site.path} ({current.dtype}); nothing was "
                 "changed. Look at the adapter's factors, or merge into a wider dtype"
             )
         return merged

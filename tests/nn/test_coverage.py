@@ -25,7 +25,7 @@ TYPES = {
     "towers": "clip siglip",
 }
 #: Refused, with the reason.
-REFUSED = ("axk2", "xlnet")
+REFUSED = ("convbert", "xlnet")
 #: No softmax attention.
 WITHOUT = ("mamba", "resnet")
 

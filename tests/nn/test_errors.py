@@ -40,6 +40,7 @@ BAD = {
     "empty list": ({"targets": []}, r"targets=\[\] .* nothing to train"),
     "predicate without effect": ({"targets": lambda site: False}, r"choose none of the 8"),
     "unknown letter": ({"targets": "qx"}, r"target 'qx' fits no projection.*q_proj"),
+    "no targets": ({"targets": None}, "targets must be letters, names or a function"),
     "unknown name": ({"targets": ["q", "w_proj"]}, r"target 'w_proj' .*'qkvo'.*v_proj"),
     "part of a name": ({"targets": ["proj"]}, r"target 'proj' fits no projection"),
     "unknown layer": ({"layers": [0, 7]}, r"layers \[7\] do not exist.* layers \[0, 1\]"),

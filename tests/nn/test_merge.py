@@ -262,3 +262,16 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=30, stateful_step_count=15, deadline=None)
+
+
+def test_a_model_cast_while_merged_keeps_the_base_and_merges_in_its_new_dtype():
+    model = FAMILIES["Llama"].model().half()
+    adapter, before = put(model), weights(model)
+    adapter.merge()
+    model.float()
+    adapter.unmerge()
+    assert all(map(same_bits, weights(model), [weight.float() for weight in before]))
+    adapter.merge()
+    for site, old in zip(adapter.sites, before):
+        new = model.get_submodule(site.path).weight
+        assert close(new - old.float(), adapter.delta(site), 1e-6)

@@ -235,3 +235,8 @@ def test_float32_is_the_default(llama):
 def test_sites_changes_nothing(llama):
     with unchanged(llama):
         sites(llama)
+
+
+def test_a_callable_may_name_its_arguments_as_it_likes(llama):
+    adapter = apply(llama, lambda s, r: decomp.cp(s, r), rank=3)
+    assert [network.ranks for network in adapter.networks.values()] == [{"r": 3}]
