@@ -238,5 +238,5 @@ def test_sites_changes_nothing(llama):
 
 
 def test_a_callable_may_name_its_arguments_as_it_likes(llama):
-    adapter = apply(llama, lambda s, r: decomp.cp(s, r), rank=3)
+    adapter = lortalib.nn.apply(llama, lambda s, r: decomp.cp(s, r), rank=3)
     assert [network.ranks for network in adapter.networks.values()] == [{"r": 3}]
