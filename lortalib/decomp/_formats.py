@@ -50,12 +50,15 @@ def network(
     Raises:
         LegsError: the line cannot be read or does not fit the shape.
         ValueError: a rank below 1, a wrong number of ranks, an unknown bond or init.
+        TypeError: a dtype that is no floating-point one.
 
     Example:
         >>> net = network("in p, layer matrix p q, head out q", (12, 12, 2, 768, 64), 4)
         >>> net.count(), net.dense().abs().max().item()
         (6528, 0.0)
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs = Legs.parse(legs) if isinstance(legs, str) else legs
     shape = shape if isinstance(shape, Shape) else Shape(shape)
     legs.check(shape.modes)

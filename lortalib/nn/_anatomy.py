@@ -49,6 +49,7 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
         >>> site.role, site.path, site.heads, site.head_dim, site.writer
         ('o', 'encoder.layer.0.attention.output.dense', 4, 8, True)
     """
+    check_model(model)
     families = ((family,) if isinstance(family, Family) else tuple(family)) + FAMILIES
     modules = dict(model.named_modules())
     found: dict[str, list[Site]] = {}
@@ -63,6 +64,19 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
     if refused or not found:
         raise AnatomyError(_complaint(model, len(found), refused))
     return SiteList(_number(_tie(found, modules), _prefix(model)))
+
+
+def check_model(model: object) -> None:
+    """Refuse anything but a module.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, a torch.nn.Module; found {model!r}. Load it first, for instance with "
+            "transformers.AutoModel.from_pretrained"
+        )
 
 
 class SiteList(list[Site]):
@@ -109,6 +123,7 @@ def mlp_sites(model: nn.Module) -> SiteList:
         >>> [(site.role, site.weight_shape) for site in mlp_sites(LlamaModel(config))]
         [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
     """
+    check_model(model)
     modules = dict(model.named_modules())
     found = read_mlps(modules)
     if not found:

@@ -15,7 +15,7 @@ from ..decomp import Network, Shape, format_of
 from ..decomp._formats import Rank
 from ..decomp._initial import StartLike, as_start, zero_parameter
 from ._adapter import Adapter, Settings, install
-from ._anatomy import AnatomyError, mlp_sites, sites
+from ._anatomy import AnatomyError, check_model, mlp_sites, sites
 from ._beside import Beside, find_modules
 from ._families import Family
 from ._groups import Group, Targets, choose, group_sites, tie_residual
@@ -96,7 +96,7 @@ def apply(
         >>> lortalib.nn.apply(model, "cp", rank=2).count()
         100
     """
-    _check_name(model, name)
+    check_name(model, name)
     if not isinstance(dropout, Real) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
     if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
@@ -186,7 +186,9 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
         known[name].enable()
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse what is no model, and a name that no adapter on it can have."""
+    check_model(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
     if name in adapters(model):

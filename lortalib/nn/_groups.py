@@ -155,6 +155,8 @@ def choose(
                     "function of a site"
                 )
         chosen = [site for site in sites if any(site in fits for fits in named)]
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be integers, or None for all; found {layers!r}")
     if layers is not None:
         wanted = {layers} if isinstance(layers, int) else set(layers)
         absent = wanted - {site.layer for site in sites}

@@ -26,7 +26,7 @@ from .._version import __version__
 from ..decomp import Legs, LegsError, Network
 from ._adapter import Adapter, install
 from ._anatomy import mlp_sites, sites
-from ._apply import _check_name
+from ._apply import check_name
 from ._beside import Beside, Values, find_modules
 from ._families import Family
 from ._groups import Group, tie_residual
@@ -144,7 +144,7 @@ def load(
     folder = Path(folder)
     description = read_description(folder)
     name = description["name"] if name is None else name
-    _check_name(model, name)
+    check_name(model, name)
     tensors = read_tensors(folder)
     try:
         settings = settings_from_json(description["settings"])

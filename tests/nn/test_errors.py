@@ -40,6 +40,7 @@ BAD = {
     "empty list": ({"targets": []}, r"targets=\[\] .* nothing to train"),
     "predicate without effect": ({"targets": lambda site: False}, r"choose none of the 8"),
     "unknown letter": ({"targets": "qx"}, r"target 'qx' fits no projection.*q_proj"),
+    "layers in words": ({"layers": "all"}, "layers must be integers, or None for all"),
     "no targets": ({"targets": None}, "targets must be letters, names or a function"),
     "unknown name": ({"targets": ["q", "w_proj"]}, r"target 'w_proj' .*'qkvo'.*v_proj"),
     "part of a name": ({"targets": ["proj"]}, r"target 'proj' fits no projection"),
@@ -269,3 +270,16 @@ def test_errors_leave_no_host_behind(llama):
             apply(llama, **options)
     assert picture(llama).keys() == look
     assert lortalib.nn.adapters(llama) == {}
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, 3])
+def test_what_is_no_model(model):
+    for call in (apply, lortalib.nn.sites, lortalib.nn.mlp_sites):
+        with pytest.raises(TypeError, match=r"expected a model, a torch\.nn\.Module"):
+            call(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, None])
+def test_a_dtype_that_cannot_train(llama, dtype):
+    with unchanged(llama), pytest.raises(TypeError, match=r"floating-point torch\.dtype"):
+        apply(llama, dtype=dtype)
