@@ -19,6 +19,7 @@ from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ._formats import Rank, format_of, train_line
 from ._legs import Legs
@@ -147,7 +148,7 @@ def decompose(
 
     Raises:
         ValueError: a format that TensorLy has no algorithm for, names that do not fit the axes,
-            a tensor that is not finite.
+            a tensor that is not finite, CP of more components than the tensor has.
 
     Example:
         >>> fit = decompose(torch.ones(2, 3, 4), "tt", 1, modes="layer in out")
@@ -181,7 +182,7 @@ def decompose(
         options = {"n_iter_max": 1000, "tol": 1e-10, "random_state": 0, **options}
         try:
             obj = _with_pytorch(lambda: parafac(wide, ranks[0], **options))
-        except RuntimeError as error:  # torch's LinAlgError
+        except LinAlgError as error:
             raise ValueError(
                 f"alternating least squares met a singular system at rank {ranks[0]}: the tensor has "
                 "a smaller rank; ask for fewer components, or for 'tucker' or 'tt'"
@@ -205,7 +206,7 @@ def decompose(
 
 def _as_cp(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
     bonds = tuple(net.ranks)
-    found = _factors(net, bonds[:1])
+    found = _factors(net)
     if len(bonds) != 1 or found is None:
         return None
     factors = [found[mode] for mode in net.modes]
@@ -245,7 +246,7 @@ def _as_tt(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
     return TTTensor, cores, modes
 
 
-def _factors(net: TensorNetwork, bond: Sequence[str]) -> dict[str, Tensor] | None:
+def _factors(net: TensorNetwork) -> dict[str, Tensor] | None:
     """For each mode its (mode, bond) factor, if every parameter is one."""
     found: dict[str, Tensor] = {}
     for term, tensor in zip(net.legs.terms, net.tensors):

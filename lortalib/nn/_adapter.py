@@ -260,9 +260,9 @@ class Adapter(nn.Module):
     def _thaw(self) -> None:
         """Let what this adapter froze require gradients again, unless another keeps it frozen."""
         others = [other for other in self.host.adapters() if other is not self]
-        heir = next((other for other in others if other._frozen is not None), None)
-        if heir is not None and heir._frozen is not None:
-            heir._frozen += self._frozen or []
+        heirs = [other._frozen for other in others if other._frozen is not None]
+        if heirs:
+            heirs[0].extend(self._frozen or [])
         else:
             for parameter in self._frozen or []:
                 parameter.requires_grad_(True)

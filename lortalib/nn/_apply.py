@@ -164,6 +164,15 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         KeyError: a name that no adapter has; then nothing is changed.
         ValueError: two of them train the same module beside them.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> one, two = (apply(model, "cp", rank=2, name=name) for name in ("one", "two"))
+        >>> activate(model, "two")
+        >>> [name for name, adapter in adapters(model).items() if adapter.active]
+        ['two']
     """
     wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     known = adapters(model)

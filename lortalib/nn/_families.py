@@ -79,6 +79,10 @@ class Family:
         bypassed: whether the projections' weights are read directly, their forward not called, or a
             function from the block to that; found from the source where it is at hand.
         refuse: why such a block is not supported.
+
+    Example:
+        >>> Family(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
+        True
     """
 
     match: str

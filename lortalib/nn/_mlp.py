@@ -69,8 +69,9 @@ def read_mlps(modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
             continue
         for names in _KINDS:
             sites = list(_plain(path, modules, names))
-            if sites and not any(path == f"{known}.mlp" for known in found):
-                found.setdefault(path, sites)
+            if sites:
+                found[path] = sites
+                break
     return found
 
 

@@ -140,6 +140,16 @@ def load(
         AdapterFileError: a file is damaged, or the adapter does not fit the model; the message says
             what differs. The model is then as it was.
         ValueError: the name is in use.
+
+    Example:
+        >>> import tempfile
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> folder = lortalib.nn.apply(model, "cp", rank=2).save(tempfile.mkdtemp())
+        >>> load(model, folder, name="again").count()
+        100
     """
     folder = Path(folder)
     description = read_description(folder)

@@ -247,3 +247,19 @@ def test_formats_without_an_algorithm_are_refused(name):
 def test_axes_without_names_are_refused():
     with pytest.raises(ValueError, match="the tensor has 3 axes"):
         decompose(torch.ones(2, 3, 4), "cp", 1)
+
+
+def test_more_components_than_the_tensor_has_are_refused_with_the_reason():
+    ones = torch.ones(2, 3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"singular system at rank 3.*fewer components"):
+        decompose(ones, "cp", 3, modes="layer in out")
+
+
+def test_other_failures_of_tensorly_keep_their_own_words():
+    with pytest.raises(TypeError, match="no_such_option"):
+        decompose(torch.ones(2, 3), "cp", 1, modes="in out", no_such_option=1)
+
+
+def test_tiny_entries_are_fitted_like_any_others():
+    dense = 1e-30 * torch.ones(2, 3, 4)
+    assert decompose(dense, "cp", 1, modes="layer in out").error < 1e-5
