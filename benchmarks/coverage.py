@@ -16,13 +16,10 @@ was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import multiprocessing
 import re
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -39,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import transformers
 import zoo
-from torch import Tensor, nn
+from torch import nn
+from trial import Trial, forward, shorten, state_of, tensors_of
 
 import lortalib
-from lortalib.nn import AnatomyError, Group, Site
-from lortalib.nn._share import stored_weight
+from lortalib.nn import AnatomyError
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 TABLE = Path(__file__).parents[1] / "docs" / "models-table.md"
@@ -121,9 +118,9 @@ def examine(
             where = traceback.extract_tb(error.__traceback__)[-1]
             why = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             if row.plan == "planned":
-                row.checks.setdefault("built", _shorten(why))
+                row.checks.setdefault("built", shorten(why))
             else:
-                row.plan, row.why = "crash", _shorten(why)
+                row.plan, row.why = "crash", shorten(why)
     row.seconds = round(time.perf_counter() - start, 2)
     return row
 
@@ -153,13 +150,13 @@ def _run(row: Row) -> None:
     if example is None:
         return
     model, inputs = example
-    before = _state(model)
+    before = state_of(model)
     checks: dict[str, Callable[[], str]] = {}
     trial: list[Trial] = []
 
     def trying() -> Trial:
         if not trial:
-            trial.append(Trial(row, model, inputs, before))
+            trial.append(Trial(lambda: zoo.build(row.type, row.size, "cpu"), model, inputs, before))
         return trial[0]
 
     checks["verified"] = lambda: _verified(model, inputs)
@@ -175,7 +172,7 @@ def _run(row: Row) -> None:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
-            row.checks[name] = _shorten(f"{type(error).__name__}: {error} ({place})")
+            row.checks[name] = shorten(f"{type(error).__name__}: {error} ({place})")
         if name != "verified" and not trial:
             return  # the adapter could not be applied
 
@@ -195,13 +192,13 @@ def _example(row: Row) -> tuple[nn.Module, dict[str, Any]] | None:
             continue
         try:
             inputs = zoo.inputs(model, row.type)
-            output = _forward(model, inputs)
-            if not _tensors(output):
+            output = forward(model, inputs)
+            if not tensors_of(output):
                 raise ValueError("the output holds no floating-point tensor")
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
-            reasons.setdefault("forward", _shorten(f"{type(error).__name__}: {error} ({place})"))
+            reasons.setdefault("forward", shorten(f"{type(error).__name__}: {error} ({place})"))
             continue
         row.size = size
         row.checks = {"built": "yes", "forward": "yes"}
@@ -216,206 +213,8 @@ def _verified(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     torch.manual_seed(0)
     report = lortalib.nn.verify(model, inputs)
     if not report.ok:
-        return _shorten(f"disagrees: {report}")
-    return "yes" if report.complete else _shorten(f"in part: {report}")
-
-
-class Trial:
-    """One adapter on a tiny model; every method is a check and returns why it failed, or ''."""
-
-    def __init__(
-        self, row: Row, model: nn.Module, inputs: dict[str, Any], before: dict[str, Tensor]
-    ) -> None:
-        self.row, self.model, self.inputs, self.before = row, model, inputs, before
-        self.base = _forward(model, inputs)
-        generator = torch.Generator().manual_seed(0)
-        self.adapter = lortalib.nn.apply(model, "cp", 4, init="normal", generator=generator)
-        self._scale()
-        self.adapted = _forward(model, inputs)
-
-    def _scale(self) -> None:
-        """Bring each update to a tenth of its weight's size, whatever the sizes are."""
-        for group in self.adapter.groups:
-            network = self.adapter.network(group)
-            size = network.parameters()
-            norm = max(self.adapter.delta(site).detach().square().mean().sqrt().item()
-                       for site in group.sites)  # fmt: skip
-            factors = list(size)
-            wanted = 0.1 / math.sqrt(group.sites[0].width)
-            with torch.no_grad():
-                for factor in factors:
-                    factor *= (wanted / max(norm, 1e-12)) ** (1 / len(factors))
-
-    def moves(self) -> str:
-        """The output differs from the base's."""
-        distance = _distance(self.adapted, self.base)
-        return "" if distance > 1e-6 else f"relative change {distance:.1e}"
-
-    def gradient(self) -> str:
-        """Every factor gets a gradient, in each layer, role and head where the base's weight does."""
-        weights = {site: stored_weight(self.model, site) for site in self.adapter.sites}
-        try:
-            for weight in weights.values():
-                weight.requires_grad_(True)
-            output = _run_forward(self.model, self.inputs)
-            tensors = [t for t in _tensors(output) if t.requires_grad]
-            if not tensors:
-                return "the output depends on no projection"
-            generator = torch.Generator().manual_seed(2)
-            noise = (torch.randn(t.shape, generator=generator).to(t.dtype) for t in tensors)
-            sums = [(torch.nan_to_num(t) * r).sum() for t, r in zip(tensors, noise)]
-            torch.stack([s.float() for s in sums]).sum().backward()
-            used = {site for site, weight in weights.items() if _has_gradient(weight, site)}
-            return self._missing(used)
-        finally:
-            for weight in weights.values():
-                weight.requires_grad_(False)
-                weight.grad = None
-            for parameter in self.adapter.parameters():
-                parameter.grad = None
-
-    def _missing(self, used: set[Site]) -> str:
-        missing, idle = [], []
-        for group in self.adapter.groups:
-            active = [site for site in group.sites if site in used]
-            if active:
-                missing += [f"{group.name} {text}" for text in self._zeros(group, active)]
-            else:
-                idle.append(group.name)
-        if missing:
-            return _shorten(f"none in {'; '.join(missing)}")
-        if len(idle) == len(self.adapter.groups):
-            return "the output depends on no projection"
-        return f"yes, but the output does not depend on {', '.join(idle)}" if idle else ""
-
-    def _zeros(self, group: Group, active: list[Site]) -> Iterator[str]:
-        """Factors without gradient, and entries of their modes other than in and out."""
-        network = self.adapter.network(group)
-        expected = {
-            "layer": {group.layers.index(site.layer) for site in active},
-            "matrix": {group.roles.index(site.role) for site in active},
-            "head": set(range(group.heads)),
-        }
-        for (name, factor), term in zip(network.named_parameters(), network.legs.terms):
-            gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
-            if not gradient.abs().max() > 0:
-                yield f"{name}, nowhere"
-                continue
-            for axis, leg in enumerate(term.legs):
-                size = gradient.movedim(axis, 0).reshape(factor.shape[axis], -1).abs().amax(1)
-                zero = [k for k in sorted(expected.get(leg, ())) if not size[k] > 0]
-                names = [group.roles[k] if leg == "matrix" else str(k) for k in zero]
-                if zero:
-                    yield f"{name}, {leg} {' '.join(names)}"
-
-    def merged(self) -> str:
-        """The same output from the weights alone."""
-        self.adapter.merge()
-        distance = _distance(_forward(self.model, self.inputs), self.adapted)
-        return "" if distance < 1e-3 else f"relative difference {distance:.1e}"
-
-    def unmerged(self) -> str:
-        """The base has every bit again."""
-        self.adapter.unmerge()
-        changed = _changed(self.before, _without_adapter(self.model))
-        return _shorten(f"changed: {', '.join(changed)}") if changed else ""
-
-    def loaded(self) -> str:
-        """A fresh model with the file computes the same."""
-        fresh = zoo.build(self.row.type, self.row.size, "cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            self.adapter.save(folder)
-            lortalib.nn.load(fresh, folder)
-        distance = _distance(_forward(fresh, self.inputs), self.adapted)
-        return "" if distance < 1e-6 else f"relative difference {distance:.1e}"
-
-    def removed(self) -> str:
-        """Names, order and bits of the state, and the output, are the base's."""
-        self.adapter.remove()
-        after = _state(self.model)
-        if list(after) != list(self.before):
-            return "the names or the order of the state differ"
-        changed = _changed(self.before, after)
-        if changed:
-            return _shorten(f"changed: {', '.join(changed)}")
-        distance = _distance(_forward(self.model, self.inputs), self.base)
-        return "" if distance == 0 else f"relative difference of outputs {distance:.1e}"
-
-
-# Helpers
-
-
-def _run_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    torch.manual_seed(0)  # some models draw noise
-    return model(**copy.deepcopy(dict(inputs)))  # some change their inputs
-
-
-def _forward(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    with torch.no_grad():
-        return _run_forward(model, inputs)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of an output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() and output.numel() else []
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in _tensors(value)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in _tensors(value)]
-    return []
-
-
-def _distance(one: Any, other: Any) -> float:
-    """The largest relative difference of two outputs; infinite where their shapes differ."""
-    ones, others = _tensors(one), _tensors(other)
-    if [t.shape for t in ones] != [t.shape for t in others]:
-        return math.inf
-    distances = [0.0]
-    for a, b in zip(ones, others):
-        a, b = torch.nan_to_num(a.double()), torch.nan_to_num(b.double())
-        distances.append(((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item())
-    return max(distances)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _without_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model under the base's own names."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("lortalib."):
-            state[re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)] = tensor
-    return state
-
-
-def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    def bits(tensor: Tensor) -> Tensor:
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-    names = set(before) ^ set(after)
-    both = (name for name in before if name in after)
-    return sorted(names) + [n for n in both if not torch.equal(bits(before[n]), bits(after[n]))]
-
-
-def _has_gradient(weight: Tensor, site: Site) -> bool:
-    """Whether the output depends on the site's own part of its weight."""
-    if weight.grad is None:
-        return False
-    gradient = weight.grad if site.writer == site.transposed else weight.grad.mT
-    if site.rows is not None:
-        gradient = gradient[..., site.rows.index(), :]
-    return bool(gradient.abs().max() > 0)
-
-
-def _shorten(text: str, length: int = 400) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-# The survey
+        return shorten(f"disagrees: {report}")
+    return "yes" if report.complete else shorten(f"in part: {report}")
 
 
 def sample(number: int) -> list[str]:
@@ -580,7 +379,7 @@ def table(rows: list[Row]) -> str:
             if found not in ("", "yes"):
                 reasons.append(f"{name}: {_plain(found.removeprefix('yes, but '))}")
         plan = str(row.sites) if row.plan == "planned" else row.plan
-        why = _shorten(_plain("; ".join(reasons)), 160).replace("|", "\\|")
+        why = shorten(_plain("; ".join(reasons)), 160).replace("|", "\\|")
         cells = [f"`{row.type}`", row.model, plan, str(len(row.stacks) or ""), *marks, why]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
