@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from itertools import combinations, product
 from string import ascii_letters
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 Names = tuple[str, ...]
+Path = tuple[tuple[int, int, str], ...]
 Plan = TypeVar("Plan")
 
 
@@ -34,36 +36,56 @@ def _constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
 @_constant
 def contraction_path(
     terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
-) -> tuple[tuple[int, int, str], ...]:
-    """Greedy pairwise order: always the pair whose result adds the fewest numbers.
+) -> Path:
+    """Pairwise order of a contraction: the one with the fewest multiplications.
+
+    Up to six tensors, which covers every usual format, all orders are compared; beyond that each
+    step takes the pair that costs least.
 
     Returns:
-        Steps ``(i, j, equation)``: tensors i and j leave the list, the result joins at its end.
-        A single tensor gives one step with ``i == j``.
+        Steps ``(i, j, equation)``: the product of values i and j is the next value; the first
+        values are the tensors. A single tensor gives one step with ``i == j``.
     """
     size = dict(sizes)
     letters = dict(zip(size, ascii_letters, strict=False))
 
-    def numel(legs: Names) -> int:
-        return math.prod(size[leg] for leg in legs)
-
     def word(legs: Names) -> str:
         return "".join(letters[leg] for leg in legs)
 
-    left = list(terms)
-    if len(left) == 1:
-        return ((0, 0, f"{word(left[0])}->{word(output)}"),)
-    steps = []
-    while len(left) > 1:
-        pairs = {pair: _joined(left, pair, output) for pair in combinations(range(len(left)), 2)}
-        growth = {
-            (i, j): numel(result) - numel(left[i]) - numel(left[j])
-            for (i, j), result in pairs.items()
-        }
-        i, j = min(growth, key=growth.__getitem__)
-        steps.append((i, j, f"{word(left[i])},{word(left[j])}->{word(pairs[i, j])}"))
-        left = [term for k, term in enumerate(left) if k not in (i, j)] + [pairs[i, j]]
+    if len(terms) == 1:
+        return ((0, 0, f"{word(terms[0])}->{word(output)}"),)
+    left, places, steps = terms, list(range(len(terms))), []
+    for i, j in _order(terms, output, size)[1]:
+        result = _joined(left, (i, j), output)
+        steps.append((places[i], places[j], f"{word(left[i])},{word(left[j])}->{word(result)}"))
+        left = _without(left, (i, j), result)
+        places = [place for k, place in enumerate(places) if k not in (i, j)]
+        places.append(len(terms) + len(steps) - 1)
     return tuple(steps)
+
+
+def _order(
+    terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Multiplications and pairs of the best order (of the greedy one for more than six tensors)."""
+    if len(terms) == 1:
+        return 0, ()
+    steps = []
+    for pair in combinations(range(len(terms)), 2):
+        cost = math.prod(size[leg] for leg in {*terms[pair[0]], *terms[pair[1]]})
+        steps.append((cost, pair, _without(terms, pair, _joined(terms, pair, output))))
+    if len(terms) > 6:
+        steps = [min(steps)]
+    orders = []
+    for cost, pair, left in steps:
+        more, pairs = _order(left, output, size)
+        orders.append((cost + more, (pair, *pairs)))
+    return min(orders)
+
+
+def _without(terms: tuple[Names, ...], pair: tuple[int, int], result: Names) -> tuple[Names, ...]:
+    """The list after a step: the pair is gone, the result at the end."""
+    return (*(term for k, term in enumerate(terms) if k not in pair), result)
 
 
 def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Names:
@@ -79,12 +101,69 @@ def contract(
     terms: tuple[Names, ...], tensors: Sequence[Tensor], output: Names, sizes: Mapping[str, int]
 ) -> Tensor:
     """Sum over every leg that is not in ``output``; the result's axes are those of ``output``."""
-    left = list(tensors)
-    for i, j, equation in contraction_path(terms, output, tuple(sizes.items())):
-        pair = [left[i]] if i == j else [left[i], left[j]]
-        left = [tensor for k, tensor in enumerate(left) if k not in (i, j)]
-        left.append(torch.einsum(equation, *pair))
-    return left[0]
+    return follow(contraction_path(terms, output, tuple(sizes.items())), tensors)
+
+
+def follow(path: Path, tensors: Sequence[Tensor]) -> Tensor:
+    """The contraction of tensors along a path."""
+    if plain() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return _values(path, tensors)[-1]
+    result: Tensor = _Contraction.apply(path, *tensors)
+    return result
+
+
+def plain() -> bool:
+    """Whether only plain operations can be followed: in compiled, traced, transformed functions."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _values(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors and, behind them, the result of every step."""
+    values = list(tensors)
+    for left, right, equation in path:
+        pair = [values[left]] if left == right else [values[left], values[right]]
+        values.append(torch.einsum(equation, *pair))
+    return values
+
+
+class _Contraction(Function):
+    """A contraction whose gradients are contractions again.
+
+    Autograd would go back through a step that sums nothing by a product as large as its result and
+    a sum over it; here each gradient is one contraction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, path: Path, *tensors: Tensor) -> Tensor:
+        ctx.path = path
+        ctx.save_for_backward(*tensors)
+        return _values(path, tensors)[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        values = _values(ctx.path[:-1], tensors)
+        needed = list(ctx.needs_input_grad[1:])
+        for left, right, _ in ctx.path:
+            needed.append(needed[left] or needed[right])
+        gradients: list[Tensor | None] = [None] * len(values) + [gradient]
+        steps = list(enumerate(ctx.path, start=len(tensors)))
+        for place, (left, right, equation) in reversed(steps):
+            known = gradients[place]
+            legs, result = equation.split("->")
+            if left == right:
+                gradients[left] = torch.einsum(f"{result}->{legs}", known)
+                continue
+            one, other = legs.split(",")
+            if needed[left]:
+                gradients[left] = torch.einsum(f"{result},{other}->{one}", known, values[right])
+            if needed[right]:
+                gradients[right] = torch.einsum(f"{result},{one}->{other}", known, values[left])
+        return None, *gradients[: len(tensors)]
 
 
 class Partition(NamedTuple):
@@ -97,10 +176,11 @@ class Partition(NamedTuple):
 
 @_constant
 def cheapest_cut(
-    terms: tuple[Names, ...], sizes: tuple[tuple[str, int], ...], far_modes: Names
+    terms: tuple[Names, ...], sizes: tuple[tuple[str, int], ...], far_modes: Names, over: Names
 ) -> Partition:
     """Split the parameters so that ``in`` lies on one side and ``far_modes`` on the other.
 
+    The modes ``over`` are on both sides where both carry them: each of their values is cut alike.
     Of all such splits the one with the smallest product of crossing bonds; among equals the one with
     the fewest parameters beside ``in``. A network has few parameters, so all splits are tried.
     A parameter that carries ``in`` and a far mode cannot be split: then ``near`` is empty.
@@ -120,9 +200,67 @@ def cheapest_cut(
         near = tuple(k for k in side if side[k] == 0)
         rest = tuple(k for k in side if side[k] == 1)
         beyond = {leg for k in rest for leg in terms[k]}
-        bonds = tuple(dict.fromkeys(leg for k in near for leg in terms[k] if leg in beyond))
+        crossing = (leg for k in near for leg in terms[k] if leg in beyond and leg not in over)
+        bonds = tuple(dict.fromkeys(crossing))
         cost = (math.prod(size[bond] for bond in bonds), len(near))
         if best is None or cost < best[0]:
             best = cost, Partition(near, rest, bonds)
     assert best is not None
     return best[1]
+
+
+class Side(NamedTuple):
+    """One side of a divided network, ready to be contracted.
+
+    Attributes:
+        parameters: positions of its parameters.
+        path: their contraction.
+        over: for each leading axis of the result whether a parameter carries it.
+    """
+
+    parameters: tuple[int, ...]
+    path: Path
+    over: tuple[bool, ...]
+
+    def contract(self, tensors: Sequence[Tensor], tail: tuple[int, int]) -> Tensor:
+        """(*over, *tail), with size 1 where nothing carries an axis."""
+        found = follow(self.path, [tensors[k] for k in self.parameters])
+        lead = iter(found.shape)
+        return found.reshape(*(next(lead) if carried else 1 for carried in self.over), *tail)
+
+
+class Division(NamedTuple):
+    """A network divided at its cheapest cut.
+
+    Attributes:
+        partition: which parameters are on which side.
+        rank: product of the sizes of the bonds that cross.
+        near: the side of ``in``; nothing if ``in`` itself crosses.
+        far: the other side.
+    """
+
+    partition: Partition
+    rank: int
+    near: Side | None
+    far: Side
+
+
+@_constant
+def divide(
+    terms: tuple[Names, ...], sizes: tuple[tuple[str, int], ...], far_modes: Names, over: Names
+) -> Division:
+    """The division of `cheapest_cut`, with the order of the contractions on either side."""
+    partition = cheapest_cut(terms, sizes, far_modes, over)
+    size = dict(sizes)
+
+    def side(positions: tuple[int, ...], rows: Names) -> Side:
+        own = tuple(terms[k] for k in positions)
+        carried = {leg for term in own for leg in term}
+        lead = tuple(mode for mode in over if mode in carried)
+        path = contraction_path(own, (*lead, *rows), sizes)
+        return Side(positions, path, tuple(mode in carried for mode in over))
+
+    near = side(partition.near, (*partition.bonds, "in")) if partition.near else None
+    # The bonds lead in memory: products with B then run along rows of head*out.
+    far = side(partition.far, (*partition.bonds, *far_modes))
+    return Division(partition, math.prod(size[bond] for bond in partition.bonds), near, far)

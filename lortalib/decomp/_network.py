@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._contract import cheapest_cut, contract
-from ._legs import Legs, LegsError
+from ._contract import Division, contract, divide
+from ._legs import Legs, LegsError, Term
 from ._modes import Shape
 
 if TYPE_CHECKING:
@@ -22,15 +21,26 @@ _FAR = ("head", "out")
 
 
 class Cut(NamedTuple):
-    """A low-rank pair: ``B @ A`` is the (head*out, in) slice of the tensor.
+    """A low-rank pair: ``B @ A`` is a (head*out, in) slice of the tensor.
 
     Attributes:
-        A: (p, in).
-        B: (head*out, p); row ``h*out + j`` is component j of head h.
+        A: (p, in), with leading axes where several slices were cut at once.
+        B: (head*out, p), likewise; row ``h*out + j`` is component j of head h.
     """
 
     A: Tensor
     B: Tensor
+
+
+def cut_along(division: Division, tensors: Sequence[Tensor]) -> Cut:
+    """The cut of a network that was divided, with these tensors as parameters."""
+    rank, over = division.rank, len(division.far.over)
+    if division.near is None:
+        a = torch.eye(rank, dtype=tensors[0].dtype, device=tensors[0].device)
+        a = a.reshape(*[1] * over, rank, rank)
+    else:
+        a = division.near.contract(tensors, (rank, -1))
+    return Cut(a, division.far.contract(tensors, (rank, -1)).mT)
 
 
 class TensorNetwork(ABC):
@@ -113,41 +123,139 @@ class TensorNetwork(ABC):
         legs = Legs(tuple(term.without(index) for term in self.legs.terms))
         return View(legs, tensors, tuple(mode for mode in self.modes if mode not in index))
 
-    def cut(self) -> Cut:
-        """Split a selected network into an ordinary low-rank pair, exactly and differentiably.
+    def take(self, mode: str, positions: Tensor) -> TensorNetwork:
+        """Keep some positions of a mode, in the order given; positions may repeat.
 
-        Only the modes ``in``, ``out`` and perhaps ``head`` may be left. The network is divided
-        where the bonds that cross have the smallest product p; A holds the side of ``in``.
+        Args:
+            mode: one of `modes`.
+            positions: one axis of integers, on the device of the parameters.
 
         Returns:
-            `Cut`: A (p, in) and B (head*out, p), with ``B @ A`` the slice as a (head*out, in)
-            matrix.
+            A network over the same modes (gradients reach the parameters).
 
         Raises:
-            LegsError: other modes are left, or ``in`` or ``out`` is missing.
+            KeyError: a name that is no mode of this network.
+            IndexError: a position outside the mode.
         """
+        if mode not in self.modes:
+            raise KeyError(
+                f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
+            )
+        return View(
+            self.legs,
+            [
+                tensor.index_select(term.legs.index(mode), positions)
+                if mode in term.legs
+                else tensor
+                for term, tensor in zip(self.legs.terms, self.tensors)
+            ],
+            self.modes,
+        )
+
+    def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
+        """Multiply the tensor by a matrix along one mode (the n-mode product).
+
+        The matrix becomes one more parameter of the network, so nothing dense is formed.
+
+        Args:
+            matrix: (new size, size of the mode).
+            mode: one of `modes`.
+
+        Returns:
+            A network whose mode has the new size; its axes are those of this one.
+
+        Raises:
+            KeyError: a name that is no mode of this network.
+            ValueError: a matrix of another shape.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> means = torch.full((1, 4), 0.25)
+            >>> net = cp({"head": 4, "in": 5, "out": 3}, rank=2).mode_dot(means, "head")
+            >>> net.shape
+            Shape(head=1, in=5, out=3)
+        """
+        if mode not in self.modes:
+            raise KeyError(
+                f"cannot multiply along {mode!r}: the modes of this network are "
+                f"{', '.join(self.modes)}"
+            )
+        if matrix.ndim != 2 or matrix.shape[1] != self.sizes[mode]:
+            raise ValueError(
+                f"to multiply along {mode!r} of size {self.sizes[mode]}, a matrix of shape (new "
+                f"size, {self.sizes[mode]}) is needed; found {tuple(matrix.shape)}"
+            )
+        bond = mode
+        while bond in self.sizes:
+            bond += "_"
+        terms = [
+            Term(tuple(bond if leg == mode else leg for leg in term.legs), term.frozen, term.zero)
+            for term in self.legs.terms
+        ]
+        legs = Legs((*terms, Term((mode, bond), frozen=True)))
+        return View(legs, [*self.tensors, matrix], self.modes)
+
+    def cut(self, *over: str) -> Cut:
+        """Split the network into ordinary low-rank pairs, exactly and differentiably.
+
+        The network is divided where the bonds that cross have the smallest product p; A holds the
+        side of ``in``. Besides ``in``, ``out`` and perhaps ``head`` only the modes ``over`` may be
+        left: all their slices are cut at once.
+
+        Args:
+            over: modes that stay as leading axes, in this order; none gives one pair.
+
+        Returns:
+            `Cut`: A (*over, p, in) and B (*over, head*out, p), with ``B @ A`` the slices as
+            (head*out, in) matrices. Where one side does not depend on a mode of ``over``, it has size
+            1 there and broadcasts.
+
+        Raises:
+            LegsError: other modes are left, or ``in``, ``out`` or one of ``over`` is missing.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> a, b = cp((6, 8, 4, 64, 16), rank=2).cut("layer", "matrix")
+            >>> a.shape, b.shape
+            (torch.Size([1, 1, 2, 64]), torch.Size([6, 4, 128, 2]))
+        """
+        return cut_along(self.divide(*over), self.tensors)
+
+    def divide(self, *over: str) -> Division:
+        """Where `cut` divides the network, and in which order it contracts the two sides.
+
+        Args:
+            over: as for `cut`.
+
+        Returns:
+            `Division`; ``division.partition`` has the positions of the parameters on the side of
+            ``in``, of those on the other side, and the bonds that cross.
+
+        Raises:
+            LegsError: as `cut`.
+        """
+        self._check_cut(over)
         far = tuple(mode for mode in _FAR if mode in self.modes)
-        others = [mode for mode in self.modes if mode not in ("in", *_FAR)]
+        division: Division = divide(self._terms, tuple(self.sizes.items()), far, over)
+        return division
+
+    def _check_cut(self, over: tuple[str, ...]) -> None:
+        absent = [mode for mode in over if mode not in self.modes or mode in ("in", *_FAR)]
+        if absent or len(set(over)) < len(over):
+            raise LegsError(
+                f"cannot cut over {', '.join(map(repr, over))}: these are to be different modes of "
+                f"the network, which has {', '.join(self.modes)}, other than in, head and out"
+            )
+        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *over)]
         if others or "in" not in self.modes or "out" not in self.modes:
+            names = ", ".join(f"{mode}=0" for mode in others)
+            every = ", ".join(repr(mode) for mode in (*over, *others))
             raise LegsError(
                 "a cut needs the modes in, out and optionally head, and no others; "
                 f"this network has {', '.join(self.modes)}."
-                + f" Select first: net.select({', '.join(f'{m}=0' for m in others)}).cut()"
+                + f" Select first: net.select({names}).cut(), or cut them all: net.cut({every})"
                 * bool(others)
             )
-        near_side, far_side, bonds = cheapest_cut(self._terms, tuple(self.sizes.items()), far)
-        rank = math.prod([self.sizes[bond] for bond in bonds])
-        tensors = self.tensors
-
-        def side(positions: tuple[int, ...], output: tuple[str, ...]) -> Tensor:
-            terms = tuple(self._terms[k] for k in positions)
-            return contract(terms, [tensors[k] for k in positions], output, self.sizes)
-
-        if near_side:
-            a = side(near_side, (*bonds, "in")).reshape(rank, self.sizes["in"])
-        else:
-            a = torch.eye(rank, dtype=tensors[0].dtype, device=tensors[0].device)
-        return Cut(a, side(far_side, (*far, *bonds)).reshape(-1, rank))
 
     def to_tensorly(self) -> TensorLyObject:
         """The network as a TensorLy object with live autograd; see `lortalib.decomp.to_tensorly`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..decomp import Cut, Network
 from ._beside import Beside
+from ._factors import Bundle, Factors
 from ._groups import Group
 from ._host import Host, host_of, require_host
+from ._lowrank import Reads
 from ._names import ATTRIBUTE
 from ._share import attach, dense_share, detach
 from ._site import Site
@@ -81,6 +83,10 @@ class Adapter(nn.Module):
         self._host: list[Host] = []
         self._frozen: list[nn.Parameter] | None = None  # what it stopped from requiring gradients
         self._group_of = {site: group for group in groups for site in group.sites}
+        self.reads = Reads()
+        self._factors = [
+            Factors(group, networks[group.name], settings.scaling, self.reads) for group in groups
+        ]
 
     # What it is
 
@@ -119,6 +125,18 @@ class Adapter(nn.Module):
         """The low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p)."""
         group = self._group_of[site]
         return group.pair(self.network(group), site)
+
+    def bundles(self, sites: Sequence[Site]) -> Iterator[tuple[Factors, Bundle]]:
+        """The sites of one module by group, with what makes their pairs."""
+        for factors in self._factors:
+            own = tuple(site for site in sites if self._group_of[site] is factors.group)
+            if own:
+                yield factors, Bundle(factors.group, own)
+
+    def doubt(self) -> None:
+        """Compare the parameters before pairs that were made are used again."""
+        for factors in self._factors:
+            factors.doubt()
 
     def delta(self, site: Site | str) -> Tensor:
         """The change of one weight, dense and scaled, in the shape in which the weight is stored.

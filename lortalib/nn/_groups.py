@@ -64,7 +64,7 @@ class Group:
         cut = network.select(**self._index(site)).cut()
         if site.heads == self.heads:
             return cut
-        return Cut(cut.A, pool_heads(cut.B, self.heads, site.heads))
+        return Cut(cut.A, pool_heads(cut.B.mT, self.heads, site.heads).mT)
 
     def dense(self, network: Network, site: Site) -> Tensor:
         """The update of one site before scaling: (heads*head_dim, width), with a leading axis for
@@ -79,10 +79,10 @@ class Group:
 
 
 def pool_heads(b: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """Mean over the query heads of each group: (heads*head_dim, p) to (kv_heads*head_dim, p)."""
-    head_dim, rank = b.shape[0] // heads, b.shape[1]
-    grouped = b.reshape(kv_heads, heads // kv_heads, head_dim, rank)
-    return grouped.mean(1).reshape(kv_heads * head_dim, rank)
+    """Mean over the query heads of each group: (..., heads*head_dim) to (..., kv_heads*head_dim)."""
+    grouped = b.unflatten(-1, (kv_heads, heads // kv_heads, b.shape[-1] // heads))
+    pooled: Tensor = grouped.mean(-2).flatten(-2)
+    return pooled
 
 
 def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:

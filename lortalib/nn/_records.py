@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from types import UnionType
@@ -137,7 +138,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(x, get_args(hint)[0]) for x in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        whole = _fits(value, int) and abs(value) <= sys.float_info.max
+        return isinstance(value, float) or whole
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

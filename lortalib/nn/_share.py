@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.modules.module import _global_forward_hooks
 from torch.nn.utils.parametrize import (
     is_parametrized,
     register_parametrization,
     remove_parametrizations,
 )
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
-from ..decomp import Cut
+from ..decomp._contract import plain
+from ._lowrank import add
 from ._names import stored
 from ._site import Site
 
 if TYPE_CHECKING:
     from ._adapter import Adapter
 
-
-def low_rank(x: Tensor, pair: Cut, writer: bool, scaling: float) -> Tensor:
-    """``scaling * x @ dW^T`` without dW, computed in the dtype of ``x``.
-
-    Args:
-        x: (..., in) for a reader, (..., head*out) for a writer.
-        pair: A (p, in) and B (head*out, p); dW is ``B @ A`` for a reader, its transpose for a writer.
-        writer: whether the residual stream is the output.
-        scaling: factor of the update, applied in the p-dimensional space.
-
-    Returns:
-        (..., head*out) for a reader, (..., in) for a writer.
-    """
-    a, b = (factor.to(x.device, x.dtype) for factor in pair)
-    first, second = (b.mT, a.mT) if writer else (a, b)
-    return linear(linear(x, first) * scaling, second)
+#: Modules that return a tensor of their own in every forward.
+_FRESH = (nn.Linear, Conv1D)
 
 
 def dense_share(dense: Tensor, site: Site) -> Tensor:
@@ -64,31 +52,52 @@ class Share:
 
     def __init__(self, adapter: Adapter, sites: Sequence[Site]) -> None:
         self.adapter = adapter
-        self.sites = tuple(sites)
-        rows = [site.rows.index() for site in self.sites if site.rows is not None]
-        self.rows = torch.cat(rows) if rows else None
-        if rows and torch.equal(self.rows, torch.arange(self.sites[0].fused or 0)):  # type: ignore[arg-type]
-            self.rows = None  # the shares side by side are the whole output
+        self.parts = [
+            (factors, factors.add(bundle), bundle.layer)
+            for factors, bundle in adapter.bundles(sites)
+        ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Torch's forward hook: the projection's output with the shares added."""
         adapter = self.adapter
         if not adapter.active:
             return None
-        x = dropout(args[0], adapter.dropout, adapter.training)
-        shares = [
-            low_rank(x, adapter.pair(site), site.writer, adapter.scaling) for site in self.sites
-        ]
-        share = shares[0] if len(shares) == 1 else torch.cat(shares, -1)
-        if isinstance(output, tuple):  # quantised layers return their scale beside the output
-            return (self._add(output[0], share), *output[1:])
-        return self._add(output, share)
+        whole = isinstance(output, tuple)  # quantised layers return their scale beside the output
+        x, y = args[0], output[0] if whole else output
+        own = _owns_output(module)
+        p = adapter.dropout if adapter.training else 0.0
+        for factors, kind, layer in self.parts:
+            first, second = factors.pair(kind, layer, y.dtype)
+            h = adapter.reads.project(x, first, factors.readers(kind), p)
+            y = add(y, h, second, own)
+            own = True
+        return (y, *output[1:]) if whole else y
 
-    def _add(self, output: Tensor, share: Tensor) -> Tensor:
-        share = share.to(output.dtype)
-        if self.rows is None:
-            return output + share
-        return output.index_add(-1, self.rows.to(output.device), share)
+
+def _owns_output(module: nn.Module) -> bool:
+    """Whether the output of a module is a fresh tensor that nobody but the hooks of shares has seen.
+
+    Autograd does not need the output of a linear map, so it can then be added to in place.
+    """
+    return (
+        type(module) in _FRESH
+        and "forward" not in module.__dict__
+        and not _global_forward_hooks
+        and all(type(hook) is Share for hook in module._forward_hooks.values())
+    )
+
+
+class Recheck:
+    """A forward pre-hook of the modules around all sites: an adapter's parameters may have changed
+    since the last forward in ways that leave no trace, so they are compared once in each."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Torch's forward pre-hook."""
+        if not plain():
+            self.adapter.doubt()
 
 
 class WeightShare(nn.Module):
@@ -118,13 +127,13 @@ def stored_weight(model: nn.Module, site: Site) -> Any:
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
     """Let every site of the adapter take its share."""
+    for module in _around(model, adapter.sites):
+        _free_number(module._forward_pre_hooks)
+        module.register_forward_pre_hook(Recheck(adapter))
     for path, sites in by_module(adapter.sites):
         module = model.get_submodule(path)
         if not sites[0].bypassed:
-            # Torch counts hooks from 0 in every process, so those of an unpickled module can have
-            # numbers that new ones are about to get.
-            while RemovableHandle.next_id in module._forward_hooks:
-                RemovableHandle.next_id += 1
+            _free_number(module._forward_hooks)
             module.register_forward_hook(Share(adapter, sites))
             continue
         for site in sites:
@@ -135,11 +144,11 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 
 def detach(model: nn.Module, adapter: Adapter) -> None:
     """Take back what `attach` did."""
+    for module in _around(model, adapter.sites):
+        _drop(module._forward_pre_hooks, adapter)
     for path, sites in by_module(adapter.sites):
         module = model.get_submodule(path)
-        hooks = module._forward_hooks
-        for key in [k for k, hook in hooks.items() if _is_share_of(hook, adapter)]:
-            del hooks[key]
+        _drop(module._forward_hooks, adapter)
         for site in sites:
             if not site.bypassed or not is_parametrized(module, site.parameter):
                 continue
@@ -175,5 +184,23 @@ def _weight_share(module: nn.Module, site: Site) -> WeightShare:
     return share
 
 
-def _is_share_of(hook: object, adapter: Adapter) -> bool:
-    return isinstance(hook, Share) and hook.adapter is adapter
+def _around(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """The modules that hold all sites, the model itself first."""
+    parents = [site.path.split(".")[:-1] for site in sites]
+    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*parents))]
+    paths = [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
+    return [model.get_submodule(path) for path in paths]
+
+
+def _free_number(hooks: Mapping[int, Any]) -> None:
+    """Torch counts hooks from 0 in every process, so those of an unpickled module can have numbers
+    that new ones are about to get: count on past them."""
+    while RemovableHandle.next_id in hooks:
+        RemovableHandle.next_id += 1
+
+
+def _drop(hooks: dict[int, Any], adapter: Adapter) -> None:
+    """Delete the hooks of an adapter."""
+    ours = (Share, Recheck)
+    for key in [k for k, h in hooks.items() if isinstance(h, ours) and h.adapter is adapter]:
+        del hooks[key]

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lortalib import decomp
+from lortalib.nn._adapter import Adapter, Settings
+from lortalib.nn._beside import Beside
 from lortalib.nn._families import LAYOUTS, Family
 from lortalib.nn._groups import Group
 from lortalib.nn._share import Share, dense_share
@@ -82,18 +84,6 @@ def test_rows_of_a_layout_are_those_of_the_reference_and_fill_the_output(block):
     assert sorted(taken) == list(range((heads + 2 * kv_heads) * dim))
 
 
-class _Adapter:
-    """As much of an adapter as a hook reads."""
-
-    active, training, dropout, scaling = True, False, 0.0, 1.5
-
-    def __init__(self, group, net):
-        self.group, self.net = group, net
-
-    def pair(self, site):
-        return self.group.pair(self.net, site)
-
-
 @settings(max_examples=40, deadline=None)
 @given(block=fused_blocks(), some=st.booleans())
 def test_the_hook_adds_what_the_dense_update_would(block, some):
@@ -105,7 +95,12 @@ def test_the_hook_adds_what_the_dense_update_would(block, some):
     y = torch.randn(5, sites[0].fused, dtype=torch.float64)
     dense = sum(dense_share(group.dense(net, site), site) for site in chosen) * 1.5
     dense = dense.mT if sites[0].transposed else dense
-    added = Share(_Adapter(group, net), chosen)(None, (x,), y) - y
+    model = torch.nn.Module()
+    model.m = torch.nn.Identity()
+    plan = Settings("tucker", 1.5, 1.5, 0.0, "pool", "normal")
+    adapter = Adapter("a", plan, (group,), {"g": net}, Beside())
+    adapter.active = True
+    added = Share(adapter, chosen)(model.m, (x,), y) - y
     torch.testing.assert_close(added, x @ dense.mT)
 
 

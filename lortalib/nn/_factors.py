@@ -1,0 +1,430 @@
+"""The low-rank pairs of all modules of a group: made in one contraction, kept while they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import pad
+
+from ..decomp import Cut, Network, TensorNetwork
+from ..decomp._contract import Division, plain
+from ..decomp._network import View, cut_along
+from ._groups import Group
+from ._lowrank import Reads
+from ._site import Site
+
+
+class Pair(NamedTuple):
+    """The two maps of a share, ``y += (x @ first^T) @ second``; leading axes are slices.
+
+    Attributes:
+        first: (p, features that the module reads).
+        second: (p, features of the module's whole output). The scaling is in one of them.
+    """
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The sites of one group in one module, whose shares are taken together.
+
+    Attributes:
+        group: the group.
+        sites: the sites, several where the projection is fused.
+    """
+
+    group: Group
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def layer(self) -> int:
+        """Position on the mode ``layer``."""
+        return self.group.layers.index(self.sites[0].layer)
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What it has in common with the bundles of other layers that are made alike."""
+        return tuple((s.role, s.heads, s.writer, s.rows, s.fused) for s in self.sites)
+
+    @property
+    def writer(self) -> bool:
+        """Whether the residual stream is the output."""
+        return self.sites[0].writer
+
+    def reads(self, cuts: Mapping[int, Cuts]) -> tuple[int, ...] | None:
+        """The parameters that all its sites read through, if they read through one A."""
+        reads = {cuts[site.heads].reads for site in self.sites}
+        return reads.pop() if len(reads) == 1 else None
+
+    def pair(self, cuts: Mapping[int, Cuts], scaling: float) -> Pair:
+        """The pair of this bundle out of the cuts of its group; its leading axes are theirs."""
+        parts = [cuts[site.heads].of(site) for site in self.sites]
+        a, bs = parts[0].A, [part.B.mT for part in parts]
+        if len(bs) > 1 and self.reads(cuts) is None:
+            # Each site reads through rows of its own, so its rows stand under the others'.
+            ranks = [part.A.shape[-2] for part in parts]
+            a = torch.cat([part.A for part in parts], -2)
+            bs = [pad(b, (0, 0, sum(ranks[:k]), sum(ranks[k + 1 :]))) for k, b in enumerate(bs)]
+        b = bs[0]
+        if self.sites[0].rows is not None:
+            columns = torch.cat([site.rows.index(b.device) for site in self.sites if site.rows])
+            own = torch.cat(bs, -1)
+            b = own.new_zeros(*own.shape[:-1], self.sites[0].fused or 0)
+            b = b.index_copy(-1, columns, own)
+        a = a * scaling  # the smaller side, where all matrices read alike
+        return Pair(b, a) if self.writer else Pair(a, b)
+
+
+class Cuts(NamedTuple):
+    """Pairs of all sites of a group with one head count.
+
+    Attributes:
+        roles: role for each position of the axis ``matrix``.
+        cut: A (..., matrix, p, width) and B (..., matrix, heads*head_dim, p).
+        reads: the parameters that A is made of, if it is the same for every matrix, else nothing.
+    """
+
+    roles: tuple[str, ...]
+    cut: Cut
+    reads: tuple[int, ...] | None
+
+    def of(self, site: Site) -> Cut:
+        """The pair of one site."""
+        matrix = self.roles.index(site.role)
+        at = (0 if side.shape[-3] == 1 else matrix for side in self.cut)
+        return Cut(*(side.select(-3, position) for side, position in zip(self.cut, at)))
+
+
+class Place(NamedTuple):
+    """Where a matrix is among the tensors made for a group: which tensor, which of its matrices."""
+
+    tensor: int
+    matrix: int
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How the pairs of the sites with one head count come out of the parameters.
+
+    Attributes:
+        roles: their roles.
+        takes: which axis of which parameter is restricted to which positions.
+        constants: tensors of the network that are no parameters, behind these.
+        division: where it is divided.
+        reads: as in `Cuts`.
+    """
+
+    roles: tuple[str, ...]
+    takes: list[tuple[int, int, Tensor]]
+    constants: list[Tensor]
+    division: Division
+    reads: tuple[int, ...] | None
+
+    def cut(self, tensors: Sequence[Tensor]) -> Cuts:
+        """The cuts of these parameters."""
+        own = [*tensors, *self.constants]
+        for parameter, axis, at in self.takes:
+            own[parameter] = own[parameter].index_select(axis, at)
+        return Cuts(self.roles, cut_along(self.division, own), self.reads)
+
+
+class Factors:
+    """The pairs of all modules that take a share of one network.
+
+    Those of all layers come out of one contraction, and are kept while the parameters hold the
+    same numbers. Nothing of one forward is kept: the graph behind the pairs ends in the parameters
+    and can be walked any number of times.
+    """
+
+    def __init__(self, group: Group, network: Network, scaling: float, reads: Reads) -> None:
+        self.group = group
+        self.reads = reads
+        self.network = network
+        self.scaling = scaling
+        self.kinds: list[Bundle] = []
+        self.places: list[tuple[Place, Place]] = []  # see `make`; the same every time
+        self.matrices: list[int] = []  # of each tensor made
+        self._made: dict[torch.dtype, _Made] = {}
+        self._recipes: dict[object, _Recipe] = {}
+
+    def add(self, bundle: Bundle) -> int:
+        """Let a module take part.
+
+        Returns:
+            The number by which it asks for its pair.
+        """
+        for number, known in enumerate(self.kinds):
+            if known.kind == bundle.kind:
+                return number
+        self.kinds.append(bundle)
+        self._made.clear()
+        self._recipes.clear()
+        return len(self.kinds) - 1
+
+    def pair(self, kind: int, layer: int, dtype: torch.dtype) -> Pair:
+        """The pair of one module.
+
+        Args:
+            kind: what `add` returned.
+            layer: position on the mode ``layer``.
+            dtype: of the result.
+
+        Returns:
+            The pair. Modules of a layer that read through the same rows get the very same first.
+        """
+        if plain():
+            return self._alone(kind, layer, dtype)
+        made = self._made.get(dtype)
+        if made is None or not made.hold(self.network):
+            if any(p.is_meta or p.is_inference() for p in self.network.tensors):
+                return self._alone(kind, layer, dtype)  # no values or versions to compare
+            made = self._made[dtype] = _Made(self, dtype)
+        return made.pairs[layer][kind]
+
+    def readers(self, kind: int) -> int:
+        """How many modules of a layer have the same first as this one, itself among them."""
+        firsts = [first for first, _ in self.places]
+        return firsts.count(firsts[kind]) if firsts else 1
+
+    def doubt(self) -> None:
+        """The parameters may have been written to unseen: by ``p.data``, or by foreign kernels."""
+        for made in self._made.values():
+            made.doubted = True
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Place, Place]]]:
+        """The pairs of every kind, of all layers at once.
+
+        Args:
+            tensors: the parameters, over all layers or some.
+
+        Returns:
+            Tensors (layers, matrices, p, features), with size 1 where all layers or all matrices are
+            alike; and for every kind where its first and its second are.
+        """
+        made: list[Tensor] = []
+        sides: dict[int, tuple[int, int]] = {}  # for each head count where its A and its B are
+        shared: dict[tuple[int, ...], int] = {}  # head counts that read alike have one A
+        cuts = self._cut(tensors)
+        for heads, (_, cut, reads) in cuts.items():
+            known = None if reads is None else shared.get(reads)
+            if known is None:
+                known = len(made)
+                made.append(cut.A * self.scaling)
+            if reads is not None:
+                shared[reads] = known
+            sides[heads] = known, len(made)
+            made.append(cut.B.mT)
+        places = []
+        for kind in self.kinds:
+            site = kind.sites[0]
+            if len(kind.sites) > 1 or site.rows is not None:
+                places.append((Place(len(made), 0), Place(len(made) + 1, 0)))
+                made += [side.unsqueeze(-3) for side in kind.pair(cuts, self.scaling)]
+                continue
+            matrix = cuts[site.heads].roles.index(site.role)
+            a, b = (Place(k, matrix % made[k].shape[-3]) for k in sides[site.heads])
+            places.append((b, a) if site.writer else (a, b))
+        return made, places
+
+    def _cut(self, tensors: Sequence[Tensor], layer: int | None = None) -> dict[int, Cuts]:
+        """The cuts over the matrices of each head count.
+
+        Args:
+            tensors: the parameters; for all layers, or some.
+            layer: a layer, to select first; without, the cuts are over the layers too.
+        """
+        cuts = {}
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for heads in dict.fromkeys(s.heads for kind in self.kinds for s in kind.sites):
+                recipe = self._recipe(heads, layer is None, tensors[0])
+                cuts[heads] = recipe.cut(tensors if layer is None else self._at(layer))
+        return cuts
+
+    def rows(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
+        """The parameters over some layers."""
+        if len(layers) == len(self.group.layers):
+            return tensors
+        at = torch.tensor(layers, device=tensors[0].device)
+        network = View(self.network.legs, tensors, self.network.modes)
+        return network.take("layer", at).tensors
+
+    def _at(self, layer: int) -> Sequence[Tensor]:
+        return self.network.select(layer=layer).tensors
+
+    def _recipe(self, heads: int, over_layers: bool, like: Tensor) -> _Recipe:
+        """How the pairs of a head count are cut; worked out once."""
+        key = heads, over_layers, like.dtype, like.device
+        if key not in self._recipes:
+            self._recipes[key] = self._work_out(heads, over_layers, like)
+        return self._recipes[key]
+
+    def _work_out(self, heads: int, over_layers: bool, like: Tensor) -> _Recipe:
+        group = self.group
+        network: TensorNetwork = self.network
+        here = {s.role for kind in self.kinds for s in kind.sites if s.heads == heads}
+        roles = tuple(role for role in group.roles if role in here)
+        takes: list[tuple[int, int, Tensor]] = []
+        constants: list[Tensor] = []
+        over: tuple[str, ...] = ("layer", "matrix")
+        if not over_layers:
+            network, over = network.select(layer=0), ("matrix",)
+        if len(roles) < len(group.roles):
+            at = torch.tensor([group.roles.index(role) for role in roles], device=like.device)
+            legs = [term.legs for term in network.legs.terms]
+            takes = [(k, t.index("matrix"), at) for k, t in enumerate(legs) if "matrix" in t]
+            network = network.take("matrix", at)
+        if heads != group.heads:
+            constants = [_means(heads, group.heads, like)]
+            network = network.mode_dot(constants[0], "head")
+        division = network.divide(*over)
+        near = division.near
+        alike = near is None or not near.over[-1] or len(roles) == 1
+        reads = division.partition.near if alike else None
+        return _Recipe(roles, takes, constants, division, reads)
+
+    def _alone(self, kind: int, layer: int, dtype: torch.dtype) -> Pair:
+        """The pair of one module by itself, in plain differentiable operations."""
+        cuts = self._cut(self.network.tensors, layer)
+        first, second = self.kinds[kind].pair(cuts, self.scaling)
+        return Pair(first.to(dtype), second.to(dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}, "_recipes": {}}
+
+
+class _Made:
+    """Pairs that were made, and the state of the parameters they were made from.
+
+    Attributes:
+        pairs: for each layer the pair of every kind.
+        doubted: whether the numbers have to be compared before the next use.
+    """
+
+    # Where they can be used: in inference mode, without gradients of the parameters, with them.
+    _INFERENCE, _VALUES, _GRAPH = range(3)
+
+    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+        parameters = factors.network.tensors
+        self._state = [(p, p._version, p.data_ptr(), p.requires_grad) for p in parameters]
+        # On a GPU comparing would wait for the device, which costs more than making them again.
+        compare = all(p.device.type == "cpu" for p in parameters)
+        self._copies = [p.detach().clone() for p in parameters] if compare else []
+        self._use = self._wanted()
+        self.doubted = False
+        rows = iter(_Make.apply(factors, dtype, *parameters))
+        layers = range(len(factors.group.layers))
+        made = [[[next(rows) for _ in range(n)] for _ in layers] for n in factors.matrices]
+        self.pairs = [
+            [Pair(made[a][layer][i], made[b][layer][j]) for (a, i), (b, j) in factors.places]
+            for layer in layers
+        ]
+
+    def hold(self, network: Network) -> bool:
+        """Whether they are those of the network as it is, and can be used in the present mode."""
+        for p, (own, version, pointer, trained) in zip(network.tensors, self._state):
+            if p is not own or p._version != version:
+                return False
+            if p.data_ptr() != pointer or p.requires_grad != trained:
+                return False
+        if self.doubted:
+            same = (torch.equal(entry[0], kept) for entry, kept in zip(self._state, self._copies))
+            if not self._copies or not all(same):
+                return False
+            self.doubted = False
+        return self._use >= self._wanted()
+
+    def _wanted(self) -> int:
+        if torch.is_grad_enabled():
+            return self._GRAPH if any(entry[3] for entry in self._state) else self._VALUES
+        return self._INFERENCE if torch.is_inference_mode_enabled() else self._VALUES
+
+
+class _Make(Function):
+    """All pairs of a group as one node of the graph.
+
+    It saves no tensor: the parameters are few, and the contraction is repeated in the backward. So
+    one set of pairs serves several backwards (accumulation, reentrant checkpoints), and a forward
+    that a checkpoint repeats saves what it saved at first, whoever made the pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factors: Factors, dtype: torch.dtype, *parameters: Tensor) -> Any:
+        ctx.factors, ctx.parameters = factors, parameters
+        ctx.versions = [p._version for p in parameters]
+        ctx.set_materialize_grads(False)
+        layers = len(factors.group.layers)
+        made, factors.places = factors.make(parameters)
+        factors.matrices = [tensor.shape[1] for tensor in made]
+        made = [tensor.to(dtype).contiguous() for tensor in made]  # products run along rows
+        rows = [_every(tensor, layers).flatten(0, 1) for tensor in made]
+        return tuple(row for tensor in rows for row in tensor.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        factors: Factors = ctx.factors
+        parameters: tuple[Tensor, ...] = ctx.parameters
+        if ctx.versions != [p._version for p in parameters]:
+            raise RuntimeError(
+                f"a parameter of the network {factors.group.name!r} was changed in place between "
+                "the forward and the backward; run the forward again after a step of the optimiser"
+            )
+        factors.reads.backwards += 1
+        factors.doubt()  # an optimiser may follow that leaves no trace in the versions
+        trained = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        given = iter(gradients)
+        layers = range(len(factors.group.layers))
+        rows = [[[next(given) for _ in range(n)] for _ in layers] for n in factors.matrices]
+        used = [layer for layer in layers if any(_any(row[layer]) for row in rows)]
+        with torch.enable_grad():
+            # Aliases: hooks on a parameter are to see its gradient once, from the outer graph.
+            aliases = [p.view_as(p) for p in parameters]
+            rows_of = factors.rows(aliases, used)
+            made = [_every(tensor, len(used)) for tensor in factors.make(rows_of)[0]]
+        outputs, upstream = [], []
+        for tensor, row in zip(made, rows):
+            if tensor.requires_grad and any(_any(row[layer]) for layer in used):
+                outputs.append(tensor)
+                flat = [gradient for layer in used for gradient in row[layer]]
+                upstream.append(_stack(flat, tensor))
+        found = torch.autograd.grad(
+            outputs,
+            [aliases[k] for k in trained],
+            upstream,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        result: list[Tensor | None] = [None] * len(parameters)
+        for k, gradient in zip(trained, found):
+            result[k] = gradient
+        return None, None, *result
+
+
+def _means(heads: int, query_heads: int, like: Tensor) -> Tensor:
+    """(heads, query_heads): each key/value head takes the mean of its group of query heads."""
+    size = query_heads // heads
+    eye = torch.eye(heads, dtype=like.dtype, device=like.device)
+    return eye.repeat_interleave(size, 1) / size
+
+
+def _every(tensor: Tensor, layers: int) -> Tensor:
+    """With a row for each layer, also where all layers are alike."""
+    return tensor.expand(layers, *tensor.shape[1:])
+
+
+def _any(row: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in row)
+
+
+def _stack(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Gradients in the shape and dtype of what was made; zero where there is none."""
+    zero = like.new_zeros(like.shape[2:])
+    found = torch.stack([zero if row is None else row for row in rows])
+    return found.to(like.dtype).view(like.shape)

@@ -1,0 +1,107 @@
+"""The arithmetic of a share: ``y += (x @ first^T) @ second``."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from ..decomp._contract import plain
+
+
+@dataclass
+class _Kept:
+    """A product that `Reads` keeps, and what has to be the same for it to be used."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    first: Tensor
+    grad: bool
+    backwards: int
+    h: Tensor
+    left: int
+
+
+class Reads:
+    """``x @ first^T``, taken once where several projections of a layer read one x (q, k, v).
+
+    The last product is kept until as many have asked for it as read it, or another x comes. It is
+    given out again only for the very same x, unchanged, and the very same first, and not once a
+    backward has passed, which frees the graph behind it.
+
+    Attributes:
+        backwards: how many backwards have passed the adapter's parameters.
+    """
+
+    def __init__(self) -> None:
+        self.backwards = 0
+        self._kept: _Kept | None = None
+
+    def project(self, x: Tensor, first: Tensor, readers: int, p: float) -> Tensor:
+        """The product, in the dtype of ``first``.
+
+        Args:
+            x: (..., features).
+            first: (p, features).
+            readers: how many projections share x and first.
+            p: probability of dropping a feature of x; one mask for all that share x.
+        """
+        if readers == 1 or plain() or x.is_inference():  # inference tensors count no changes
+            return _project(x, first, p)
+        kept, grad = self._kept, torch.is_grad_enabled()
+        if (
+            kept is not None
+            and kept.x() is x
+            and kept.version == x._version
+            and kept.first is first
+            and kept.grad == grad
+            and kept.backwards == self.backwards
+        ):
+            kept.left -= 1
+            if kept.left == 0:
+                self._kept = None
+            return kept.h
+        h = _project(x, first, p)
+        mark = x._version, first, grad, self.backwards
+        self._kept = _Kept(weakref.ref(x), *mark, h, readers - 1)
+        return h
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backwards": 0, "_kept": None}
+
+
+def _project(x: Tensor, first: Tensor, p: float) -> Tensor:
+    if x.dtype != first.dtype or x.device != first.device:
+        x = x.to(first.device, first.dtype)
+    h = linear(dropout(x, p) if p else x, first)
+    return h if h.dtype == first.dtype else h.to(first.dtype)
+
+
+def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
+    """``y + h @ second``.
+
+    Args:
+        y: (..., features).
+        h: (..., p).
+        second: (p, features).
+        own: whether nobody else holds y, so that it can be added to in place.
+    """
+    if h.device != y.device:
+        h, second = h.to(y.device), second.to(y.device)
+    if not own or plain():
+        return y + h @ second
+    # For each row of a batch this makes a gradient of `second`: no more than rows as long as p.
+    if y.dim() == 3 and (len(y) == 1 or y.shape[1] >= len(second)) and not _graph_minds(y):
+        return y.baddbmm_(h, second.expand(len(y), *second.shape))
+    if torch.is_grad_enabled():
+        return y + h @ second
+    return y.add_(h @ second)
+
+
+def _graph_minds(y: Tensor) -> bool:
+    """Whether writing to y would cost autograd more than a new tensor, or is not allowed."""
+    return torch.is_grad_enabled() and (y._is_view() or (y.is_leaf and y.requires_grad))
