@@ -4,6 +4,7 @@ from ._acts import acts
 from ._adapter import Adapter, Settings
 from ._anatomy import AnatomyError, mlp_sites, sites
 from ._apply import activate, adapters, apply
+from ._bank import Bank, bank
 from ._families import Family
 from ._groups import Group
 from ._probe import Report, verify
@@ -14,6 +15,7 @@ __all__ = [
     "Adapter",
     "AdapterFileError",
     "AnatomyError",
+    "Bank",
     "Family",
     "Group",
     "Report",
@@ -24,6 +26,7 @@ __all__ = [
     "acts",
     "adapters",
     "apply",
+    "bank",
     "load",
     "mlp_sites",
     "sites",

@@ -102,18 +102,19 @@ def apply(
     if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
     as_start(init)
-    chosen = choose(candidates(model, targets, family), targets, layers)
-    check_experts(model, chosen)
-    groups = group_sites(chosen, gqa)
+    groups, networks = plan(
+        model,
+        decomposition,
+        rank,
+        targets=targets,
+        layers=layers,
+        gqa=gqa,
+        family=family,
+        options={"init": init, "generator": generator, "dtype": dtype},
+        share_residual=share_residual,
+    )
+    chosen = [site for group in groups for site in group.sites]
     paths = find_modules(model, train_also, (site.path for site in chosen))
-    networks: dict[str, Network] = {}
-    for group in groups:
-        weight = stored_weight(model, group.sites[0])
-        device = weight.device if isinstance(weight, torch.Tensor) else None
-        options = {"init": init, "generator": generator, "device": device, "dtype": dtype}
-        networks[group.name] = _make(decomposition, group, rank, options)
-    if share_residual:
-        tie_residual(groups, networks)
     if verify is not None:
         attention = [site for site in chosen if site.role not in MLP_ROLES]
         probe(model, verify, sites=attention).raise_for_disagreement()
@@ -129,6 +130,32 @@ def apply(
     adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
     install(adapter, model, active=True, freeze=freeze)
     return adapter
+
+
+def plan(
+    model: nn.Module,
+    decomposition: Decomposition,
+    rank: Rank,
+    *,
+    targets: Targets,
+    layers: int | Iterable[int] | None,
+    gqa: str,
+    family: Family | Sequence[Family],
+    options: dict[str, Any],
+    share_residual: bool,
+) -> tuple[list[Group], dict[str, Network]]:
+    """The groups of the chosen sites and a network for each, by name; changes nothing."""
+    chosen = choose(candidates(model, targets, family), targets, layers)
+    check_experts(model, chosen)
+    groups = group_sites(chosen, gqa)
+    networks: dict[str, Network] = {}
+    for group in groups:
+        weight = stored_weight(model, group.sites[0])
+        device = weight.device if isinstance(weight, torch.Tensor) else None
+        networks[group.name] = _make(decomposition, group, rank, {**options, "device": device})
+    if share_residual:
+        tie_residual(groups, networks)
+    return groups, networks
 
 
 def candidates(model: nn.Module, targets: Targets, family: Family | Sequence[Family]) -> list[Site]:

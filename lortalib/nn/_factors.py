@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from ..decomp import Cut, Network, TensorNetwork
+from ..decomp import Cut, TensorNetwork
 from ..decomp._contract import Division, plain
 from ..decomp._network import View, cut_along
 from ._groups import Group
@@ -144,7 +144,15 @@ class Factors:
     and can be walked any number of times.
     """
 
-    def __init__(self, group: Group, network: Network, scaling: float, reads: Reads) -> None:
+    def __init__(
+        self,
+        group: Group,
+        network: TensorNetwork,
+        scaling: float,
+        reads: Reads,
+        rows: tuple[str, ...] = (),
+    ) -> None:
+        self._rows = rows  # modes behind that of the layers
         self.group = group
         self.reads = reads
         self.network = network
@@ -273,9 +281,9 @@ class Factors:
         roles = tuple(role for role in group.roles if role in here)
         takes: list[tuple[int, int, Tensor]] = []
         constants: list[Tensor] = []
-        over: tuple[str, ...] = ("layer", "matrix")
+        over: tuple[str, ...] = ("layer", *self._rows, "matrix")
         if not over_layers:
-            network, over = network.select(layer=0), ("matrix",)
+            network, over = network.select(layer=0), (*self._rows, "matrix")
         if len(roles) < len(group.roles):
             at = torch.tensor([group.roles.index(role) for role in roles], device=like.device)
             legs = [term.legs for term in network.legs.terms]
@@ -327,7 +335,7 @@ class _Made:
             for layer in layers
         ]
 
-    def hold(self, network: Network) -> bool:
+    def hold(self, network: TensorNetwork) -> bool:
         """Whether they are those of the network as it is, and can be used in the present mode."""
         for p, (own, version, pointer, trained) in zip(network.tensors, self._state):
             if p is not own or p._version != version:

@@ -46,7 +46,7 @@ class Reads:
 
         Args:
             x: (..., features).
-            first: (p, features).
+            first: (p, features), or (rows, p, features) for rows of a batch with maps of their own.
             readers: how many projections share x and first.
             p: probability of dropping a feature of x; one mask for all that share x.
         """
@@ -77,6 +77,8 @@ class Reads:
 def _project(x: Tensor, first: Tensor, p: float) -> Tensor:
     if x.dtype != first.dtype or x.device != first.device:
         x = x.to(first.device, first.dtype)
+    if first.dim() == 3:  # rows with maps of their own; each has an equal part of x
+        return x.reshape(len(first), -1, x.shape[-1]) @ first.mT
     h = linear(dropout(x, p) if p else x, first)
     return h if h.dtype == first.dtype else h.to(first.dtype)
 
@@ -92,6 +94,8 @@ def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
     """
     if h.device != y.device:
         h, second = h.to(y.device), second.to(y.device)
+    if second.dim() == 3:
+        return _add_by_row(y, h, second, own)
     if not own or plain():
         return y + h @ second
     # For each row of a batch this makes a gradient of `second`: no more than rows as long as p.
@@ -100,6 +104,14 @@ def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
     if torch.is_grad_enabled():
         return y + h @ second
     return y.add_(h @ second)
+
+
+def _add_by_row(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
+    """`add` with a second map for each of the rows that share y evenly."""
+    if own and y.is_contiguous() and not torch.is_grad_enabled():
+        y.view(len(second), -1, y.shape[-1]).baddbmm_(h, second)
+        return y
+    return y + (h @ second).view(y.shape)
 
 
 def _graph_minds(y: Tensor) -> bool:

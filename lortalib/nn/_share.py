@@ -43,7 +43,11 @@ def dense_share(dense: Tensor, site: Site) -> Tensor:
     return dense if site.writer == site.transposed else dense.mT
 
 
-class Share:
+class Adding:
+    """A forward hook that adds to a module's output and keeps nothing of it."""
+
+
+class Share(Adding):
     """A forward hook: adds the shares of the sites of one module, while the adapter is active.
 
     An object and not a closure, so that it follows deepcopy and pickle. It holds no parameter: these
@@ -64,7 +68,7 @@ class Share:
             return None
         whole = isinstance(output, tuple)  # quantised layers return their scale beside the output
         x, y = args[0], output[0] if whole else output
-        own = _owns_output(module)
+        own = owns_output(module)
         p = adapter.dropout if adapter.training else 0.0
         for factors, kind, layer in self.parts:
             first, second = factors.pair(kind, layer, y.dtype)
@@ -74,7 +78,7 @@ class Share:
         return (y, *output[1:]) if whole else y
 
 
-def _owns_output(module: nn.Module) -> bool:
+def owns_output(module: nn.Module) -> bool:
     """Whether the output of a module is a fresh tensor that nobody but the hooks of shares has seen.
 
     Autograd does not need the output of a linear map, so it can then be added to in place.
@@ -83,7 +87,7 @@ def _owns_output(module: nn.Module) -> bool:
         type(module) in _FRESH
         and "forward" not in module.__dict__
         and not _global_forward_hooks
-        and all(type(hook) is Share for hook in module._forward_hooks.values())
+        and all(isinstance(hook, Adding) for hook in module._forward_hooks.values())
     )
 
 

@@ -151,10 +151,24 @@ def load(
         >>> load(model, folder, name="again").count()
         100
     """
+    description = read_description(Path(folder))
+    check_name(model, description["name"] if name is None else name)
+    adapter = read_adapter(model, folder, name=name, family=family)
+    install(adapter, model, active=active, freeze=freeze)
+    return adapter
+
+
+def read_adapter(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    name: str | None = None,
+    family: Family | Sequence[Family] = (),
+) -> Adapter:
+    """The adapter of a folder, fitted to a model but not put on it; see `load`."""
     folder = Path(folder)
     description = read_description(folder)
     name = description["name"] if name is None else name
-    check_name(model, name)
     tensors = read_tensors(folder)
     try:
         settings = settings_from_json(description["settings"])
@@ -183,9 +197,7 @@ def load(
         networks[group.name].to(weight.device)
     if settings.share_residual:
         tie_residual(groups, networks)
-    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths, values))
-    install(adapter, model, active=active, freeze=freeze)
-    return adapter
+    return Adapter(name, settings, tuple(groups), networks, Beside(paths, values))
 
 
 def _candidates(
