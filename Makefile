@@ -2,12 +2,13 @@
 PYTHON ?= python3
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
+BENCHMARKS := training memory inference bank scale plots
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait by spinning slow each other down when the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format docs bench coverage clean
+.PHONY: demo test check format docs bench bench-quick coverage clean
 
 demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
 	$(BIN)/python examples/film_reviews.py
@@ -27,8 +28,12 @@ format: .venv/.check
 docs: .venv/.docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
 
-bench: .venv/.test  ## the benchmarks; tables are written beside the scripts
+bench: .venv/.bench  ## the benchmarks, under 40 minutes; tables are written beside the scripts
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/start.py
+
+bench-quick: .venv/.bench  ## a glance at each, under 4 minutes; written into runs/
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 coverage: .venv/.test  ## every model type of transformers: writes docs/models-table.md, resumable
 	$(BIN)/python benchmarks/coverage.py

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,11 +64,11 @@ def interleave(
 ) -> Times:
     """Seconds of every contender in every round.
 
-    Each round runs all contenders in turn, beginning with another one each time, so that a drift of
-    the machine and the traces that one contender leaves in the caches fall on all alike.
+    Each round runs all contenders in an order of its own, drawn at random, so that a drift of the
+    machine and the traces that one contender leaves in the caches and in the heap fall on all alike.
 
     Args:
-        contenders: by name, in the order in which they run.
+        contenders: by name.
         rounds: how many rounds count.
         anchor: the contender that all others are compared with. It runs again before every few of
             them, and its time of a round is the median of these runs.
@@ -76,13 +77,13 @@ def interleave(
     """
     names = [name for name in contenders if name != anchor]
     times: Times = {name: [] for name in contenders}
+    draw = random.Random(0)
     gc.collect()
     gc.freeze()  # what is there already is not looked through after every round
     gc.disable()
     try:
         for number in range(-warm_up, rounds):
-            first = number % len(names)
-            order = names[first:] + names[:first]
+            order = draw.sample(names, len(names))
             if anchor:
                 order = [
                     name

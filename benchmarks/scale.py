@@ -119,9 +119,11 @@ def measure_apply(model: nn.Module, times: int) -> dict[str, Any]:
 
 
 def make_factors(adapter: lortalib.nn.Adapter) -> list[Tensor]:
-    """All low-rank pairs of a step, as the library makes them: the one place to change when the
-    library makes them in another way."""
-    return [factor for site in adapter.sites for factor in adapter.pair(site)]
+    """All low-rank pairs of a step, as the library makes them."""
+    made = []
+    for factors in adapter._factors:
+        made += factors.make(factors.network.tensors)[0]
+    return made
 
 
 class Count(TorchDispatchMode):
@@ -187,18 +189,12 @@ def count_factors(adapter: lortalib.nn.Adapter) -> dict[str, dict[str, int]]:
 def predict(llama: Llama) -> dict[str, int]:
     """Operations and bytes written of the forward by formula.
 
-    B[layer, matrix, head*out, r] is a product of four vectors for each r. Multiplied from the short
-    modes to the long ones, the last factor takes one multiplication for each of its
-    layers * 4 * heads * head_dim numbers, and the ones before as good as nothing. Where k and v have
-    fewer heads, theirs are means over groups: one addition for each number of k and v.
+    B[layer, matrix, r, head*out] is the product of two short tensors, layer-matrix and head-out, so it
+    takes one multiplication for each of its numbers; q and o have all heads, k and v their own.
     """
-    rows = llama.layers * 4 * llama.heads
-    products = RANK * (rows * (llama.head_dim + 1) + llama.layers * 4)
-    if llama.kv_heads == llama.heads:
-        return {"operations": products, "written": BYTES * products}
-    pooled = RANK * llama.layers * 2 * llama.hidden
-    means = pooled * llama.kv_heads // llama.heads
-    return {"operations": products + pooled, "written": BYTES * (products + means)}
+    heads = 2 * (llama.heads + llama.kv_heads)
+    numbers = RANK * llama.layers * heads * llama.head_dim
+    return {"operations": numbers, "written": BYTES * numbers}
 
 
 def measure_llama(llama: Llama, times: int, device: str = "meta") -> dict[str, Any]:

@@ -93,13 +93,15 @@ class Bank:
             like = View(legs, zeros, (ADAPTER, *network.modes))
             self._factors.append(Factors(group, like, 1.0, self.reads, (ADAPTER,)))
         self._model = model
-        self._handles = [
-            model.register_forward_pre_hook(_Batch(self._rows), with_kwargs=True),
-            *(
-                model.get_submodule(path).register_forward_hook(_RowShare(self, sites))
-                for path, sites in by_module(site for group in groups for site in group.sites)
-            ),
-        ]
+        model.register_forward_pre_hook(_Batch(self), with_kwargs=True)
+        for path, sites in by_module(site for group in groups for site in group.sites):
+            model.get_submodule(path).register_forward_hook(_RowShare(self, sites))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_rows": ContextVar("rows", default=None)}
 
     # What is in it
 
@@ -207,8 +209,11 @@ class Bank:
 
     def remove(self) -> None:
         """Take the bank off its model, which is then as it was before."""
-        for handle in self._handles:
-            handle.remove()
+        for module in self._model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for number in [n for n, hook in hooks.items() if _is_of(hook, self)]:
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
 
     # In use
 
@@ -386,12 +391,12 @@ class _Rows:
 class _Batch:
     """A forward pre-hook of the model: how many rows this forward has."""
 
-    def __init__(self, rows: ContextVar[_Rows | None]) -> None:
-        self.rows = rows
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Torch's forward pre-hook with keyword arguments."""
-        rows = self.rows.get()
+        rows = self.bank._rows.get()
         if rows is not None:
             given = (*args, *kwargs.values())
             tensors = (value for value in given if isinstance(value, Tensor) and value.dim() > 1)
@@ -424,6 +429,10 @@ class _RowShare(Adding):
             y = add(y, h, second, own)
             own = True
         return (y, *output[1:]) if whole else y
+
+
+def _is_of(hook: object, owner: Bank) -> bool:
+    return isinstance(hook, (_Batch, _RowShare)) and hook.bank is owner
 
 
 def bank(

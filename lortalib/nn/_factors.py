@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -250,7 +251,7 @@ class Factors:
             layer: a layer, to select first; without, the cuts are over the layers too.
         """
         cuts = {}
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _exactly(tensors[0].device.type):
             for heads in dict.fromkeys(s.heads for kind in self.kinds for s in kind.sites):
                 recipe = self._recipe(heads, layer is None, tensors[0])
                 cuts[heads] = recipe.cut(tensors if layer is None else self._at(layer))
@@ -413,6 +414,12 @@ class _Make(Function):
         for k, gradient in zip(trained, found):
             result[k] = gradient
         return None, None, *result
+
+
+def _exactly(device: str) -> AbstractContextManager[Any]:
+    """Without autocast, where there is one: the pairs are made in the dtype of the parameters."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _means(heads: int, query_heads: int, like: Tensor) -> Tensor:
