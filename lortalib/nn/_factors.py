@@ -272,7 +272,8 @@ class Factors:
         """How the pairs of a head count are cut; worked out once."""
         key = heads, over_layers, like.dtype, like.device
         if key not in self._recipes:
-            self._recipes[key] = self._work_out(heads, over_layers, like)
+            with torch.inference_mode(False):  # its constants outlive the mode of this forward
+                self._recipes[key] = self._work_out(heads, over_layers, like)
         return self._recipes[key]
 
     def _work_out(self, heads: int, over_layers: bool, like: Tensor) -> _Recipe:
@@ -294,8 +295,7 @@ class Factors:
             constants = [_means(heads, group.heads, like)]
             network = network.mode_dot(constants[0], "head")
         division = network.divide(*over)
-        near = division.near
-        alike = near is None or not near.over[-1] or len(roles) == 1
+        alike = division.near is None or not division.near.over[-1]
         reads = division.partition.near if alike else None
         return _Recipe(roles, takes, constants, division, reads)
 

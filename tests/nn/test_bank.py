@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LongformerConfig, Longfo
 import lortalib
 from lortalib.nn import adapters
 
-EASY = ("Llama", "BERT", "GPT2", "T5", "ViT", "Qwen3")
-FAMILY = {name: FAMILIES[name] for name in FAMILIES if name in EASY}
+EASY = ("Llama", "Bert", "Conv1D", "T5", "ViT", "Qwen3")
+FAMILY = {name: FAMILIES[name] for name in EASY}
 
 
 def filled(model, decomposition="cp", rank=2, number=4, **options):
