@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+#: Multiplications that take as long as reading or writing one number of a step.
+_PASS = 100
+
 Names = tuple[str, ...]
 Path = tuple[tuple[int, int, str], ...]
 Plan = TypeVar("Plan")
@@ -37,7 +40,7 @@ def _constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
 def contraction_path(
     terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
 ) -> Path:
-    """Pairwise order of a contraction: the one with the fewest multiplications.
+    """Pairwise order of a contraction: the one that costs least in multiplications and passes.
 
     Up to six tensors, which covers every usual format, all orders are compared; beyond that each
     step takes the pair that costs least.
@@ -67,13 +70,15 @@ def contraction_path(
 def _order(
     terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
 ) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Multiplications and pairs of the best order (of the greedy one for more than six tensors)."""
+    """Cost and pairs of the best order (of the greedy one for more than six tensors)."""
     if len(terms) == 1:
         return 0, ()
     steps = []
     for pair in combinations(range(len(terms)), 2):
-        cost = math.prod(size[leg] for leg in {*terms[pair[0]], *terms[pair[1]]})
-        steps.append((cost, pair, _without(terms, pair, _joined(terms, pair, output))))
+        one, other, result = terms[pair[0]], terms[pair[1]], _joined(terms, pair, output)
+        moved = sum(math.prod(size[leg] for leg in term) for term in (one, other, result))
+        cost = math.prod(size[leg] for leg in {*one, *other}) + _PASS * moved
+        steps.append((cost, pair, _without(terms, pair, result)))
     if len(terms) > 6:
         steps = [min(steps)]
     orders = []
@@ -141,12 +146,14 @@ class _Contraction(Function):
     def forward(ctx: Any, path: Path, *tensors: Tensor) -> Tensor:
         ctx.path = path
         ctx.save_for_backward(*tensors)
-        return _values(path, tensors)[-1]
+        *ctx.values, result = _values(path, tensors)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        values = _values(ctx.path[:-1], tensors)
+        # Where the gradient itself is to be differentiated, the steps have to be in its graph.
+        values = _values(ctx.path[:-1], tensors) if torch.is_grad_enabled() else ctx.values
         needed = list(ctx.needs_input_grad[1:])
         for left, right, _ in ctx.path:
             needed.append(needed[left] or needed[right])

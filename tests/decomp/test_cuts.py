@@ -343,15 +343,16 @@ def whole(terms, tensors, output):
     return torch.einsum(f"{','.join(map(''.join, terms))}->{''.join(output)}", *tensors)
 
 
-def multiplications(path, tensors):
-    """What a path costs: for each step the product of the sizes of all its legs."""
+def cost_of_path(path, tensors):
+    """What a path costs: for each step its multiplications, and passes over what it reads and writes."""
     values, total = list(tensors), 0
     for i, j, equation in path:
         words = equation.split("->")[0].split(",")
         pair = [values[i]] if i == j else [values[i], values[j]]
         size = {leg: n for word, t in zip(words, pair) for leg, n in zip(word, t.shape)}
-        total += math.prod(size.values()) * (i != j)
         values.append(torch.einsum(equation, *pair))
+        moved = sum(tensor.numel() for tensor in (*pair, values[-1]))
+        total += (math.prod(size.values()) + _PASS * moved) * (i != j)
     return total
 
 
@@ -359,10 +360,12 @@ def cost_of(order, terms, output, sizes):
     """The same for an order of pairs in a shrinking list, from the legs alone."""
     left, total = [set(term) for term in terms], 0
     for pair in order:
-        joined = set().union(*(left[k] for k in pair))
+        both = [left[k] for k in pair]
+        joined = set().union(*both)
         left = [term for k, term in enumerate(left) if k not in pair]
-        total += math.prod(sizes[leg] for leg in joined)
         left.append(joined & set(output).union(*left))
+        moved = sum(math.prod(sizes[leg] for leg in term) for term in (*both, left[-1]))
+        total += math.prod(sizes[leg] for leg in joined) + _PASS * moved
     return total
 
 
@@ -382,7 +385,7 @@ def test_no_order_of_up_to_six_tensors_costs_less(case, data):
     tensors = tensors_of(terms, sizes)
     path = contraction_path(terms, output, tuple(sizes.items()))
     close(follow(path, tensors), whole(terms, tensors, output))
-    cost = multiplications(path, tensors)
+    cost = cost_of_path(path, tensors)
     if len(terms) <= 4:
         assert cost == min(cost_of(order, terms, output, sizes) for order in orders(len(terms)))
         return

@@ -1,0 +1,216 @@
+"""What a forward with an adapter costs, in operations and sizes of tensors; nothing is timed."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from harness import output, put
+from models import BERT, LLAMA, TEXT, Family
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lortalib.decomp import TensorNetwork
+from lortalib.nn import activate
+from lortalib.nn._adapter import Adapter
+from lortalib.nn._groups import Group
+
+WIDE = {"hidden_size": 64}
+SIZES = {
+    "Llama": {**LLAMA, **WIDE},
+    "Bert": {**BERT, **WIDE},
+    "GPT2": {**TEXT, "n_embd": 64, "n_head": 4},
+    "Phi3": {**LLAMA, **WIDE, "bos_token_id": 1, "eos_token_id": 2},
+}
+each_model = pytest.mark.parametrize("name", SIZES)
+each_format = pytest.mark.parametrize("decomposition", ["cp", "tucker", "tt", "lora"])
+
+#: Operations that compute nothing.
+_VIEWS = frozenset(("t", "view", "_unsafe_view", "expand", "detach", "alias"))
+#: Modules that have one of their own for q, k and v.
+_APART = ("Llama", "Bert")
+
+
+def wide(name, layers=2):
+    return Family(name, {**SIZES[name], "num_hidden_layers": layers}, {}).model()
+
+
+def token():
+    return {"input_ids": torch.tensor([[7]])}
+
+
+class Log(TorchDispatchMode):
+    """Every operation: its name, and the most entries of a tensor that it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        several = result if isinstance(result, (tuple, list)) else [result]
+        sizes = [part.numel() for part in several if isinstance(part, torch.Tensor)]
+        self.calls.append((operation.overloadpacket.__name__, max(sizes, default=0)))
+        return result
+
+
+def operations(call):
+    """Names and sizes of the operations of a call."""
+    with Log() as log:
+        call()
+    return Counter(log.calls)
+
+
+def inferring(model):
+    return lambda: output(model, token())
+
+
+def training(model):
+    return lambda: model(**token())[0].sum().backward()
+
+
+def beyond(one, other):
+    """The operations of one call that are not of the other, which does nothing else, by name."""
+    assert not other - one
+    names = Counter()
+    for (name, _), times in (one - other).items():
+        names[name] += times
+    return names
+
+
+def extra(model):
+    """What a forward with the adapter does beyond one without, once its pairs are there."""
+    inferring(model)()
+    on = operations(inferring(model))
+    activate(model, [])
+    off = operations(inferring(model))
+    activate(model, "default")
+    return beyond(on, off)
+
+
+def hooks(model):
+    kinds = [kind for kind in vars(torch.nn.Module()) if kind.endswith("_hooks")]
+    assert "_forward_pre_hooks" in kinds
+    return [hook for m in model.modules() for kind in kinds for hook in vars(m)[kind].values()]
+
+
+# --- merged ---------------------------------------------------------------------------------------
+
+
+@each_model
+def test_a_merged_model_is_the_base_with_other_numbers(name):
+    """No hook, the very same modules, the very same operations."""
+    model = wide(name)
+    modules = {path: (id(module), type(module)) for path, module in model.named_modules()}
+    base = operations(inferring(model))
+    assert hooks(model) == []
+    adapter = put(model)
+    assert hooks(model) != []
+    adapter.merge()
+    assert hooks(model) == []
+    assert operations(inferring(model)) == base
+    own = {path for path, _ in model.named_modules() if path.partition(".")[0] == "lortalib"}
+    now = {p: (id(m), type(m)) for p, m in model.named_modules() if p not in own}
+    assert now == modules
+    adapter.unmerge()
+    assert hooks(model) != []
+    adapter.remove()
+    assert hooks(model) == []
+
+
+# --- not merged -----------------------------------------------------------------------------------
+
+
+@each_format
+@each_model
+def test_no_dense_update_is_formed(name, decomposition, monkeypatch):
+    """Neither asked for, nor any tensor as large as the smallest of the weights."""
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a dense update was asked for")
+
+    for owner, method in (
+        (TensorNetwork, "dense"), (Group, "dense"), (Group, "pair"), (Adapter, "delta")
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, method, refused)
+    model = wide(name)
+    adapter = put(model, decomposition, freeze=False)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("embed" in path or path.startswith(("wte", "lortalib")))
+    least = min(model.get_submodule(site.path).weight.numel() for site in adapter.sites)
+    for call in (inferring(model), training(model)):
+        found = []
+        for names in ("default", "default", []):
+            activate(model, names)
+            model.zero_grad()
+            sizes = operations(call)
+            found.append(Counter({k: n for k, n in sizes.items() if k[1] >= least}))
+        assert found[0] == found[1] == found[2]
+
+
+@each_format
+@each_model
+def test_a_site_costs_at_most_two_operations_whatever_the_rank_and_the_depth(name, decomposition):
+    """One product with x, which projections share that read alike, and one with h."""
+    costs = []
+    for layers, rank in ((2, 2), (2, 8), (4, 2)):
+        model = wide(name, layers)
+        adapter = put(model, decomposition, rank)
+        found = extra(model)
+        compared = found.pop("equal")
+        assert compared == len(list(adapter.parameters()))
+        computed = sum(n for operation, n in found.items() if operation not in _VIEWS)
+        modules = len({site.path for site in adapter.sites})
+        assert computed <= 2 * modules
+        if name in _APART and decomposition != "lora":
+            assert computed == (1 + 3 + 2) * layers
+        assert {n % layers for n in found.values()} == {0}
+        costs.append({operation: n // layers for operation, n in found.items()})
+    assert costs[0] == costs[1] == costs[2]
+
+
+@each_format
+def test_the_pairs_of_all_layers_are_made_at_once(decomposition):
+    """Three more layers do not take three more operations."""
+    cold = []
+    for layers in (2, 5):
+        model = wide("Llama", layers)
+        put(model, decomposition)
+        first, warm = operations(inferring(model)), operations(inferring(model))
+        cold.append(first.total() - warm.total())
+    assert 0 < cold[1] < cold[0] + 3
+
+
+@each_model
+def test_pairs_with_a_graph_serve_without_gradients(name):
+    model = wide(name)
+    put(model)
+    inferring(model)()
+    warm = operations(inferring(model))
+    training(model)()
+    assert operations(inferring(model)) == warm
+
+
+@each_model
+def test_to_switch_adapters_touches_no_tensor_and_keeps_their_pairs(name):
+    model = wide(name)
+    for seed, own in enumerate("ab"):
+        put(model, name=own, seed=seed)
+    inferring(model)()
+    warm = {}
+    for own in "ab":
+        activate(model, own)
+        warm[own] = operations(inferring(model))
+    for names in ("a", "b", [], ["a", "b"], "a", "b"):
+        assert operations(lambda names=names: activate(model, names)) == Counter()
+        if names in ("a", "b"):
+            assert operations(inferring(model)) == warm[names]
+
+
+def test_a_copy_makes_its_own_pairs_once():
+    model = wide("Llama")
+    put(model)
+    cold = operations(inferring(model))
+    warm = operations(inferring(model))
+    twin = copy.deepcopy(model)
+    assert operations(inferring(twin)) == cold
+    assert operations(inferring(twin)) == warm
