@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
 from lortalib.decomp import Cut, LegsError, Network
-from lortalib.decomp._contract import contract, contraction_path, follow
+from lortalib.decomp._contract import _PASS, contract, contraction_path, follow
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 ENDS = ("in", "head", "out")
