@@ -272,7 +272,7 @@ class Factors:
         """How the pairs of a head count are cut; worked out once."""
         key = heads, over_layers, like.dtype, like.device
         if key not in self._recipes:
-            with torch.inference_mode(False):  # its constants outlive the mode of this forward
+            with torch.inference_mode(False), torch.no_grad():  # constants outlive this forward
                 self._recipes[key] = self._work_out(heads, over_layers, like)
         return self._recipes[key]
 

@@ -170,14 +170,14 @@ def test_a_site_costs_at_most_two_operations_whatever_the_rank_and_the_depth(nam
 
 @each_format
 def test_the_pairs_of_all_layers_are_made_at_once(decomposition):
-    """Three more layers do not take three more operations."""
+    """Seven more layers do not take seven more operations."""
     cold = []
-    for layers in (2, 5):
+    for layers in (5, 12):
         model = wide("Llama", layers)
         put(model, decomposition)
         first, warm = operations(inferring(model)), operations(inferring(model))
         cold.append(first.total() - warm.total())
-    assert 0 < cold[1] < cold[0] + 3
+    assert 0 < cold[1] < cold[0] + 7
 
 
 @each_model

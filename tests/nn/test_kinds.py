@@ -23,7 +23,9 @@ def test_any_choice_of_projections_adds_its_dense_updates(family, targets, decom
     with torch.inference_mode():
         again = model(**inputs)[0].clone()
     assert close(found, again, 1e-6)
-    model(**inputs)[0].sum().backward()  # what was made in inference mode is of no use here
+    model(**inputs)[0][
+        ..., :3
+    ].sum().backward()  # what was made in inference mode is of no use here
     assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
