@@ -118,9 +118,11 @@ def follow(path: Path, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def plain() -> bool:
-    """Whether only plain operations can be followed: in compiled, traced, transformed functions."""
+    """Whether only plain operations can be followed: in compiled, traced, transformed functions, and
+    with fake tensors."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )

@@ -135,6 +135,8 @@ class Adapter(nn.Module):
 
     def doubt(self) -> None:
         """Compare the parameters before pairs that were made are used again."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint's repeated forward, within a backward
         for factors in self._factors:
             factors.doubt()
 

@@ -22,7 +22,7 @@ from ._factors import Bundle, Factors, Pair
 from ._families import Family
 from ._groups import Group, Targets
 from ._lowrank import Reads, add
-from ._share import Adding, by_module, owns_output
+from ._share import Adding, by_module, owns_output, release, surround
 from ._storage import read_adapter
 
 #: What `Bank.add` takes: an adapter, its folder, or for each group its tensors in the order of the line.
@@ -94,6 +94,7 @@ class Bank:
             self._factors.append(Factors(group, like, 1.0, self.reads, (ADAPTER,)))
         self._model = model
         model.register_forward_pre_hook(_Batch(self), with_kwargs=True)
+        surround(model, self, self.groups)
         for path, sites in by_module(site for group in groups for site in group.sites):
             model.get_submodule(path).register_forward_hook(_RowShare(self, sites))
 
@@ -209,6 +210,7 @@ class Bank:
 
     def remove(self) -> None:
         """Take the bank off its model, which is then as it was before."""
+        release(self._model, self, self.groups)
         for module in self._model.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for number in [n for n, hook in hooks.items() if _is_of(hook, self)]:
@@ -240,6 +242,9 @@ class Bank:
             yield self
         finally:
             self._rows.reset(token)
+
+    def doubt(self) -> None:
+        """Nothing to compare: what the rows use was gathered when their context began."""
 
     def bundles(self, sites: Sequence[Any]) -> Iterator[tuple[Factors, Bundle]]:
         """The sites of one module by group, with what makes their pairs."""
@@ -357,7 +362,10 @@ class _Rows:
         if key not in self._made:
             with torch.no_grad():
                 tensors = [t.to(like.device, like.dtype) for t in self._tensors[key[0]]]
-                self._made[key], factors.places = factors.make(tensors)
+                made, factors.places = factors.make(tensors)
+                self._made[key] = [
+                    tensor.contiguous() for tensor in made
+                ]  # products run along rows
         return self._made[key]
 
     def _at(self, made: Sequence[Tensor], factors: Factors, place: Any, layer: int) -> Tensor:

@@ -387,7 +387,8 @@ class _Make(Function):
             )
         factors.reads.backwards += 1
         factors.doubt()  # an optimiser may follow that leaves no trace in the versions
-        trained = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        # One that was frozen since the forward is passed over, as by autograd itself.
+        trained = [k for k, p in enumerate(parameters) if p.requires_grad]
         given = iter(gradients)
         layers = range(len(factors.group.layers))
         rows = [[[next(given) for _ in range(n)] for _ in layers] for n in factors.matrices]
@@ -403,6 +404,8 @@ class _Make(Function):
                 outputs.append(tensor)
                 flat = [gradient for layer in used for gradient in row[layer]]
                 upstream.append(_stack(flat, tensor))
+        if not outputs:
+            return None, None, *[None] * len(parameters)
         found = torch.autograd.grad(
             outputs,
             [aliases[k] for k in trained],

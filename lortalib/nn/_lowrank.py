@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..decomp._contract import plain
@@ -18,10 +18,8 @@ class _Kept:
     """A product that `Reads` keeps, and what has to be the same for it to be used."""
 
     x: weakref.ref[Tensor]
-    version: int
+    mark: tuple[Any, ...]
     first: Tensor
-    grad: bool
-    backwards: int
     h: Tensor
     left: int
 
@@ -29,17 +27,37 @@ class _Kept:
 class Reads:
     """``x @ first^T``, taken once where several projections of a layer read one x (q, k, v).
 
-    The last product is kept until as many have asked for it as read it, or another x comes. It is
-    given out again only for the very same x, unchanged, and the very same first, and not once a
-    backward has passed, which frees the graph behind it.
+    The last product is kept while a module around the projections runs, until as many have asked for
+    it as read it, or another x comes. It is given out again only for the very same x, unchanged, and
+    the very same first, and not once a backward has passed, which frees the graph behind it.
 
     Attributes:
         backwards: how many backwards have passed the adapter's parameters.
+        around: the outermost module around projections whose forward runs; None where a projection
+            is called by itself.
     """
 
     def __init__(self) -> None:
         self.backwards = 0
+        self.around: nn.Module | None = None
         self._kept: _Kept | None = None
+
+    def enter(self, module: nn.Module) -> bool:
+        """The forward of a module around projections begins.
+
+        Returns:
+            Whether it is the outermost.
+        """
+        outermost = self.around is None
+        if outermost:
+            self.around = module
+        return outermost
+
+    def leave(self, module: nn.Module) -> None:
+        """The forward of a module around projections ends; nothing of it is kept."""
+        self._kept = None
+        if self.around is module:
+            self.around = None
 
     def project(self, x: Tensor, first: Tensor, readers: int, p: float) -> Tensor:
         """The product, in the dtype of ``first``.
@@ -50,28 +68,21 @@ class Reads:
             readers: how many projections share x and first.
             p: probability of dropping a feature of x; one mask for all that share x.
         """
-        if readers == 1 or plain() or x.is_inference():  # inference tensors count no changes
-            return _project(x, first, p)
-        kept, grad = self._kept, torch.is_grad_enabled()
-        if (
-            kept is not None
-            and kept.x() is x
-            and kept.version == x._version
-            and kept.first is first
-            and kept.grad == grad
-            and kept.backwards == self.backwards
-        ):
+        if readers == 1 or self.around is None or plain() or x.is_inference():
+            return _project(x, first, p)  # inference tensors count no changes
+        kept = self._kept
+        mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, self.backwards
+        if kept is not None and kept.x() is x and kept.first is first and kept.mark == mark:
             kept.left -= 1
             if kept.left == 0:
                 self._kept = None
             return kept.h
         h = _project(x, first, p)
-        mark = x._version, first, grad, self.backwards
-        self._kept = _Kept(weakref.ref(x), *mark, h, readers - 1)
+        self._kept = _Kept(weakref.ref(x), mark, first, h, readers - 1)
         return h
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backwards": 0, "_kept": None}
+        return {"backwards": 0, "around": None, "_kept": None}
 
 
 def _project(x: Tensor, first: Tensor, p: float) -> Tensor:
@@ -96,14 +107,12 @@ def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
         h, second = h.to(y.device), second.to(y.device)
     if second.dim() == 3:
         return _add_by_row(y, h, second, own)
-    if not own or plain():
+    if not own or plain() or not y.is_contiguous():
         return y + h @ second
-    # For each row of a batch this makes a gradient of `second`: no more than rows as long as p.
-    if y.dim() == 3 and (len(y) == 1 or y.shape[1] >= len(second)) and not _graph_minds(y):
-        return y.baddbmm_(h, second.expand(len(y), *second.shape))
-    if torch.is_grad_enabled():
-        return y + h @ second
-    return y.add_(h @ second)
+    # As one matrix and not as a view: autograd would copy the gradient for writing to a view.
+    flat = torch.ops.aten._unsafe_view(y, (-1, y.shape[-1]))
+    flat.addmm_(h.reshape(-1, h.shape[-1]), second)
+    return torch.ops.aten._unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
 
 
 def _add_by_row(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
@@ -112,8 +121,3 @@ def _add_by_row(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
         y.view(len(second), -1, y.shape[-1]).baddbmm_(h, second)
         return y
     return y + (h @ second).view(y.shape)
-
-
-def _graph_minds(y: Tensor) -> bool:
-    """Whether writing to y would cost autograd more than a new tensor, or is not allowed."""
-    return torch.is_grad_enabled() and (y._is_view() or (y.is_leaf and y.requires_grad))

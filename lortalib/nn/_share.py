@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
@@ -18,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ..decomp._contract import plain
-from ._lowrank import add
+from ._groups import Group
+from ._lowrank import Reads, add
 from ._names import stored
 from ._site import Site
 
@@ -69,6 +71,8 @@ class Share(Adding):
         whole = isinstance(output, tuple)  # quantised layers return their scale beside the output
         x, y = args[0], output[0] if whole else output
         own = owns_output(module)
+        if adapter.reads.around is None and not plain():
+            adapter.doubt()
         p = adapter.dropout if adapter.training else 0.0
         for factors, kind, layer in self.parts:
             first, second = factors.pair(kind, layer, y.dtype)
@@ -91,17 +95,37 @@ def owns_output(module: nn.Module) -> bool:
     )
 
 
-class Recheck:
-    """A forward pre-hook of the modules around all sites: an adapter's parameters may have changed
-    since the last forward in ways that leave no trace, so they are compared once in each."""
+class Owner(Protocol):
+    """Whose shares are added: an adapter, or a bank."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    reads: Reads
+
+    def doubt(self) -> None:
+        """The parameters may have changed in ways that leave no trace."""
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A forward pre-hook of the modules around sites. The outermost of them lets the parameters be
+    compared: once in each forward, whichever part of the model is called."""
+
+    owner: Owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Torch's forward pre-hook."""
-        if not plain():
-            self.adapter.doubt()
+        if not plain() and self.owner.reads.enter(module):
+            self.owner.doubt()
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A forward hook of the modules around sites: nothing of their forward is kept."""
+
+    owner: Owner
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Torch's forward hook."""
+        self.owner.reads.leave(module)
 
 
 class WeightShare(nn.Module):
@@ -131,9 +155,7 @@ def stored_weight(model: nn.Module, site: Site) -> Any:
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
     """Let every site of the adapter take its share."""
-    for module in _around(model, adapter.sites):
-        _free_number(module._forward_pre_hooks)
-        module.register_forward_pre_hook(Recheck(adapter))
+    surround(model, adapter, adapter.groups)
     for path, sites in by_module(adapter.sites):
         module = model.get_submodule(path)
         if not sites[0].bypassed:
@@ -148,8 +170,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 
 def detach(model: nn.Module, adapter: Adapter) -> None:
     """Take back what `attach` did."""
-    for module in _around(model, adapter.sites):
-        _drop(module._forward_pre_hooks, adapter)
+    release(model, adapter, adapter.groups)
     for path, sites in by_module(adapter.sites):
         module = model.get_submodule(path)
         _drop(module._forward_hooks, adapter)
@@ -188,12 +209,38 @@ def _weight_share(module: nn.Module, site: Site) -> WeightShare:
     return share
 
 
-def _around(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
-    """The modules that hold all sites, the model itself first."""
-    parents = [site.path.split(".")[:-1] for site in sites]
-    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*parents))]
-    paths = [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
-    return [model.get_submodule(path) for path in paths]
+def surround(model: nn.Module, owner: Owner, groups: Iterable[Group]) -> None:
+    """Let the modules around the sites say when their forward begins and ends."""
+    for module in _around(model, groups):
+        _free_number(module._forward_pre_hooks)
+        module.register_forward_pre_hook(Enter(owner))
+        _free_number(module._forward_hooks)
+        module.register_forward_hook(Leave(owner), always_call=True)
+
+
+def release(model: nn.Module, owner: Owner, groups: Iterable[Group]) -> None:
+    """Take back what `surround` did."""
+    for module in _around(model, groups):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, h in hooks.items() if _is_of(h, owner)]:
+                del hooks[number]
+                module._forward_hooks_always_called.pop(number, None)
+
+
+def _is_of(hook: object, owner: Owner) -> bool:
+    return isinstance(hook, (Enter, Leave)) and hook.owner is owner
+
+
+def _around(model: nn.Module, groups: Iterable[Group]) -> list[nn.Module]:
+    """The modules that hold all sites of a group, the model first, and the parent of each site."""
+    paths: dict[str, None] = {}
+    for group in groups:
+        parents = [path.rpartition(".")[0] for s in group.sites for path in (s.path, *s.also)]
+        names = zip(*(parent.split(".") for parent in parents))
+        shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, names)]
+        paths |= dict.fromkeys(".".join(shared[:depth]) for depth in range(len(shared) + 1))
+        paths |= dict.fromkeys(parents)
+    return list({id(module): module for module in map(model.get_submodule, paths)}.values())
 
 
 def _free_number(hooks: Mapping[int, Any]) -> None:
@@ -204,7 +251,6 @@ def _free_number(hooks: Mapping[int, Any]) -> None:
 
 
 def _drop(hooks: dict[int, Any], adapter: Adapter) -> None:
-    """Delete the hooks of an adapter."""
-    ours = (Share, Recheck)
-    for key in [k for k, h in hooks.items() if isinstance(h, ours) and h.adapter is adapter]:
+    """Delete the shares of an adapter."""
+    for key in [k for k, h in hooks.items() if isinstance(h, Share) and h.adapter is adapter]:
         del hooks[key]

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from models import FAMILIES, each_family
 
 from lortalib.nn import activate, adapters, sites
+from lortalib.nn._share import Share
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,7 +22,8 @@ def weights(model):
 
 
 def share_hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return sum(isinstance(hook, Share) for hook in hooks)
 
 
 @each_family
