@@ -5,5 +5,8 @@
 
 from . import decomp, nn
 from ._version import __version__
+from ._with_peft import register_when_imported
+
+register_when_imported()
 
 __all__ = ["__version__", "decomp", "nn"]

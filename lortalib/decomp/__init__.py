@@ -4,6 +4,7 @@ from ._formats import Format, cp, format_of, network, register, registry, tt, tu
 from ._legs import Legs, LegsError
 from ._modes import MODES, T_MODES, Shape
 from ._network import Cut, Network, TensorNetwork
+from ._sum import direct_sum
 from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TensorNetwork",
     "cp",
     "decompose",
+    "direct_sum",
     "format_of",
     "from_tensorly",
     "network",

@@ -6,7 +6,9 @@ from ._anatomy import AnatomyError, mlp_sites, sites
 from ._apply import activate, adapters, apply
 from ._bank import Bank, bank
 from ._families import Family
+from ._from_lora import from_lora
 from ._groups import Group
+from ._lora import export_lora
 from ._probe import Report, verify
 from ._site import Rows, Site
 from ._storage import AdapterFileError, load
@@ -27,6 +29,8 @@ __all__ = [
     "adapters",
     "apply",
     "bank",
+    "export_lora",
+    "from_lora",
     "load",
     "mlp_sites",
     "sites",

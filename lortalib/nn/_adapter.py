@@ -133,6 +133,11 @@ class Adapter(nn.Module):
             if own:
                 yield factors, Bundle(factors.group, own)
 
+    def prepare(self) -> None:
+        """To be called once every module has asked for its share."""
+        for factors in self._factors:
+            factors.prepare()
+
     def doubt(self) -> None:
         """Compare the parameters before pairs that were made are used again."""
         if torch._C._current_graph_task_id() != -1:
@@ -302,6 +307,21 @@ class Adapter(nn.Module):
         from ._storage import save
 
         return save(self, folder)
+
+    def export_lora(self, folder: str | PathLike[str]) -> Path:
+        """Write a standard LoRA of PEFT that makes the very same model; see
+        `lortalib.nn.export_lora`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: the folder cannot be written.
+            ValueError: a weight that LoRA has no pair for.
+        """
+        from ._lora import export_lora
+
+        return export_lora(self, folder)
 
     def __repr__(self) -> str:
         return describe(self)

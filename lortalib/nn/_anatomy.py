@@ -341,7 +341,7 @@ def _tie(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[st
 
 
 @dataclass
-class _Stack:
+class Stack:
     """Blocks whose paths differ in numbers only."""
 
     names: list[str] = field(default_factory=list)
@@ -361,7 +361,7 @@ class _Stack:
 
 def _number(found: dict[str, list[Site]], prefix: str) -> list[Site]:
     """Give every site its stack and its layer."""
-    stacks: dict[str, _Stack] = defaultdict(_Stack)
+    stacks: dict[str, Stack] = defaultdict(Stack)
     for name in found:
         pattern = re.sub(r"(?<![^.])\d+(?![^. ])", "*", name.removeprefix(prefix))
         stacks[pattern].names.append(name)

@@ -97,11 +97,7 @@ def apply(
         100
     """
     check_name(model, name)
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
-    if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
-    as_start(init)
+    check_settings(alpha, dropout, init)
     groups, networks = plan(
         model,
         decomposition,
@@ -118,7 +114,38 @@ def apply(
     if verify is not None:
         attention = [site for site in chosen if site.role not in MLP_ROLES]
         probe(model, verify, sites=attention).raise_for_disagreement()
-    settings = Settings(
+    settings = make_settings(
+        decomposition, networks, alpha, dropout, gqa, init, share_residual=share_residual
+    )
+    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
+    install(adapter, model, active=True, freeze=freeze)
+    return adapter
+
+
+def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
+    """Refuse what no adapter can be made with.
+
+    Raises:
+        ValueError: an alpha that is zero or not finite, a dropout outside [0, 1), an unknown init.
+    """
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
+    if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
+    as_start(init)
+
+
+def make_settings(
+    decomposition: Decomposition,
+    networks: dict[str, Network],
+    alpha: float,
+    dropout: float,
+    gqa: str,
+    init: StartLike,
+    share_residual: bool = False,
+) -> Settings:
+    """The settings of an adapter with these networks."""
+    return Settings(
         decomposition=_name_of(decomposition),
         alpha=float(alpha),
         scaling=float(alpha) / (_published_rank(networks) if init == "lorta" else 1),
@@ -127,9 +154,6 @@ def apply(
         init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
         share_residual=share_residual,
     )
-    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
-    install(adapter, model, active=True, freeze=freeze)
-    return adapter
 
 
 def plan(
@@ -147,15 +171,38 @@ def plan(
     """The groups of the chosen sites and a network for each, by name; changes nothing."""
     chosen = choose(candidates(model, targets, family), targets, layers)
     check_experts(model, chosen)
+    check_whole(model, chosen)
     groups = group_sites(chosen, gqa)
     networks: dict[str, Network] = {}
     for group in groups:
         weight = stored_weight(model, group.sites[0])
         device = weight.device if isinstance(weight, torch.Tensor) else None
-        networks[group.name] = _make(decomposition, group, rank, {**options, "device": device})
+        networks[group.name] = make_network(
+            decomposition, group, rank, {**options, "device": device}
+        )
     if share_residual:
         tie_residual(groups, networks)
     return groups, networks
+
+
+def check_whole(model: nn.Module, chosen: Iterable[Site]) -> None:
+    """Refuse weights of which every process holds a part (tensor parallelism).
+
+    Raises:
+        ValueError: a weight that is a DTensor, unless FSDP2 made it, which gathers the whole.
+    """
+    for site in chosen:
+        weight = stored_weight(model, site)
+        if not hasattr(weight, "device_mesh"):
+            continue
+        if not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+            raise ValueError(
+                f"the weight of {site.path} is divided over the processes of {weight.device_mesh} "
+                "(tensor parallelism): a share would be added to a part of an output as if it were "
+                "the whole. Load the model without tp_plan; DDP and FSDP2 work, and for serving "
+                "merge the adapter or export it as a LoRA"
+            )
+        return
 
 
 def candidates(model: nn.Module, targets: Targets, family: Family | Sequence[Family]) -> list[Site]:
@@ -243,7 +290,7 @@ def _name_of(decomposition: Decomposition) -> str:
     return name or type(decomposition).__name__
 
 
-def _make(
+def make_network(
     decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
 ) -> Network:
     """The network of a group, checked against the group's shape."""

@@ -22,7 +22,7 @@ from ._factors import Bundle, Factors, Pair
 from ._families import Family
 from ._groups import Group, Targets
 from ._lowrank import Reads, add
-from ._share import Adding, by_module, owns_output, release, surround
+from ._share import Adding, Part, by_module, owns_output, release, surround
 from ._storage import read_adapter
 
 #: What `Bank.add` takes: an adapter, its folder, or for each group its tensors in the order of the line.
@@ -419,7 +419,8 @@ class _RowShare(Adding):
         self.bank = bank
         self.path = sites[0].path
         self.parts = [
-            (factors, factors.add(bundle), bundle.layer) for factors, bundle in bank.bundles(sites)
+            Part(factors, factors.add(bundle), bundle.layer)
+            for factors, bundle in bank.bundles(sites)
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -28,9 +28,11 @@ class Beside:
         self._inside = False
         self._other: Values = values or {}  # the base's values while inside, else the adapter's own
 
-    def values(self, model: nn.Module) -> Values:
+    def values(self, model: nn.Module | None) -> Values:
         """The adapter's own values: path of the module, name in it, tensor."""
-        return self._read(model) if self._inside or not self._other else self._other
+        if model is not None and (self._inside or not self._other):
+            return self._read(model)
+        return self._other
 
     def conflict(self, others: Iterable[Beside]) -> str | None:
         """A module that is also in use by one of ``others``."""

@@ -161,7 +161,7 @@ class Factors:
         self.kinds: list[Bundle] = []
         self.places: list[tuple[Place, Place]] = []  # see `make`; the same every time
         self.matrices: list[int] = []  # of each tensor made
-        self._made: dict[torch.dtype, _Made] = {}
+        self._made: dict[tuple[torch.dtype, torch.device], _Made] = {}
         self._recipes: dict[object, _Recipe] = {}
 
     def add(self, bundle: Bundle) -> int:
@@ -178,25 +178,41 @@ class Factors:
         self._recipes.clear()
         return len(self.kinds) - 1
 
-    def pair(self, kind: int, layer: int, dtype: torch.dtype) -> Pair:
+    def pair(
+        self, kind: int, layer: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Pair:
         """The pair of one module.
 
         Args:
             kind: what `add` returned.
             layer: position on the mode ``layer``.
             dtype: of the result.
+            device: of the result, where the module computes; by default that of the parameters. A
+                pair is smaller than what is read through it, so it is what travels.
 
         Returns:
             The pair. Modules of a layer that read through the same rows get the very same first.
         """
+        device = self.network.tensors[0].device if device is None else device
         if plain():
-            return self._alone(kind, layer, dtype)
-        made = self._made.get(dtype)
+            return self._alone(kind, layer, dtype, device)
+        made = self._made.get((dtype, device))
+        now = self._now()
+        if made is not None and made.checked == now and now is not None:
+            return made.pairs[layer][kind]
         if made is None or not made.hold(self.network):
             if any(p.is_meta or p.is_inference() for p in self.network.tensors):
-                return self._alone(kind, layer, dtype)  # no values or versions to compare
-            made = self._made[dtype] = _Made(self, dtype)
+                return self._alone(kind, layer, dtype, device)  # no values or versions to compare
+            made = self._made[dtype, device] = _Made(self, dtype, device)
+        made.checked = now
         return made.pairs[layer][kind]
+
+    def _now(self) -> tuple[int, int, bool] | None:
+        """The same until the next forward, backward or mode: parameters are checked once for each."""
+        reads = self.reads
+        if reads.around is None:
+            return None
+        return reads.forwards, reads.backwards, torch.is_grad_enabled()
 
     def readers(self, kind: int) -> int:
         """How many modules of a layer have the same first as this one, itself among them."""
@@ -268,6 +284,11 @@ class Factors:
     def _at(self, layer: int) -> Sequence[Tensor]:
         return self.network.select(layer=layer).tensors
 
+    def prepare(self) -> None:
+        """Work out now what plain operations need: a compiler that saw it done would compile twice."""
+        for heads in dict.fromkeys(s.heads for kind in self.kinds for s in kind.sites):
+            self._recipe(heads, False, self.network.tensors[0])
+
     def _recipe(self, heads: int, over_layers: bool, like: Tensor) -> _Recipe:
         """How the pairs of a head count are cut; worked out once."""
         key = heads, over_layers, like.dtype, like.device
@@ -299,11 +320,11 @@ class Factors:
         reads = division.partition.near if alike else None
         return _Recipe(roles, takes, constants, division, reads)
 
-    def _alone(self, kind: int, layer: int, dtype: torch.dtype) -> Pair:
+    def _alone(self, kind: int, layer: int, dtype: torch.dtype, device: torch.device) -> Pair:
         """The pair of one module by itself, in plain differentiable operations."""
         cuts = self._cut(self.network.tensors, layer)
         first, second = self.kinds[kind].pair(cuts, self.scaling)
-        return Pair(first.to(dtype), second.to(dtype))
+        return Pair(first.to(device, dtype), second.to(device, dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}, "_recipes": {}}
@@ -315,12 +336,13 @@ class _Made:
     Attributes:
         pairs: for each layer the pair of every kind.
         doubted: whether the numbers have to be compared before the next use.
+        checked: when they were last seen to hold; see `Factors._now`.
     """
 
     # Where they can be used: in inference mode, without gradients of the parameters, with them.
     _INFERENCE, _VALUES, _GRAPH = range(3)
 
-    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+    def __init__(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> None:
         parameters = factors.network.tensors
         self._state = [(p, p._version, p.data_ptr(), p.requires_grad) for p in parameters]
         # On a GPU comparing would wait for the device, which costs more than making them again.
@@ -328,7 +350,8 @@ class _Made:
         self._copies = [p.detach().clone() for p in parameters] if compare else []
         self._use = self._wanted()
         self.doubted = False
-        rows = iter(_Make.apply(factors, dtype, *parameters))
+        self.checked: tuple[int, int, bool] | None = None
+        rows = iter(_Make.apply(factors, dtype, device, *parameters))
         layers = range(len(factors.group.layers))
         made = [[[next(rows) for _ in range(n)] for _ in layers] for n in factors.matrices]
         self.pairs = [
@@ -365,14 +388,17 @@ class _Make(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, factors: Factors, dtype: torch.dtype, *parameters: Tensor) -> Any:
+    def forward(
+        ctx: Any, factors: Factors, dtype: torch.dtype, device: torch.device, *parameters: Tensor
+    ) -> Any:
         ctx.factors, ctx.parameters = factors, parameters
         ctx.versions = [p._version for p in parameters]
         ctx.set_materialize_grads(False)
         layers = len(factors.group.layers)
         made, factors.places = factors.make(parameters)
         factors.matrices = [tensor.shape[1] for tensor in made]
-        made = [tensor.to(dtype).contiguous() for tensor in made]  # products run along rows
+        # Products run along rows.
+        made = [tensor.to(device, dtype).contiguous() for tensor in made]
         rows = [_every(tensor, layers).flatten(0, 1) for tensor in made]
         return tuple(row for tensor in rows for row in tensor.unbind())
 
@@ -405,7 +431,7 @@ class _Make(Function):
                 flat = [gradient for layer in used for gradient in row[layer]]
                 upstream.append(_stack(flat, tensor))
         if not outputs:
-            return None, None, *[None] * len(parameters)
+            return None, None, None, *[None] * len(parameters)
         found = torch.autograd.grad(
             outputs,
             [aliases[k] for k in trained],
@@ -416,7 +442,7 @@ class _Make(Function):
         result: list[Tensor | None] = [None] * len(parameters)
         for k, gradient in zip(trained, found):
             result[k] = gradient
-        return None, None, *result
+        return None, None, None, *result
 
 
 def _exactly(device: str) -> AbstractContextManager[Any]:
@@ -443,6 +469,6 @@ def _any(row: Sequence[Tensor | None]) -> bool:
 
 def _stack(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Gradients in the shape and dtype of what was made; zero where there is none."""
-    zero = like.new_zeros(like.shape[2:])
+    zero = next(row for row in rows if row is not None).new_zeros(like.shape[2:])
     found = torch.stack([zero if row is None else row for row in rows])
-    return found.to(like.dtype).view(like.shape)
+    return found.to(like.device, like.dtype).view(like.shape)

@@ -108,10 +108,17 @@ def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
         name = stack.replace(".", "_")
         if stacks.count(stack) > 1:
             name += f"_{experts}x" * bool(experts) + f"_{heads}x{head_dim}_{width}"
+        while any(group.name == name for group in groups):
+            name += "_"
         layers = tuple(sorted({site.layer for site in found}))
-        roles = tuple(role for role in ROLES if any(site.role == role for site in found))
+        roles = tuple(sorted({site.role: None for site in found}, key=_order))
         groups.append(Group(name, heads, tuple(found), layers, roles))
     return groups
+
+
+def _order(role: str) -> int:
+    """Position of a role on the mode ``matrix``; names of other projections follow as they come."""
+    return ROLES.index(role) if role in ROLES else len(ROLES)
 
 
 def tie_residual(groups: Sequence[Group], networks: dict[str, Network]) -> None:

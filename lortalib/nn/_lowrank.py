@@ -12,6 +12,8 @@ from torch.nn.functional import dropout, linear
 
 from ..decomp._contract import plain
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 @dataclass
 class _Kept:
@@ -33,12 +35,14 @@ class Reads:
 
     Attributes:
         backwards: how many backwards have passed the adapter's parameters.
+        forwards: how many forwards of an outermost module have begun.
         around: the outermost module around projections whose forward runs; None where a projection
             is called by itself.
     """
 
     def __init__(self) -> None:
         self.backwards = 0
+        self.forwards = 0
         self.around: nn.Module | None = None
         self._kept: _Kept | None = None
 
@@ -51,6 +55,7 @@ class Reads:
         outermost = self.around is None
         if outermost:
             self.around = module
+            self.forwards += 1
         return outermost
 
     def leave(self, module: nn.Module) -> None:
@@ -69,7 +74,7 @@ class Reads:
             p: probability of dropping a feature of x; one mask for all that share x.
         """
         if readers == 1 or self.around is None or plain() or x.is_inference():
-            return _project(x, first, p)  # inference tensors count no changes
+            return project(x, first, p)  # inference tensors count no changes
         kept = self._kept
         mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, self.backwards
         if kept is not None and kept.x() is x and kept.first is first and kept.mark == mark:
@@ -77,17 +82,18 @@ class Reads:
             if kept.left == 0:
                 self._kept = None
             return kept.h
-        h = _project(x, first, p)
+        h = project(x, first, p)
         self._kept = _Kept(weakref.ref(x), mark, first, h, readers - 1)
         return h
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backwards": 0, "around": None, "_kept": None}
+        return {"backwards": 0, "forwards": 0, "around": None, "_kept": None}
 
 
-def _project(x: Tensor, first: Tensor, p: float) -> Tensor:
-    if x.dtype != first.dtype or x.device != first.device:
-        x = x.to(first.device, first.dtype)
+def project(x: Tensor, first: Tensor, p: float) -> Tensor:
+    """``x @ first^T``, nothing kept; the arguments are those of `Reads.project`."""
+    if x.dtype != first.dtype:
+        x = x.to(first.dtype)
     if first.dim() == 3:  # rows with maps of their own; each has an equal part of x
         return x.reshape(len(first), -1, x.shape[-1]) @ first.mT
     h = linear(dropout(x, p) if p else x, first)
@@ -103,16 +109,17 @@ def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
         second: (p, features).
         own: whether nobody else holds y, so that it can be added to in place.
     """
-    if h.device != y.device:
-        h, second = h.to(y.device), second.to(y.device)
     if second.dim() == 3:
         return _add_by_row(y, h, second, own)
     if not own or plain() or not y.is_contiguous():
         return y + h @ second
-    # As one matrix and not as a view: autograd would copy the gradient for writing to a view.
-    flat = torch.ops.aten._unsafe_view(y, (-1, y.shape[-1]))
+    if not torch.is_grad_enabled():
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), second)
+        return y
+    # Not as a view: autograd would copy the gradient for writing to one.
+    flat = _unsafe_view(y, (-1, y.shape[-1]))
     flat.addmm_(h.reshape(-1, h.shape[-1]), second)
-    return torch.ops.aten._unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
+    return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
 
 
 def _add_by_row(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from ..decomp import Legs, Network
 from ._adapter import Settings
 from ._groups import Group
-from ._site import ROLES, Rows, Site
+from ._site import Rows, Site
 
 Record = TypeVar("Record")
 #: A group as it was saved, with its line and the sizes of its modes.
@@ -111,7 +111,7 @@ def _site(entry: Mapping[str, Any]) -> Site:
             raise ValueError(f"the rows of a site are {rows!r}") from error
     site = _record(Site, entry)
     sizes = site.heads, site.query_heads, site.head_dim, site.width
-    if site.role not in ROLES or min(sizes) < 1 or site.experts < 0:
+    if not site.role or "." in site.role or min(sizes) < 1 or site.experts < 0:
         raise ValueError(f"a site is {entry!r}")
     return site
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
@@ -26,6 +26,7 @@ from ._site import Site
 
 if TYPE_CHECKING:
     from ._adapter import Adapter
+    from ._factors import Factors
 
 #: Modules that return a tensor of their own in every forward.
 _FRESH = (nn.Linear, Conv1D)
@@ -45,6 +46,20 @@ def dense_share(dense: Tensor, site: Site) -> Tensor:
     return dense if site.writer == site.transposed else dense.mT
 
 
+class Part(NamedTuple):
+    """What one module takes of one network.
+
+    Attributes:
+        factors: what makes its pairs.
+        kind: the number by which the module asks for its pair.
+        layer: position on the mode ``layer``.
+    """
+
+    factors: Factors
+    kind: int
+    layer: int
+
+
 class Adding:
     """A forward hook that adds to a module's output and keeps nothing of it."""
 
@@ -58,10 +73,7 @@ class Share(Adding):
 
     def __init__(self, adapter: Adapter, sites: Sequence[Site]) -> None:
         self.adapter = adapter
-        self.parts = [
-            (factors, factors.add(bundle), bundle.layer)
-            for factors, bundle in adapter.bundles(sites)
-        ]
+        self.parts = parts_of(adapter, sites)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Torch's forward hook: the projection's output with the shares added."""
@@ -69,17 +81,38 @@ class Share(Adding):
         if not adapter.active:
             return None
         whole = isinstance(output, tuple)  # quantised layers return their scale beside the output
-        x, y = args[0], output[0] if whole else output
-        own = owns_output(module)
-        if adapter.reads.around is None and not plain():
-            adapter.doubt()
-        p = adapter.dropout if adapter.training else 0.0
-        for factors, kind, layer in self.parts:
-            first, second = factors.pair(kind, layer, y.dtype)
-            h = adapter.reads.project(x, first, factors.readers(kind), p)
-            y = add(y, h, second, own)
-            own = True
+        y = output[0] if whole else output
+        y = take_share(adapter, self.parts, args[0], y, owns_output(module))
         return (y, *output[1:]) if whole else y
+
+
+def parts_of(adapter: Adapter, sites: Sequence[Site]) -> list[Part]:
+    """What the sites of one module take from an adapter; several where they are in several groups."""
+    return [
+        Part(factors, factors.add(bundle), bundle.layer)
+        for factors, bundle in adapter.bundles(sites)
+    ]
+
+
+def take_share(adapter: Adapter, parts: Iterable[Part], x: Tensor, y: Tensor, own: bool) -> Tensor:
+    """The output of a module with the shares of an adapter added.
+
+    Args:
+        adapter: whose.
+        parts: what the module takes.
+        x: the module's input.
+        y: its output.
+        own: whether nobody else holds y, so that it can be added to in place.
+    """
+    if adapter.reads.around is None and not plain():
+        adapter.doubt()
+    p = adapter.dropout if adapter.training else 0.0
+    for factors, kind, layer in parts:
+        first, second = factors.pair(kind, layer, y.dtype, y.device)
+        h = adapter.reads.project(x, first, factors.readers(kind), p)
+        y = add(y, h, second, own)
+        own = True
+    return y
 
 
 def owns_output(module: nn.Module) -> bool:
@@ -91,7 +124,10 @@ def owns_output(module: nn.Module) -> bool:
         type(module) in _FRESH
         and "forward" not in module.__dict__
         and not _global_forward_hooks
-        and all(isinstance(hook, Adding) for hook in module._forward_hooks.values())
+        and (
+            len(module._forward_hooks) < 2  # the one that asks
+            or all(isinstance(hook, Adding) for hook in module._forward_hooks.values())
+        )
     )
 
 
@@ -125,7 +161,8 @@ class Leave:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Torch's forward hook."""
-        self.owner.reads.leave(module)
+        if not plain():
+            self.owner.reads.leave(module)
 
 
 class WeightShare(nn.Module):
@@ -166,6 +203,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             if not is_parametrized(module, site.parameter):
                 _parametrize(module, site.parameter)
             _weight_share(module, site).shares.append((adapter, site))
+    adapter.prepare()
 
 
 def detach(model: nn.Module, adapter: Adapter) -> None:

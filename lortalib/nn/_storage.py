@@ -30,9 +30,10 @@ from ._apply import check_name
 from ._beside import Beside, Values, find_modules
 from ._families import Family
 from ._groups import Group, tie_residual
+from ._linear import linear_sites
 from ._records import Saved, group_from_json, group_to_json, settings_from_json, shared_from_json
 from ._share import stored_weight
-from ._site import MLP_ROLES, Site
+from ._site import MLP_ROLES, ROLES, Site
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -167,37 +168,92 @@ def read_adapter(
 ) -> Adapter:
     """The adapter of a folder, fitted to a model but not put on it; see `load`."""
     folder = Path(folder)
-    description = read_description(folder)
-    name = description["name"] if name is None else name
-    tensors = read_tensors(folder)
-    try:
-        settings = settings_from_json(description["settings"])
-        saved = [group_from_json(entry) for entry in description["groups"]]
-        shares = [shared_from_json(entry) for entry in description["groups"]]
-    except ValueError as error:
-        raise AdapterFileError(f"{folder / DESCRIPTION} is damaged: {error}") from error
-    for (group, *_), shared in zip(saved, shares):
-        for own, owner in shared.items():
-            if owner not in tensors:
-                raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {owner!r}")
-            tensors[f"networks.{group.name}.{own}"] = tensors[owner]
-    paths = description["trained_beside"]
-    values = _beside_values(model, paths, tensors, folder)
-    found = {site.key: site for site in _candidates(model, saved, family)}
-    _check_fit(model, saved, found, description)
-    groups, networks = [], {}
-    for group, legs, modes in saved:
+    file = _File(folder)
+    beside = _beside_values(model, file.paths, file.tensors, folder)
+    found = {site.key: site for site in _candidates(model, file.saved, family)}
+    _check_fit(model, file.saved, found, file.description)
+    groups = []
+    for group, *_ in file.saved:
         fitted = tuple(found[site.key] for site in group.sites)
         groups.append(Group(group.name, group.heads, fitted, group.layers, group.roles))
-        networks[group.name] = _read_network(group, legs, modes, tensors, folder)
-    if tensors:
-        raise AdapterFileError(f"{folder / TENSORS} holds unknown tensors: {', '.join(tensors)}")
+    networks = file.networks()
     for group in groups:
         weight = stored_weight(model, group.sites[0])
-        networks[group.name].to(weight.device)
-    if settings.share_residual:
-        tie_residual(groups, networks)
-    return Adapter(name, settings, tuple(groups), networks, Beside(paths, values))
+        if not weight.is_meta:
+            networks[group.name].to(weight.device)
+    return file.adapter(name, groups, networks, Beside(file.paths, beside))
+
+
+def file_adapter(folder: str | PathLike[str]) -> Adapter:
+    """The adapter of a folder as it was saved, on no model: its sites are those of its own model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterFileError: a file is damaged.
+    """
+    folder = Path(folder)
+    file = _File(folder)
+    values: Values = {path: {} for path in file.paths}
+    for key in [key for key in file.tensors if key.startswith("beside.")]:
+        path, _, name = key.removeprefix("beside.").partition(":")
+        if path not in values:
+            raise AdapterFileError(f"{folder / TENSORS} holds the unknown tensor {key!r}")
+        values[path][name] = file.tensors.pop(key)
+    groups = [group for group, *_ in file.saved]
+    return file.adapter(None, groups, file.networks(), Beside(file.paths, values))
+
+
+class _File:
+    """The contents of a folder, each checked by itself.
+
+    Attributes:
+        settings: of the adapter.
+        saved: its groups, with their lines and sizes.
+        paths: of the modules trained beside it.
+        tensors: by key; `networks` takes out what it needs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description = read_description(folder)
+        self.tensors = read_tensors(folder)
+        self.paths = self.description["trained_beside"]
+        try:
+            self.settings = settings_from_json(self.description["settings"])
+            self.saved = [group_from_json(entry) for entry in self.description["groups"]]
+            shares = [shared_from_json(entry) for entry in self.description["groups"]]
+        except ValueError as error:
+            raise AdapterFileError(f"{folder / DESCRIPTION} is damaged: {error}") from error
+        for (group, *_), shared in zip(self.saved, shares):
+            for own, owner in shared.items():
+                if owner not in self.tensors:
+                    raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {owner!r}")
+                self.tensors[f"networks.{group.name}.{own}"] = self.tensors[owner]
+
+    def networks(self) -> dict[str, Network]:
+        """The networks by name of their group; nothing else may be left in the file."""
+        networks = {
+            group.name: _read_network(group, legs, modes, self.tensors, self.folder)
+            for group, legs, modes in self.saved
+        }
+        if self.tensors:
+            raise AdapterFileError(
+                f"{self.folder / TENSORS} holds unknown tensors: {', '.join(self.tensors)}"
+            )
+        return networks
+
+    def adapter(
+        self,
+        name: str | None,
+        groups: Sequence[Group],
+        networks: dict[str, Network],
+        beside: Beside,
+    ) -> Adapter:
+        """The adapter, under its saved name by default."""
+        if self.settings.share_residual:
+            tie_residual(groups, networks)
+        name = self.description["name"] if name is None else name
+        return Adapter(name, self.settings, tuple(groups), networks, beside)
 
 
 def _candidates(
@@ -206,9 +262,17 @@ def _candidates(
     family: Family | Sequence[Family],
 ) -> list[Site]:
     """The sites of the model, of the kinds that the file speaks of."""
-    roles = {role for group, *_ in saved for role in group.roles}
-    attention = sites(model, family=family) if roles - set(MLP_ROLES) else []
-    return attention + (mlp_sites(model) if roles & set(MLP_ROLES) else [])
+    asked = [site for group, *_ in saved for site in group.sites]
+    roles = {site.role for site in asked}
+    found: list[Site] = []
+    if roles & set(ROLES) - set(MLP_ROLES):
+        found += sites(model, family=family)
+    if roles & set(MLP_ROLES):
+        found += mlp_sites(model)
+    modules = dict(model.named_modules())
+    plain = [site for site in asked if site.role not in ROLES and site.path in modules]
+    sizes = {site.path: (site.width, site.head_dim) for site in plain}
+    return found + linear_sites({path: modules[path] for path in sizes}, sizes)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

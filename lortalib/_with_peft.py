@@ -1,0 +1,53 @@
+"""Registers the method with PEFT once PEFT is imported, and costs nothing where it never is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def register_when_imported() -> None:
+    """Import `lortalib.peft` now if PEFT is there already, else right behind PEFT."""
+    if "peft" in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module("lortalib.peft")
+    except Exception as error:  # importing PEFT must not fail because of this
+        warnings.warn(
+            f"lortalib could not register its method with the installed PEFT ({error}); it needs "
+            "peft 0.21 or later",
+            stacklevel=2,
+        )
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself: sees PEFT being imported, and steps aside."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of PEFT, whose loader registers the method behind it."""
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

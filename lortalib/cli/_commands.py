@@ -1,0 +1,251 @@
+"""The commands. Each prints what it found and returns whether all was well."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import nn as lnn
+from ..decomp import format_of
+from ..nn import Adapter, AdapterFileError
+from ..nn._apply import candidates
+from ..nn._groups import choose, group_sites
+from ..nn._lora import CONFIG
+from ..nn._storage import file_adapter, read_description
+from ._models import load, shape_of
+from ._output import Output
+
+
+def info(options: Namespace, output: Output) -> bool:
+    """``info FOLDER``."""
+    folder = Path(options.folder)
+    description = read_description(folder)
+    adapter = file_adapter(folder)
+    networks = [
+        {
+            "tensor": group.name,
+            "shape": str(adapter.network(group).shape).removeprefix("Shape"),
+            "legs": str(adapter.network(group).legs),
+            "ranks": " ".join(f"{b}={n}" for b, n in adapter.network(group).ranks.items()),
+            "numbers": adapter.network(group).count(),
+        }
+        for group in adapter.groups
+    ]
+    norms: dict[tuple[str, str], list[float]] = defaultdict(list)
+    sites = []
+    for site in output.progress(adapter.sites, "norms"):
+        heads = head_norms(adapter, site)
+        total = float(torch.tensor(heads).norm())
+        norms["layer", f"{site.stack} {site.layer}"].append(total)
+        norms["matrix", f"{site.stack} {site.role}"].append(total)
+        for number, norm in enumerate(heads):
+            norms["head", f"{site.stack} {number}"].append(norm)
+        sites.append(
+            {
+                "stack": site.stack,
+                "layer": site.layer,
+                "matrix": site.role,
+                "path": site.path,
+                "norm": total,
+                "norm by head": heads,
+            }
+        )
+    base = description.get("base_model") or {}
+    about = {
+        "adapter": adapter.name,
+        "decomposition": adapter.settings.decomposition,
+        "trainable numbers": adapter.count(),
+        "scaling": adapter.scaling,
+        "trained on": " ".join(filter(None, [base.get("class"), base.get("name")])),
+        "trained beside": ", ".join(description["trained_beside"]) or None,
+        "written by": f"lortalib {description.get('lortalib_version')}",
+    }
+    output.show(
+        {**about, "tensors": networks, "sites": sites},
+        [about],
+        networks,
+        *(_norm_table(norms, kind) for kind in ("matrix", "layer", "head")),
+    )
+    return True
+
+
+def _norm_table(
+    norms: dict[tuple[str, str], list[float]], kind: str
+) -> list[dict[str, str | float]]:
+    """The norm of the update by layer, matrix or head, over all sites of each."""
+    found = {name: torch.tensor(v).norm().item() for (k, name), v in norms.items() if k == kind}
+    most = max(found.values(), default=0.0) or 1.0
+    return [
+        {kind: name, "norm of the update": norm, "": "#" * round(24 * norm / most)}
+        for name, norm in found.items()
+    ]
+
+
+def head_norms(adapter: Adapter, site: lnn.Site) -> list[float]:
+    """Frobenius norm of the scaled update of each head, from the pair: no update is formed."""
+    with torch.no_grad():
+        a, b = adapter.pair(site)
+        gram = a @ a.mT
+        heads = b.reshape(site.heads, -1, b.shape[-1])
+        squares = torch.einsum("hop,pq,hoq->h", heads, gram, heads).clamp(min=0)
+        return [float(x) for x in squares.sqrt() * abs(adapter.scaling)]
+
+
+def plan(options: Namespace, output: Output) -> bool:
+    """``plan MODEL``."""
+    model = shape_of(options.model, options.trust_remote_code)
+    chosen = choose(candidates(model, options.targets, ()), options.targets, None)
+    groups = group_sites(chosen, "pool")
+    total = sum(p.numel() for p in model.parameters())
+    lora = sum(site.features + site.width for site in chosen)
+    rows = []
+    for name in options.decomposition:
+        made = format_of(name)
+        for rank in options.rank:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
+                count = sum(made(g.shape, rank, device="meta").count() for g in groups)
+            rows.append(
+                {
+                    "decomposition": name,
+                    "rank": rank,
+                    "trainable numbers": count,
+                    "% of the model": 100 * count / total,
+                    "LoRA of this rank / it": rank * lora / count,
+                    "KiB in float32": count * 4 / 1024,
+                }
+            )
+    about = {
+        "model": options.model,
+        "class": type(model).__name__,
+        "parameters": total,
+        "projections": len(chosen),
+        "tensors": "; ".join(f"{g.name} {tuple(g.shape.values())}" for g in groups),
+    }
+    output.show({**about, "plans": rows}, [about], rows)
+    return True
+
+
+def sites(options: Namespace, output: Output) -> bool:
+    """``sites MODEL``."""
+    model = shape_of(options.model, options.trust_remote_code)
+    chosen = choose(candidates(model, options.targets, ()), options.targets, None)
+    rows = [
+        {
+            "stack": site.stack,
+            "layer": site.layer,
+            "role": site.role,
+            "module": site.path,
+            "heads": site.heads,
+            "head_dim": site.head_dim,
+            "width": site.width,
+            "why": reason(site),
+        }
+        for site in chosen
+    ]
+    output.show({"model": options.model, "class": type(model).__name__, "sites": rows}, rows)
+    return True
+
+
+def reason(site: lnn.Site) -> str:
+    """Why a site is read as it is, in words."""
+    side = "writes the residual stream" if site.writer else "reads the residual stream"
+    words = [f"{site.heads} heads of {site.head_dim}, {side} of width {site.width}"]
+    if site.heads != site.query_heads:
+        words.append(f"{site.query_heads // site.heads} query heads share one of its heads")
+    if site.rows is not None:
+        words.append(f"rows {site.rows} of a fused projection of {site.fused}")
+    if site.transposed:
+        words.append("weight stored (in, out)")
+    if site.experts:
+        words.append(f"{site.experts} experts in one parameter")
+    if site.bypassed:
+        words.append("its weight is read directly, so it gets a parametrization")
+    if site.also:
+        words.append(f"tied to {', '.join(site.also)}")
+    return "; ".join(words)
+
+
+def check(options: Namespace, output: Output) -> bool:
+    """``check FOLDER``."""
+    folder = Path(options.folder)
+    findings: dict[str, Any] = {"adapter": str(folder), "sound": False, "fits": None, "why": None}
+    try:
+        description = read_description(folder)
+        adapter = file_adapter(folder)
+        findings["sound"] = True
+    except (AdapterFileError, FileNotFoundError) as error:
+        findings["why"] = str(error)
+        output.show(findings, [findings])
+        return False
+    name = options.model or (description.get("base_model") or {}).get("name")
+    if name:
+        findings["model"] = name
+        try:
+            lnn.load(shape_of(name, options.trust_remote_code), folder)
+            findings["fits"] = True
+        except (OSError, ValueError) as error:
+            # A model that nobody asked about and that is not here says nothing about the adapter.
+            findings["fits"] = False if options.model else None
+            findings["why"] = str(error).strip().partition("\n\n")[0]
+    findings["numbers"] = adapter.count()
+    output.show(findings, [findings])
+    return findings["fits"] is not False
+
+
+def merge(options: Namespace, output: Output) -> bool:
+    """``merge MODEL FOLDER OUT``."""
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists and is not empty; give another folder")
+    read_description(Path(options.folder))  # before a large model is read for nothing
+    model = load(options.model, options.dtype, options.trust_remote_code)
+    output.say(f"read {type(model).__name__} from {options.model}")
+    adapter = lnn.load(model, options.folder)
+    adapter.remove(merged=True)
+    model.save_pretrained(out)
+    copied = _copy_tokenizer(options.model, out, options.trust_remote_code)
+    findings = {
+        "model": options.model,
+        "adapter": options.folder,
+        "written": str(out),
+        "projections changed": len(adapter.sites),
+        "tokenizer copied": copied,
+    }
+    output.show(findings, [findings])
+    return True
+
+
+def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> bool:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError):  # a model need not have one
+        return False
+    tokenizer.save_pretrained(out)
+    return True
+
+
+def export_lora(options: Namespace, output: Output) -> bool:
+    """``export-lora FOLDER OUT``."""
+    adapter = file_adapter(Path(options.folder))
+    description = read_description(Path(options.folder))
+    base = (description.get("base_model") or {}).get("name")
+    folder = lnn.export_lora(adapter, options.out, base_model=base)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    findings = {
+        "adapter": options.folder,
+        "written": str(folder),
+        "rank": config["r"],
+        "modules": len({path for site in adapter.sites for path in (site.path, *site.also)}),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+    output.show(findings, [findings])
+    return True

@@ -1,0 +1,84 @@
+"""Arguments, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from . import _commands
+from ._output import Output
+
+#: What a user can mend: a wrong path, a damaged file, a model that does not fit.
+_USER_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0 done; 1 refused, or `check` found something wrong; 130 interrupted. Wrong
+        usage leaves through argparse with 2.
+    """
+    options = _parser().parse_args(arguments)
+    output = Output(options.json)
+    try:
+        ok: bool = options.command(options, output)
+    except _USER_ERRORS as error:
+        output.error(error)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; no file was left half-written", file=sys.stderr)
+        return 130
+    return 0 if ok else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lortalib", description="Fine-tune a transformer through one low-rank tensor."
+    )
+    parser.add_argument("--version", action="version", version=f"lortalib {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, *positional: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        for argument in positional:
+            sub.add_argument(argument.lower(), metavar=argument, help=_POSITIONAL[argument])
+        sub.add_argument("--json", action="store_true", help="print JSON for machines")
+        sub.set_defaults(command=getattr(_commands, name.replace("-", "_")))
+        return sub
+
+    command("info", "what an adapter is: by tensor, layer, matrix and head", "FOLDER")
+    plan = command("plan", "how many numbers each format trains on a model", "MODEL")
+    plan.add_argument("--rank", type=int, nargs="+", default=[1, 4, 8, 16, 64], metavar="R")
+    plan.add_argument(
+        "--decomposition", nargs="+", default=["cp", "tucker", "tt", "lotr", "lora"], metavar="D"
+    )
+    sites = command("sites", "what would be adapted in a model, and as what", "MODEL")
+    for sub in (plan, sites):
+        sub.add_argument("--targets", default="qkvo", help="qkvo, mlp, all (default: qkvo)")
+    check = command("check", "is an adapter sound, and does it fit a model?", "FOLDER")
+    check.add_argument("--model", help="folder or name; by default the one that the adapter names")
+    merge = command(
+        "merge", "write the model with the adapter in its weights", "MODEL", "FOLDER", "OUT"
+    )
+    merge.add_argument(
+        "--dtype", default="auto", help="of the weights (default: as they are stored)"
+    )
+    command("export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT")
+    for sub in (plan, sites, check, merge):
+        sub.add_argument(
+            "--trust-remote-code", action="store_true", help="run code that comes with the model"
+        )
+    return parser
+
+
+_POSITIONAL = {
+    "FOLDER": "folder of a saved adapter",
+    "MODEL": "folder of a model, or its name on the hub",
+    "OUT": "folder to write",
+}

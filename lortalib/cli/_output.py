@@ -1,0 +1,88 @@
+"""Tables and progress for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Output:
+    """Where a command's findings go: as tables, with rich where it is installed, or as one JSON object.
+
+    Attributes:
+        machine: whether JSON was asked for.
+    """
+
+    def __init__(self, machine: bool) -> None:
+        self.machine = machine
+
+    def show(self, findings: dict[str, Any], *tables: Iterable[dict[str, Any]]) -> None:
+        """Print what was found.
+
+        Args:
+            findings: everything, for JSON.
+            tables: for people: records with the same keys; the keys are the head.
+        """
+        if self.machine:
+            print(json.dumps(findings, indent=2))
+            return
+        for records in tables:
+            rows = list(records)
+            if rows:
+                _print_table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        if not self.machine:
+            print(line)
+
+    def error(self, error: BaseException) -> None:
+        """What went wrong, without a traceback."""
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        text = text.strip() or type(error).__name__
+        if self.machine:
+            print(json.dumps({"error": text, "kind": type(error).__name__}))
+        else:
+            print(f"lortalib: {text}", file=sys.stderr)
+
+    def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """The items, with a bar on the standard error where it is a terminal."""
+        if self.machine or not sys.stderr.isatty():
+            yield from items
+            return
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=what, leave=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        for row in (head, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print()
+        return
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name, column in zip(head, zip(*rows)):
+        numbers = all(cell.replace(",", "").replace(".", "").isdigit() for cell in column)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    console.print()

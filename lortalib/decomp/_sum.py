@@ -1,0 +1,93 @@
+"""The sum of networks, exact, as one network whose ranks add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._legs import Term
+from ._network import Network, TensorNetwork
+
+
+def direct_sum(
+    networks: Sequence[TensorNetwork], weights: Sequence[float] | None = None
+) -> Network:
+    """The weighted sum of networks of the same legs: a network with the sums of their ranks.
+
+    Every parameter gets the parameters of the summands as blocks along its bonds, and zeros
+    elsewhere. A term of the contraction then stays within one summand, so nothing is approximated.
+
+    Args:
+        networks: networks of the same legs and shape; their ranks may differ.
+        weights: a factor for each; 1 by default.
+
+    Returns:
+        A `Network` with parameters of its own.
+
+    Raises:
+        ValueError: no network, other legs or shapes, a wrong number of weights, or a network that
+            falls apart into pieces without a common bond, whose sum has no such form.
+
+    Example:
+        >>> from lortalib.decomp import cp
+        >>> one, two = (cp((2, 2, 4, 8, 4), rank, init="normal") for rank in (3, 5))
+        >>> total = direct_sum([one, two], [1.0, -0.5])
+        >>> total.ranks, torch.allclose(total.dense(), one.dense() - 0.5 * two.dense(), atol=1e-6)
+        ({'r': 8}, True)
+    """
+    if not networks:
+        raise ValueError("nothing to add: give at least one network")
+    weights = [1.0] * len(networks) if weights is None else list(weights)
+    if len(weights) != len(networks):
+        raise ValueError(f"{len(networks)} networks and {len(weights)} weights; give one for each")
+    first = networks[0]
+    for network in networks[1:]:
+        if str(network.legs) != str(first.legs) or dict(network.shape) != dict(first.shape):
+            raise ValueError(
+                "only networks of the same legs and shape can be added; found\n"
+                f"    {first.legs}  {first.shape}\n    {network.legs}  {network.shape}"
+            )
+    bonds = set(first.ranks)
+    if not _is_whole(first.legs.terms, bonds):
+        raise ValueError(
+            f"the network\n    {first.legs}\nfalls apart into pieces without a common bond: the sum of "
+            "two of them is none of the same legs"
+        )
+    scaled = _cheapest(first)
+    sizes = {bond: sum(network.sizes[bond] for network in networks) for bond in bonds}
+    tensors = []
+    for k, term in enumerate(first.legs.terms):
+        shape = [sizes.get(leg, first.sizes[leg]) for leg in term.legs]
+        total = torch.zeros(shape, dtype=first.tensors[k].dtype, device=first.tensors[k].device)
+        offset = dict.fromkeys(bonds, 0)
+        for network, weight in zip(networks, weights):
+            block = total
+            for axis, leg in enumerate(term.legs):
+                if leg in bonds:
+                    block = block.narrow(axis, offset[leg], network.sizes[leg])
+                    offset[leg] += network.sizes[leg]
+            own: Tensor = network.tensors[k].detach().to(total.device, total.dtype)
+            block += own * weight if k == scaled else own
+        tensors.append(total)
+    return Network(first.legs, tensors, first.modes)
+
+
+def _cheapest(network: TensorNetwork) -> int:
+    """The parameter that takes the weights: a trainable one if there is one, with the fewest numbers."""
+    terms = network.legs.terms
+    return min(
+        range(len(terms)), key=lambda k: (terms[k].frozen, math.prod(network.tensors[k].shape))
+    )
+
+
+def _is_whole(terms: Sequence[Term], bonds: set[str]) -> bool:
+    """Whether any two parameters are joined by bonds, directly or through others."""
+    reached, left = [terms[0]], list(terms[1:])
+    for term in reached:
+        near = [other for other in left if bonds & set(term.legs) & set(other.legs)]
+        reached += near
+        left = [other for other in left if other not in near]
+    return not left

@@ -1,0 +1,110 @@
+"""The configuration of the method, in the words that PEFT's users know."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Union
+
+from peft import PeftConfig
+
+from ..nn._apply import check_settings
+from ._kind import peft_type
+
+#: Arguments of other methods that have no meaning here, and why.
+_REFUSED = {
+    "rank_pattern": "all modules of a group share one tensor, whose rank cannot differ by module; give "
+    "rank a mapping from bonds to sizes, or use two adapters",
+    "alpha_pattern": "all modules of a group share one tensor and one scaling; use two adapters",
+    "target_parameters": "packed experts are not adapted through PEFT; use lortalib.nn.apply, which "
+    "finds them by itself",
+}
+
+
+@dataclass
+class LortaConfig(PeftConfig):
+    """One low-rank tensor for all target modules of a model (LoRTA, arXiv 2410.04060).
+
+    Attention and MLP projections that lortalib knows in the model become the modes layer, head and
+    matrix of one tensor for each size, as with `lortalib.nn.apply`; any other linear module is a
+    matrix with one head.
+
+    Args:
+        rank: size of the bonds: one integer, or a mapping from bond to size.
+        decomposition: a registered name (``"cp"``, ``"tucker"``, ``"tt"``, ...) or a line of legs.
+        alpha: the update is ``alpha * T``; only ``init_weights="lorta"`` divides it by the rank.
+        dropout: probability of dropping an input feature of the adapter in training.
+        target_modules: names (ends of paths), a regular expression, or ``"all-linear"``. By default
+            all attention projections of a transformers model.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: layers to adapt, by index; all by default.
+        layers_pattern: name of the list of layers, where PEFT cannot tell.
+        modules_to_save: modules that train as a whole and are saved with the adapter.
+        trainable_token_indices: rows of the embedding that train, as PEFT understands it.
+        init_weights: True or ``"invariant"`` (no update at first; the first step does not depend on
+            the rank), False or ``"normal"`` (random), ``"lorta"`` (the published start).
+        gqa: ``"pool"`` or ``"split"``, as for `lortalib.nn.apply`.
+        bias: only ``"none"``.
+        ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
+
+    Raises:
+        ValueError: a bad value, or an argument that has no meaning for a shared tensor.
+
+    Example:
+        >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
+        'LORTA'
+        >>> LortaConfig(rank_pattern={"q_proj": 2})
+        Traceback (most recent call last):
+            ...
+        ValueError: rank_pattern is not supported: all modules of a group share one tensor, ...
+    """
+
+    rank: Union[int, dict[str, int]] = 8
+    decomposition: str = "cp"
+    alpha: float = 1.0
+    dropout: float = 0.0
+    target_modules: Union[list[str], str] | None = None
+    exclude_modules: Union[list[str], str] | None = None
+    layers_to_transform: Union[list[int], int] | None = None
+    layers_pattern: Union[list[str], str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Union[list[int], dict[str, list[int]]] | None = None
+    init_weights: Union[bool, str] = True
+    gqa: str = "pool"
+    bias: str = "none"
+    ranks: dict[str, dict[str, int]] | None = field(default=None)
+    rank_pattern: InitVar[Any] = None
+    alpha_pattern: InitVar[Any] = None
+    target_parameters: InitVar[Any] = None
+
+    def __post_init__(self, *refused: Any) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        for (name, why), value in zip(_REFUSED.items(), refused):
+            if value:
+                raise ValueError(f"{name} is not supported: {why}")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        check_settings(self.alpha, self.dropout, self.start)
+        if self.bias != "none":
+            raise ValueError(
+                f"bias must be 'none'; found {self.bias!r}: merging and exporting as LoRA need it. "
+                "Modules that shall train as a whole go into modules_to_save"
+            )
+        if self.gqa not in ("pool", "split"):
+            raise ValueError(f"gqa must be 'pool' or 'split'; found {self.gqa!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must be too."
+            )
+        for given in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, given) is not None:
+                raise ValueError(f"`{given}` cannot be used when `target_modules` is a str.")
+
+    @property
+    def start(self) -> str:
+        """The name of the starting values."""
+        if isinstance(self.init_weights, bool):
+            return "invariant" if self.init_weights else "normal"
+        return self.init_weights

@@ -1,0 +1,24 @@
+"""The member of PEFT's enumeration of methods."""
+
+from __future__ import annotations
+
+from peft.utils.peft_types import PeftType
+
+NAME = "LORTA"
+
+
+def peft_type() -> PeftType:
+    """``PeftType.LORTA``, added if it is not there.
+
+    The enumeration is closed and PEFT looks methods up by its members, so one is made the way that
+    `enum` makes them.
+    """
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = NAME
+        member._value_ = NAME
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = member
+        PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)
+    return PeftType(NAME)

@@ -1,0 +1,220 @@
+"""PEFT's wrapper around one module: the same arithmetic as the hooks of `lortalib.nn`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..decomp import Network
+from ..nn import Adapter, Site
+from ..nn._lowrank import add, project
+from ..nn._share import Part, owns_output, parts_of, take_share
+
+BASE = "__base__"
+
+
+@dataclass
+class Held:
+    """What one module takes of an adapter.
+
+    Attributes:
+        adapter: the adapter.
+        sites: its sites in the module.
+        parts: what makes their pairs.
+    """
+
+    adapter: Adapter
+    sites: list[Site]
+    parts: list[Part]
+
+    def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """All its pairs as one: (p, features read) and (p, features written)."""
+        pairs = [
+            factors.pair(kind, layer, like.dtype, like.device)
+            for factors, kind, layer in self.parts
+        ]
+        if len(pairs) == 1:
+            return pairs[0]
+        firsts, seconds = zip(*pairs)
+        return torch.cat(firsts), torch.cat(seconds)
+
+
+class LortaLayer(nn.Module, BaseTunerLayer):
+    """A linear module and the adapters that take part in it.
+
+    The numbers are the tuner's: a layer only refers to them, so that each is registered, saved and
+    counted once.
+
+    Attributes:
+        base_layer: the module of the base.
+        lorta_networks: for each adapter the networks that it takes a share of.
+        lorta_held: for each adapter what it takes.
+    """
+
+    adapter_layer_names = ("lorta_networks",)
+    other_param_names = ("lorta_held",)
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), **quantization
+        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        # Past nn.Module's registration.
+        self.__dict__["lorta_networks"] = nn.ModuleDict()
+        self.lorta_held: dict[str, Held] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: Tensor | None = None
+
+    def hold(self, name: str, adapter: Adapter, sites: Sequence[Site]) -> None:
+        """Take the share of an adapter from now on."""
+        held = Held(adapter, list(sites), parts_of(adapter, sites))
+        self.lorta_held[name] = held
+        self.lorta_networks[name] = nn.ModuleList(part.factors.network for part in held.parts)
+
+    # What it computes
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the base layer with the shares of the active adapters added."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            self._check_names(x, names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or (names is None and self.merged):
+            return y
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        own = owns_output(self.base_layer)
+        if names is not None:
+            return self._add_by_row(x, y, names, own)
+        for name in self.active_adapters:
+            held = self.lorta_held.get(name)
+            if held is not None:
+                y = take_share(held.adapter, held.parts, x, y, own)
+                own = True
+        return y
+
+    def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
+        if len(x) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+
+    def _add_by_row(self, x: Tensor, y: Tensor, names: Sequence[str], own: bool) -> Tensor:
+        """Every row with the adapter named for it, all rows in two products."""
+        used = [name for name in dict.fromkeys(names) if name in self.lorta_held]
+        if not used:
+            return y
+        pairs = [self.lorta_held[name].pair(y) for name in used]
+        p = max(len(first) for first, _ in pairs)
+        firsts, seconds = (
+            torch.stack([pad(side, (0, 0, 0, p - len(side))) for side in sides])
+            for sides in zip(*pairs)
+        )
+        none = len(used)  # a row without an adapter adds zero
+        rows = [used.index(name) if name in used else none for name in names]
+        if none in rows:
+            firsts, seconds = (pad(side, (0, 0, 0, 0, 0, 1)) for side in (firsts, seconds))
+        index = torch.tensor(rows, device=y.device)
+        first, second = firsts[index], seconds[index]
+        return add(y, project(x, first, 0.0), second, own)
+
+    # In the weight
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, in the shape in which it is stored."""
+        held = self.lorta_held[adapter]
+        delta = sum(held.adapter.delta(site) for site in held.sites)
+        assert isinstance(delta, Tensor)
+        return delta.to(self.weight.device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of adapters to the weight, which is kept as it was for `unmerge`.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which; the active ones by default.
+
+        Raises:
+            ValueError: with ``safe_merge``, NaN or infinity; the weight is then as it was.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lorta_held:
+                continue
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(name)
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+            if self._unmerged is None:
+                self._unmerged = weight.clone()
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the weight back, every bit of it."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self._unmerged is not None
+        weight = self.get_base_weight()
+        self.set_base_weight(self._unmerged.to(weight.device, weight.dtype))
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: the update is a matrix."""
+        return True
+
+    # What PEFT's other calls need to know
+
+    def _networks(self, names: Union[str, Sequence[str]] | None = None) -> Iterator[Network]:
+        wanted = [names] if isinstance(names, str) else names
+        for name, networks in self.lorta_networks.items():
+            if wanted is None or name in wanted:
+                yield from networks
+
+    def _freeze_non_trainable_peft_weights(
+        self, adapter_names: Union[str, Sequence[str]] | None = None
+    ) -> None:
+        for network in self._networks(adapter_names):
+            for tensor, term in zip(network.tensors, network.legs.terms):
+                if term.frozen:
+                    tensor.requires_grad_(False)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Factors that were read into main memory go where the first of their modules is."""
+        target = self.weight.device if device is None else device
+        for network in self._networks(adapter_name):
+            if network.tensors[0].device.type == "cpu" and target.type != "meta":
+                network.to(target)
+
+    def __repr__(self) -> str:
+        return "lorta." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """The adapters, and how the base is quantised."""
+        names = ", ".join(self.lorta_held)
+        return f"adapters=[{names}]" + str(quantization_extra_repr(self) or "")

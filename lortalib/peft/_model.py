@@ -1,0 +1,336 @@
+"""The tuner: holds the adapters of a model for PEFT, and wraps the target modules."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from ..decomp import Network, direct_sum
+from ..nn import Adapter, export_lora
+from ..nn._apply import make_network, make_settings
+from ..nn._beside import Beside
+from ..nn._groups import Group, group_sites
+from ..nn._share import by_module, release, surround
+from ..nn._site import MLP_ROLES
+from ._config import LortaConfig
+from ._layer import BASE, LortaLayer
+from ._targets import known_sites, sites_of
+
+
+class LortaModel(BaseTuner):
+    """A model whose target modules take shares of low-rank tensors; made by ``get_peft_model``.
+
+    Every number is a parameter of ``lorta_adapters.<adapter>.networks.<group>``, once; the wrappers
+    of the modules only refer to them.
+
+    Attributes:
+        lorta_adapters: the adapters by name, those of `lortalib.nn`.
+    """
+
+    uses_shared_state = True
+    prefix = "lorta_"
+    tuner_layer_cls = LortaLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # Onto the model
+
+    def _pre_injection_hook(self, model: nn.Module, config: LortaConfig, adapter_name: str) -> None:
+        self.lorta_adapters = nn.ModuleDict()
+        self._known = known_sites(model)
+
+    def _prepare_adapter_config(
+        self, peft_config: LortaConfig, model_config: dict[str, Any]
+    ) -> Any:
+        if peft_config.target_modules is None:
+            attention = [site for site in self._known if site.role not in MLP_ROLES]
+            paths = {site.path for site in attention if not site.bypassed}
+            if not paths:
+                raise ValueError("Please specify `target_modules` in `peft_config`")
+            peft_config.target_modules = self._short(paths)  # type: ignore[assignment]
+        return peft_config
+
+    def _short(self, paths: set[str]) -> set[str]:
+        """The last words of paths, where they name nothing else."""
+        words = {path.rpartition(".")[2] for path in paths}
+        named = {
+            name.removesuffix(".base_layer")
+            for name, module in self.model.named_modules()
+            if name.removesuffix(".base_layer").rpartition(".")[2] in words
+        }
+        return words if named == paths else paths
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the target modules and make the networks that they share; see `BaseTuner`.
+
+        Raises:
+            ValueError: targets that lortalib cannot adapt. The model is then as it was.
+        """
+        self._targets: dict[str, LortaLayer] = {}
+        self._new: list[tuple[nn.Module, str, LortaLayer]] = []
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            config = self.peft_config[adapter_name]
+            self._share(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
+        except Exception:
+            for parent, name, layer in self._new:
+                setattr(parent, name, layer.base_layer)
+            for parameter, flag in trained:
+                parameter.requires_grad_(flag)
+            raise
+        finally:
+            self._targets, self._new = {}, []
+
+    def _create_and_replace(
+        self,
+        lorta_config: LortaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **unused: Any,
+    ) -> None:
+        if isinstance(target, LortaLayer):
+            self._targets[current_key] = target
+            return
+        if any(site.bypassed for site in self._known if site.path == current_key):
+            raise ValueError(
+                f"{current_key}: the model reads its weight without calling it, so a wrapper around "
+                "it would do nothing. Leave it out of target_modules, or use lortalib.nn.apply"
+            )
+        layer = LortaLayer(target, **get_quantization_kwargs(self))
+        if layer.in_features is None or isinstance(
+            layer.get_base_layer(), (nn.MultiheadAttention, nn.Embedding, nn.modules.conv._ConvNd)
+        ):
+            raise ValueError(
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (also "
+                "quantized) and `transformers.pytorch_utils.Conv1D` are supported."
+            )
+        self._replace_module(parent, target_name, layer, target)
+        self._new.append((parent, target_name, layer))
+        self._targets[current_key] = layer
+
+    def _make(self, name: str, config: LortaConfig, meta: bool) -> Adapter:
+        """The adapter for the modules that were just targeted."""
+        modules = {path: layer.get_base_layer() for path, layer in self._targets.items()}
+        groups = group_sites(sites_of(self._known, modules), config.gqa)
+        options: dict[str, Any] = {"init": config.start, "dtype": torch.float32}
+        weights = {path: layer.weight for path, layer in self._targets.items()}
+        networks = {}
+        for group in groups:
+            paths = (path for site in group.sites for path in (site.path, *site.also))
+            device = next(weights[path].device for path in paths if path in weights)
+            options["device"] = torch.device("meta") if meta else device
+            networks[group.name] = _network(config, group, options)
+        settings = make_settings(
+            config.decomposition, networks, config.alpha, config.dropout, config.gqa, config.start
+        )
+        return Adapter(name, settings, tuple(groups), networks, Beside())
+
+    def _share(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
+        """Let the targeted modules take their shares."""
+        self.lorta_adapters[name] = adapter.train(self.training)
+        surround(self.model, adapter, adapter.groups)
+        for path, own in by_module(adapter.sites):
+            if path in self._targets:
+                self._targets[path].hold(name, adapter, own)
+        adapter.prepare()
+        trains = name in self.active_adapters and not config.inference_mode
+        for network in adapter.networks.values():
+            assert isinstance(network, Network)
+            for tensor, term in zip(network.tensors, network.legs.terms):
+                tensor.requires_grad_(trains and not term.frozen)
+
+    # Off the model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; see `BaseTuner`."""
+        super().delete_adapter(adapter_name)
+        adapter = self.lorta_adapters[adapter_name]
+        release(self.model, adapter, adapter.groups)
+        del self.lorta_adapters[adapter_name]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for adapter in self.lorta_adapters.values():
+            release(self.model, adapter, adapter.groups)
+        return model
+
+    # Numbers
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Factors are float32, or of the base's dtype where PEFT was asked not to cast them."""
+        if adapter_name not in self.lorta_adapters:
+            return
+        networks = self.lorta_adapters[adapter_name].networks
+        if autocast_adapter_dtype:
+            if next(networks.parameters()).dtype in (torch.float16, torch.bfloat16):
+                networks.float()
+            return
+        weight = next(m for m in self.model.modules() if isinstance(m, LortaLayer)).weight
+        if weight.dtype.is_floating_point:
+            networks.to(weight.dtype)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """``lorta_adapters.<adapter>.networks`` is ``lorta_adapters.networks`` in a file."""
+        own = rf"(^|\.)lorta_adapters\.{re.escape(adapter_name)}\."
+        return re.sub(own, r"\1lorta_adapters.", key, count=1)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """A new adapter whose update is exactly the weighted sum of the updates of others.
+
+        The ranks add up: the new networks are direct sums along the bonds.
+
+        Args:
+            adapters: names, all of one decomposition and on the same modules.
+            weights: a factor for each.
+            adapter_name: name of the new one.
+            combination_type: only ``"cat"``; the others of LoRA are approximations.
+
+        Raises:
+            ValueError: unknown adapters, unlike decompositions or targets, a name that is in use,
+                another combination type.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type must be 'cat', the exact sum; found {combination_type!r}"
+            )
+        unknown = [name for name in adapters if name not in self.lorta_adapters]
+        if unknown or not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"asked to add {list(adapters)} with the weights {list(weights)}; a weight is needed "
+                f"for each, and the adapters are {', '.join(self.lorta_adapters)}"
+            )
+        if adapter_name in self.lorta_adapters:
+            raise ValueError(f"there already is an adapter called {adapter_name!r}")
+        owners = [self.lorta_adapters[name] for name in adapters]
+        networks = {}
+        for group in owners[0].groups:
+            if any(group not in owner.groups for owner in owners):
+                raise ValueError(
+                    f"the adapters {list(adapters)} are not on the same modules, so no network of one "
+                    "rank is their sum"
+                )
+            parts = [owner.network(group) for owner in owners]
+            factors = [float(w) * owner.scaling for w, owner in zip(weights, owners)]
+            networks[group.name] = direct_sum(parts, factors)
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.alpha, config.init_weights = 1.0, True
+        config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        own = self.lorta_adapters[adapter_name].networks
+        with torch.no_grad():
+            for name, network in networks.items():
+                for tensor, value in zip(own[name].tensors, network.tensors):
+                    tensor.copy_(value)
+
+    def export_lora(self, folder: str | PathLike[str], adapter_name: str = "default") -> Path:
+        """Write an adapter as a standard LoRA, exactly; see `lortalib.nn.export_lora`.
+
+        Modules that are saved with the adapter (``modules_to_save``) go into the file too.
+
+        Raises:
+            KeyError: no such adapter.
+        """
+        if adapter_name not in self.lorta_adapters:
+            raise KeyError(
+                f"no adapter {adapter_name!r}; there is {', '.join(self.lorta_adapters)}"
+            )
+        beside = {
+            path: dict(module.modules_to_save[adapter_name].state_dict())
+            for path, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        }
+        return export_lora(self.lorta_adapters[adapter_name], folder, self.model, beside=beside)
+
+    # Batches whose rows differ
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While it is open, the layers see ``adapter_names``: a name, or "__base__", for each row."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = {name for name in names if name != BASE and name not in self.lorta_adapters}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+            )
+        beams = kwargs.get("num_beams")
+        beams = beams if isinstance(beams, int) and beams > 1 else 1
+        encoder = self.model.get_encoder() if _has_encoder(self.model) else None
+        inside = set() if encoder is None else {id(module) for module in encoder.modules()}
+        repeated = [name for name in names for _ in range(beams)]
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                rows = list(names) if id(module) in inside else repeated
+                hook = partial(_pass_names, adapter_names=rows)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _network(config: LortaConfig, group: Group, options: Mapping[str, Any]) -> Network:
+    """The network of a group, of the ranks that a weighted sum wrote or of those asked for."""
+    if config.ranks is None:
+        return make_network(config.decomposition, group, config.rank, dict(options))
+    legs = make_network(config.decomposition, group, 1, {**options, "device": "meta"}).legs
+    sizes = {**group.shape, **config.ranks[group.name]}
+    device = options["device"]
+    tensors = [torch.zeros([sizes[leg] for leg in t.legs], device=device) for t in legs.terms]
+    return Network(legs, tensors, group.shape)

@@ -1,0 +1,22 @@
+"""Makes the method known to PEFT, which has no public way for one from outside."""
+
+from __future__ import annotations
+
+from peft.utils import register_peft_method
+
+from ._config import LortaConfig
+from ._kind import NAME, peft_type
+from ._model import LortaModel
+
+
+def register() -> None:
+    """Enter the method in PEFT's tables, once."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type()) is not LortaConfig:
+        register_peft_method(
+            name=NAME.lower(),
+            config_cls=LortaConfig,
+            model_cls=LortaModel,
+            prefix=LortaModel.prefix,
+        )

@@ -1,0 +1,31 @@
+"""Which sites the target modules of PEFT are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+
+from ..nn import AnatomyError, Site, mlp_sites, sites
+from ..nn._linear import linear_sites
+
+
+def known_sites(model: nn.Module) -> list[Site]:
+    """The projections of a model that lortalib knows the role of; none where it understands none."""
+    found: list[Site] = []
+    for find in (sites, mlp_sites):
+        try:
+            found += find(model)
+        except AnatomyError:
+            continue
+    return [site for site in found if not site.experts]
+
+
+def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
+    """The sites of these modules: known ones, and a matrix each for the others."""
+    own = [site for site in known if {site.path, *site.also} & set(modules)]
+    named = {path for site in own for path in (site.path, *site.also)}
+    others = {path: module for path, module in modules.items() if path not in named}
+    sizes = {path: _get_in_out_features(module) for path, module in others.items()}
+    return own + linear_sites(others, sizes)

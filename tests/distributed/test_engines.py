@@ -1,0 +1,63 @@
+"""Two processes on the CPU reach the factors that one process reaches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("worker.py")
+ENGINES = {
+    "ddp": ["ddp"],
+    "ddp, static": ["ddp", "--static"],
+    "ddp, checkpoints": ["ddp", "--checkpoint", "other"],
+    "ddp, static, reentrant checkpoints": ["ddp", "--static", "--checkpoint", "reentrant"],
+    "ddp, accumulation": ["ddp", "--accumulate", "2"],
+    "fsdp": ["fsdp"],
+    "fsdp, checkpoints": ["fsdp", "--checkpoint", "other"],
+    "fsdp, accumulation": ["fsdp", "--accumulate", "2"],
+    "accelerate": ["accelerate"],
+}
+QUICK = {"ddp", "fsdp"}
+
+
+def run(command, out, arguments):
+    engine, *more = arguments
+    done = subprocess.run(
+        [*command, str(WORKER), engine, str(out), *more],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What a single process reaches, by door."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        door: run([sys.executable], folder / door, ["single", "--door", door])
+        for door in ("nn", "peft")
+    }
+
+
+@pytest.mark.parametrize("door", ["nn", "peft"])
+@pytest.mark.parametrize(
+    "engine", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES]
+)
+def test_two_processes_train_as_one(engine, door, alone, tmp_path):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+
+    found = run(torchrun, tmp_path / "out", [*ENGINES[engine], "--door", door])
+    assert list(found) == list(alone[door])
+    for name, factor in found.items():
+        assert torch.allclose(factor, alone[door][name], atol=2e-5, rtol=1e-3), name
+        assert factor.abs().sum() > 0
