@@ -128,7 +128,7 @@ def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
     Raises:
         ValueError: an alpha that is zero or not finite, a dropout outside [0, 1), an unknown init.
     """
-    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
     if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")

@@ -228,7 +228,8 @@ def _network(
         tensors[0][at][:, : len(a)] = a.mT
         tensors[1][at][..., : len(a)] = b.reshape(group.heads, site.head_dim, len(a))
     network = Network(legs, tensors, group.shape)
-    return network.to(modules[group.sites[0].path].weight.device)
+    weight: Any = modules[group.sites[0].path].weight
+    return network.to(weight.device)
 
 
 def _beside(model: nn.Module, names: Sequence[str], rest: dict[str, Tensor]) -> Beside:

@@ -103,7 +103,7 @@ def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
         heads = site.query_heads if gqa == "pool" else site.heads
         members[site.stack, heads, site.width, site.head_dim, site.experts].append(site)
     stacks = [stack for stack, *_ in members]
-    groups = []
+    groups: list[Group] = []
     for (stack, heads, width, head_dim, experts), found in members.items():
         name = stack.replace(".", "_")
         if stacks.count(stack) > 1:

@@ -120,7 +120,7 @@ def export_lora(
     config = getattr(model, "config", None)
     for path, values in beside.items():
         tensors |= {f"{_PREFIX}{path}.{k}": v.cpu().contiguous() for k, v in values.items()}
-    written = {
+    written: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _task(model),
         "base_model_name_or_path": base_model or getattr(config, "_name_or_path", None),

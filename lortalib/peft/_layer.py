@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Union, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -13,7 +13,6 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..decomp import Network
 from ..nn import Adapter, Site
 from ..nn._lowrank import add, project
 from ..nn._share import Part, owns_output, parts_of, take_share
@@ -59,6 +58,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         lorta_held: for each adapter what it takes.
     """
 
+    lorta_networks: nn.ModuleDict
     adapter_layer_names = ("lorta_networks",)
     other_param_names = ("lorta_held",)
 
@@ -68,7 +68,8 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), **quantization
         )
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = features
         # Past nn.Module's registration.
         self.__dict__["lorta_networks"] = nn.ModuleDict()
         self.lorta_held: dict[str, Held] = {}
@@ -79,7 +80,9 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         """Take the share of an adapter from now on."""
         held = Held(adapter, list(sites), parts_of(adapter, sites))
         self.lorta_held[name] = held
-        self.lorta_networks[name] = nn.ModuleList(part.factors.network for part in held.parts)
+        self.lorta_networks[name] = nn.ModuleList(
+            cast(nn.Module, part.factors.network) for part in held.parts
+        )
 
     # What it computes
 
@@ -188,11 +191,11 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     # What PEFT's other calls need to know
 
-    def _networks(self, names: Union[str, Sequence[str]] | None = None) -> Iterator[Network]:
+    def _networks(self, names: Union[str, Sequence[str]] | None = None) -> Iterator[Any]:
         wanted = [names] if isinstance(names, str) else names
         for name, networks in self.lorta_networks.items():
             if wanted is None or name in wanted:
-                yield from networks
+                yield from cast("nn.ModuleList", networks)
 
     def _freeze_non_trainable_peft_weights(
         self, adapter_names: Union[str, Sequence[str]] | None = None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..decomp import Network, direct_sum
 from ..nn import Adapter, export_lora
 from ..nn._apply import make_network, make_settings
-from ..nn._beside import Beside
+from ..nn._beside import Beside, Values
 from ..nn._groups import Group, group_sites
 from ..nn._share import by_module, release, surround
 from ..nn._site import MLP_ROLES
@@ -46,13 +46,11 @@ class LortaModel(BaseTuner):
 
     # Onto the model
 
-    def _pre_injection_hook(self, model: nn.Module, config: LortaConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.lorta_adapters = nn.ModuleDict()
         self._known = known_sites(model)
 
-    def _prepare_adapter_config(
-        self, peft_config: LortaConfig, model_config: dict[str, Any]
-    ) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
             attention = [site for site in self._known if site.role not in MLP_ROLES]
             paths = {site.path for site in attention if not site.bypassed}
@@ -60,6 +58,14 @@ class LortaModel(BaseTuner):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = self._short(paths)  # type: ignore[assignment]
         return peft_config
+
+    def _config(self, name: str) -> LortaConfig:
+        config = self.peft_config[name]
+        assert isinstance(config, LortaConfig)
+        return config
+
+    def _adapters(self) -> dict[str, Adapter]:
+        return cast("dict[str, Adapter]", dict(self.lorta_adapters.items()))
 
     def _short(self, paths: set[str]) -> set[str]:
         """The last words of paths, where they name nothing else."""
@@ -95,7 +101,7 @@ class LortaModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-            config = self.peft_config[adapter_name]
+            config = self._config(adapter_name)
             self._share(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
         except Exception:
             for parent, name, layer in self._new:
@@ -108,13 +114,13 @@ class LortaModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        lorta_config: LortaConfig,
+        lorta_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **unused: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, LortaLayer):
             self._targets[current_key] = target
@@ -172,13 +178,13 @@ class LortaModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; see `BaseTuner`."""
         super().delete_adapter(adapter_name)
-        adapter = self.lorta_adapters[adapter_name]
+        adapter = self._adapters()[adapter_name]
         release(self.model, adapter, adapter.groups)
         del self.lorta_adapters[adapter_name]
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for adapter in self.lorta_adapters.values():
+        for adapter in self._adapters().values():
             release(self.model, adapter, adapter.groups)
         return model
 
@@ -188,7 +194,7 @@ class LortaModel(BaseTuner):
         """Factors are float32, or of the base's dtype where PEFT was asked not to cast them."""
         if adapter_name not in self.lorta_adapters:
             return
-        networks = self.lorta_adapters[adapter_name].networks
+        networks = self._adapters()[adapter_name].networks
         if autocast_adapter_dtype:
             if next(networks.parameters()).dtype in (torch.float16, torch.bfloat16):
                 networks.float()
@@ -236,7 +242,7 @@ class LortaModel(BaseTuner):
             )
         if adapter_name in self.lorta_adapters:
             raise ValueError(f"there already is an adapter called {adapter_name!r}")
-        owners = [self.lorta_adapters[name] for name in adapters]
+        owners = [self._adapters()[name] for name in adapters]
         networks = {}
         for group in owners[0].groups:
             if any(group not in owner.groups for owner in owners):
@@ -247,7 +253,7 @@ class LortaModel(BaseTuner):
             parts = [owner.network(group) for owner in owners]
             factors = [float(w) * owner.scaling for w, owner in zip(weights, owners)]
             networks[group.name] = direct_sum(parts, factors)
-        config = copy.copy(self.peft_config[adapters[0]])
+        config = copy.copy(self._config(adapters[0]))
         config.alpha, config.init_weights = 1.0, True
         config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
         self.peft_config[adapter_name] = config
@@ -256,10 +262,11 @@ class LortaModel(BaseTuner):
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        own = self.lorta_adapters[adapter_name].networks
+        own = self._adapters()[adapter_name]
         with torch.no_grad():
-            for name, network in networks.items():
-                for tensor, value in zip(own[name].tensors, network.tensors):
+            for group in own.groups:
+                values = networks[group.name].tensors
+                for tensor, value in zip(own.network(group).tensors, values):
                     tensor.copy_(value)
 
     def export_lora(self, folder: str | PathLike[str], adapter_name: str = "default") -> Path:
@@ -274,12 +281,12 @@ class LortaModel(BaseTuner):
             raise KeyError(
                 f"no adapter {adapter_name!r}; there is {', '.join(self.lorta_adapters)}"
             )
-        beside = {
+        beside: Values = {
             path: dict(module.modules_to_save[adapter_name].state_dict())
             for path, module in self.model.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
         }
-        return export_lora(self.lorta_adapters[adapter_name], folder, self.model, beside=beside)
+        return export_lora(self._adapters()[adapter_name], folder, self.model, beside=beside)
 
     # Batches whose rows differ
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
@@ -27,5 +28,5 @@ def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Si
     own = [site for site in known if {site.path, *site.also} & set(modules)]
     named = {path for site in own for path in (site.path, *site.also)}
     others = {path: module for path, module in modules.items() if path not in named}
-    sizes = {path: _get_in_out_features(module) for path, module in others.items()}
+    sizes: dict[str, Any] = {p: _get_in_out_features(module) for p, module in others.items()}
     return own + linear_sites(others, sizes)
