@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait by spinning slow each other down when the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format docs bench bench-quick coverage clean
+.PHONY: demo test check format peft-suite docs bench bench-quick coverage clean
 
 demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
 	$(BIN)/python examples/film_reviews.py
@@ -24,6 +24,9 @@ check: .venv/.check .venv/.test  ## lint, format and types
 format: .venv/.check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+peft-suite: .venv/.suite  ## PEFT's own tests, of the installed version, on this library's method
+	$(BIN)/python tests/peft/suite.py
 
 docs: .venv/.docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build

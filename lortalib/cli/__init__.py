@@ -1,7 +1,8 @@
 """The command line: ``lortalib info``, ``plan``, ``sites``, ``check``, ``merge``, ``export-lora``.
 
 Example:
-    >>> main(["plan", "no-such-folder", "--json"])
+    >>> main(["info", "no-such-folder", "--json"]) # doctest: +ELLIPSIS
+    {"error": "no adapter.json in no-such-folder; ...
     1
 """
 

@@ -43,11 +43,12 @@ class LortaConfig(PeftConfig):
         init_weights: True or ``"invariant"`` (no update at first; the first step does not depend on
             the rank), False or ``"normal"`` (random), ``"lorta"`` (the published start).
         gqa: ``"pool"`` or ``"split"``, as for `lortalib.nn.apply`.
-        bias: only ``"none"``.
+        bias: only ``"none"``; it is there for those who write it out.
         ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
 
     Raises:
         ValueError: a bad value, or an argument that has no meaning for a shared tensor.
+        TypeError: another ``bias``.
 
     Example:
         >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
@@ -70,14 +71,19 @@ class LortaConfig(PeftConfig):
     trainable_token_indices: Union[list[int], dict[str, list[int]]] | None = None
     init_weights: Union[bool, str] = True
     gqa: str = "pool"
-    bias: str = "none"
     ranks: dict[str, dict[str, int]] | None = field(default=None)
+    bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None
     alpha_pattern: InitVar[Any] = None
     target_parameters: InitVar[Any] = None
 
-    def __post_init__(self, *refused: Any) -> None:
+    def __post_init__(self, bias: str, *refused: Any) -> None:
         super().__post_init__()
+        if bias != "none":
+            raise TypeError(
+                f"LortaConfig has no bias={bias!r}: merging and exporting as a LoRA need biases left "
+                "alone. Modules that shall train as a whole go into modules_to_save"
+            )
         self.peft_type = peft_type()
         for (name, why), value in zip(_REFUSED.items(), refused):
             if value:
@@ -87,11 +93,6 @@ class LortaConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         check_settings(self.alpha, self.dropout, self.start)
-        if self.bias != "none":
-            raise ValueError(
-                f"bias must be 'none'; found {self.bias!r}: merging and exporting as LoRA need it. "
-                "Modules that shall train as a whole go into modules_to_save"
-            )
         if self.gqa not in ("pool", "split"):
             raise ValueError(f"gqa must be 'pool' or 'split'; found {self.gqa!r}")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -45,13 +45,21 @@ def local(name):
 {body}
 '''
 
+#: What is left out, and why.
+LEFT_OUT = {
+    "layer_indexing": "counts trainable parameter objects and expects more of them for more layers; one "
+    "tensor has the same for any number (upstream leaves VeRA, VB-LoRA and UniLora out for this)",
+}
+
+# Inputs of these tests go up to 90 and three steps of plain SGD have a learning rate of 0.5, which
+# upstream lowers for each method that it knows; alpha does it here.
 CUSTOM = """
 theirs.TEST_CASES[:] = [
     (
-        f"Vanilla MLP {k} Lorta {f}",
+        f"Vanilla MLP {k} LortaConfig {f}",
         "MLP",
         LortaConfig,
-        {"target_modules": t, "decomposition": f, "rank": 2, **more},
+        {"target_modules": t, "decomposition": f, "rank": 2, "alpha": 0.1, **more},
     )
     for f in FORMATS
     for k, (t, more) in enumerate(
@@ -67,7 +75,7 @@ theirs.TEST_CASES[:] = [
     )
 ] + [
     (
-        "Embedding + transformers Conv1D 1 Lorta",
+        "Embedding + transformers Conv1D 1 LortaConfig",
         "EmbConv1D",
         LortaConfig,
         {"target_modules": ["conv1d"], "rank": 2},
@@ -76,7 +84,7 @@ theirs.TEST_CASES[:] = [
 theirs.ALL_PEFT_CONFIG_CLASSES[:] = [LortaConfig]
 one = {"target_modules": ["lin0"], "init_weights": False, "rank": 2}
 theirs.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
-    (f"Lorta {f} {kind}", "lorta", LortaConfig, {**one, "decomposition": f}, {**other, "decomposition": f})
+    (f"LortaConfig {f} {kind}", "lorta", LortaConfig, *({**kwargs, "decomposition": f} for kwargs in (one, other)))
     for f in FORMATS
     for kind, other in (("Same", one), ("Different", {**one, "target_modules": ["lin1"]}))
 ]
@@ -227,7 +235,7 @@ def make_models(folder: Path) -> None:
 def main() -> int:
     """Fetch, prepare, run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-k", default="lorta", help="which tests (default: all with this method)")
+    parser.add_argument("-k", default="LortaConfig", help="which tests (default: this method's)")
     parser.add_argument("-n", default="2", help="processes")
     options = parser.parse_args()
     folder = fetch()
@@ -237,7 +245,7 @@ def main() -> int:
         sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=",
         # This PEFT calls names that this transformers has deprecated; other warnings stay errors.
         "-W", "ignore::FutureWarning", "-n", options.n,
-        "-k", options.k, "--timeout", "60", *files,
+        "-k", " and not ".join([f"({options.k})", *LEFT_OUT]), "--timeout", "60", *files,
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -257,6 +265,8 @@ def main() -> int:
     ) as process:
         assert process.stdout is not None
         with open(WORK / "result.txt", "w", encoding="utf-8") as result:
+            for name, why in LEFT_OUT.items():
+                result.write(f"left out: {name}: {why}\n")
             for line in process.stdout:
                 print(line, end="", flush=True)
                 result.write(line)

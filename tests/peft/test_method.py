@@ -160,7 +160,8 @@ def test_errors_name_the_reason_and_leave_the_model_alone():
     for name in ("rank_pattern", "alpha_pattern", "target_parameters"):
         with pytest.raises(ValueError, match=f"{name} is not supported: .*"):
             LortaConfig(**{name: {"q_proj": 2}})
-    with pytest.raises(ValueError, match="bias must be 'none'"):
+    assert LortaConfig(bias="none") == LortaConfig()
+    with pytest.raises(TypeError, match="has no bias='all'"):
         LortaConfig(bias="all")
     with pytest.raises(ValueError, match="alpha must be a finite number"):
         LortaConfig(alpha=0)
