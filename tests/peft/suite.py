@@ -84,7 +84,12 @@ theirs.TEST_CASES[:] = [
 theirs.ALL_PEFT_CONFIG_CLASSES[:] = [LortaConfig]
 one = {"target_modules": ["lin0"], "init_weights": False, "rank": 2}
 theirs.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
-    (f"LortaConfig {f} {kind}", "lorta", LortaConfig, *({**kwargs, "decomposition": f} for kwargs in (one, other)))
+    (
+        f"LortaConfig {f} {kind}",
+        "lorta",
+        LortaConfig,
+        *({**kwargs, "decomposition": f} for kwargs in (one, other)),
+    )
     for f in FORMATS
     for kind, other in (("Same", one), ("Different", {**one, "target_modules": ["lin1"]}))
 ]
