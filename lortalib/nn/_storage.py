@@ -279,9 +279,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     """The contents of ``adapter.json``, as far as any version must have them."""
     file = folder / DESCRIPTION
     if not file.is_file():
+        theirs = (folder / "adapter_config.json").is_file()
         raise FileNotFoundError(
             f"no {DESCRIPTION} in {folder}; a saved adapter is a folder with {DESCRIPTION} and "
             f"{TENSORS}, as Adapter.save writes it"
+            + ". It holds an adapter of PEFT: open it with peft.PeftModel.from_pretrained, or a LoRA "
+            "with lortalib.nn.from_lora" * theirs
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))

@@ -28,11 +28,13 @@ class Held:
         adapter: the adapter.
         sites: its sites in the module.
         parts: what makes their pairs.
+        tied: whether the weight is that of another module, which merges into it.
     """
 
     adapter: Adapter
     sites: list[Site]
     parts: list[Part]
+    tied: bool = False
 
     def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """All its pairs as one: (p, features read) and (p, features written)."""
@@ -76,9 +78,9 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
 
-    def hold(self, name: str, adapter: Adapter, sites: Sequence[Site]) -> None:
-        """Take the share of an adapter from now on."""
-        held = Held(adapter, list(sites), parts_of(adapter, sites))
+    def hold(self, name: str, adapter: Adapter, sites: Sequence[Site], tied: bool = False) -> None:
+        """Take the share of an adapter from now on; the arguments are the fields of `Held`."""
+        held = Held(adapter, list(sites), parts_of(adapter, sites), tied)
         self.lorta_held[name] = held
         self.lorta_networks[name] = nn.ModuleList(
             cast(nn.Module, part.factors.network) for part in held.parts
@@ -86,16 +88,22 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     # What it computes
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of the base layer with the shares of the active adapters added."""
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_names(x, names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or (names is None and self.merged):
-            return y
+            return output
+        if isinstance(output, tuple):  # quantised layers that return their scale beside the output
+            return (self._shared(x, output[0], names), *output[1:])
+        return self._shared(x, output, names)
+
+    def _shared(self, x: Tensor, y: Tensor, names: Sequence[str] | None) -> Tensor:
+        """The output of the base layer with the shares added."""
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         own = owns_output(self.base_layer)
@@ -161,6 +169,9 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lorta_held:
                 continue
+            if self.lorta_held[name].tied:
+                self.merged_adapters.append(name)
+                continue
             weight = self.get_base_weight()
             delta = self.get_delta_weight(name)
             wide = torch.promote_types(weight.dtype, delta.dtype)
@@ -179,10 +190,10 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._unmerged is not None
-        weight = self.get_base_weight()
-        self.set_base_weight(self._unmerged.to(weight.device, weight.dtype))
-        self._unmerged = None
+        if self._unmerged is not None:
+            weight = self.get_base_weight()
+            self.set_base_weight(self._unmerged.to(weight.device, weight.dtype))
+            self._unmerged = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -53,7 +53,8 @@ class LortaModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
             attention = [site for site in self._known if site.role not in MLP_ROLES]
-            paths = {site.path for site in attention if not site.bypassed}
+            own = (site for site in attention if not site.bypassed)
+            paths = {path for site in own for path in (site.path, *site.also)}
             if not paths:
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = self._short(paths)  # type: ignore[assignment]
@@ -165,7 +166,8 @@ class LortaModel(BaseTuner):
         surround(self.model, adapter, adapter.groups)
         for path, own in by_module(adapter.sites):
             if path in self._targets:
-                self._targets[path].hold(name, adapter, own)
+                tied = path != own[0].path and own[0].path in self._targets
+                self._targets[path].hold(name, adapter, own, tied)
         adapter.prepare()
         trains = name in self.active_adapters and not config.inference_mode
         for network in adapter.networks.values():

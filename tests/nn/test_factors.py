@@ -1177,3 +1177,16 @@ def test_nothing_of_a_forward_outlives_it(name):
     gc.collect()
     assert len(seen) >= 4
     assert [x() for x in seen if x() is not None] == []
+
+
+def test_pairs_go_where_a_module_computes():
+    """As on several devices: what is read through a pair is larger than the pair, and stays."""
+    model, adapter = made("Llama")
+    module, _ = projection(model, adapter)
+    module.to("meta")
+    assert module(vectors().to("meta")).is_meta
+    factors = adapter._factors[0]
+    first, second = factors.pair(0, 0, torch.float64, torch.device("meta"))
+    assert first.is_meta
+    assert second.is_meta
+    assert not any(p.is_meta for p in adapter.parameters())

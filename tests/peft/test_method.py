@@ -225,6 +225,26 @@ def test_unmerging_gives_every_bit_back():
         assert all(same_bits(m.weight, w) for m, w in zip(layers, weights))
 
 
+def test_a_weight_that_two_modules_share_is_merged_once():
+    def tied():
+        model = LLAMA.model()
+        one, two = (layer.self_attn.q_proj for layer in model.layers)
+        two.weight = one.weight
+        return model
+
+    inputs = LLAMA.inputs()
+    model = peft.get_peft_model(tied(), LortaConfig(rank=2, init_weights=False)).eval()
+    assert sum(isinstance(m, LortaLayer) for m in model.modules()) == 8
+    before = model.base_model.model.layers[1].self_attn.q_proj.weight.clone()
+    expected = output(model, inputs)
+    assert not close(output(tied(), inputs), expected, 1e-3)
+    model.merge_adapter()
+    assert close(output(model, inputs), expected)
+    model.unmerge_adapter()
+    assert same_bits(model.base_model.model.layers[1].self_attn.q_proj.weight, before)
+    assert close(output(model.merge_and_unload(), inputs), expected)
+
+
 def test_unloading_leaves_no_trace():
     inputs = LLAMA.inputs()
     base = LLAMA.model()

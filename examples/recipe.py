@@ -1,0 +1,143 @@
+"""What the recipes share: arguments, the adapter, a Trainer that resumes, and the report.
+
+A recipe is a script that says what its data and its score are. Each runs here on models and data
+from packages, and on those of the paper where the hub can be reached; each can be killed and
+started again with the same arguments; `accelerate launch` runs it on several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+
+from lortalib.peft import LortaConfig
+
+
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments of every recipe.
+
+    Args:
+        doc: the recipe's docstring.
+        defaults: defaults that are the recipe's own; ``out`` is one.
+    """
+    found = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--model", help="folder or hub name (default: the one from a package)")
+    found.add_argument("--decomposition", default="cp", help="a format or a line of legs")
+    found.add_argument("--rank", type=int, default=8)
+    found.add_argument("--alpha", type=float, default=1.0, help="factor of the update")
+    found.add_argument("--dropout", type=float, default=0.0, help="of the adapter's input")
+    found.add_argument("--lr", type=float, default=1e-2, help="of the adapter")
+    found.add_argument("--steps", type=int, default=100)
+    found.add_argument("--batch", type=int, default=16, help="rows of a step on one process")
+    found.add_argument("--accumulate", type=int, default=1, help="batches of a step")
+    found.add_argument("--length", type=int, default=128, help="longest row, in tokens")
+    found.add_argument("--held-out", type=int, default=400, help="rows kept for the score")
+    found.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--out", help="folder of checkpoints, adapter and results.json")
+    found.set_defaults(**defaults)
+    return found
+
+
+def quiet() -> None:
+    """No messages of transformers but errors; progress bars of training stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def adapter_config(args: argparse.Namespace, task: str, **more: Any) -> LortaConfig:
+    """The configuration of the adapter.
+
+    Args:
+        args: of `parser`.
+        task: PEFT's name of the task, such as ``"CAUSAL_LM"``.
+        more: fields of `LortaConfig`.
+    """
+    return LortaConfig(
+        rank=args.rank,
+        decomposition=args.decomposition,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        task_type=task,
+        **more,
+    )
+
+
+def training(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Arguments for any Trainer; a checkpoint holds the adapter, its optimiser, and no base."""
+    return {
+        "output_dir": args.out,
+        "max_steps": args.steps,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, args.steps // 10),
+        "weight_decay": 0.0,
+        "per_device_train_batch_size": args.batch,
+        "per_device_eval_batch_size": args.batch,
+        "gradient_accumulation_steps": args.accumulate,
+        "logging_steps": max(1, args.steps // 20),
+        "save_steps": args.save_every,
+        "save_total_limit": 2,
+        "seed": args.seed,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        **more,
+    }
+
+
+def fit(trainer: Any) -> float:
+    """Train, from the last checkpoint where there is one, and save the adapter.
+
+    Returns:
+        Seconds, of this run alone.
+    """
+    begin = time.perf_counter()
+    folder = Path(trainer.args.output_dir)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    )
+    trainer.save_model()
+    return time.perf_counter() - begin
+
+
+def report(
+    args: argparse.Namespace, title: str, rows: Sequence[dict[str, Any]], **more: Any
+) -> None:
+    """Print a table of the rows and write everything to results.json.
+
+    Args:
+        args: of the recipe; they are written too.
+        title: of the table.
+        rows: records with the same keys.
+        more: what is only written.
+    """
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+    found = {
+        "title": title,
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "rows": list(rows),
+        **more,
+    }
+    file = Path(args.out, "results.json")
+    file.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
+    print(f"wrote {file}")
