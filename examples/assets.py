@@ -133,7 +133,9 @@ def antiberty() -> Path:
             sizes.pop(name, None)
         model = BertForMaskedLM(BertConfig(**sizes))
         weights = source / "AntiBERTy_md_smooth" / "pytorch_model.bin"
-        found = model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+        found = model.load_state_dict(
+            torch.load(weights, map_location="cpu", weights_only=True), strict=False
+        )
         missing = [name for name in found.missing_keys if "position_ids" not in name]
         if missing:
             raise MissingAsset(f"the weights of antiberty lack {', '.join(missing[:4])}")
