@@ -12,7 +12,11 @@ SHORT = ["--steps", "2", "--save-every", "1", "--batch", "2", "--length", "32"]
 RECIPES = {
     "nlu.py": (["minilm", "film_reviews"], ["--held-out", "16"], "accuracy"),
     "protein.py": (["antiberty", "peptides"], ["--held-out", "16"], "MCC"),
-    "instruct.py": (["smollm2", "conversations"], ["--held-out", "4", "--samples", "1"], "loss"),
+    "instruct.py": (
+        ["smollm2", "conversations"],
+        ["--held-out", "4", "--samples", "1", "--length", "96"],
+        "loss",
+    ),
     "dpo.py": (["smollm2", "rated_sentences"], ["--held-out", "4"], "reward accuracy"),
 }
 
