@@ -171,7 +171,7 @@ def plan(
     """The groups of the chosen sites and a network for each, by name; changes nothing."""
     chosen = choose(candidates(model, targets, family), targets, layers)
     check_experts(model, chosen)
-    check_whole(model, chosen)
+    check_whole(model, {site.path: stored_weight(model, site) for site in chosen})
     groups = group_sites(chosen, gqa)
     networks: dict[str, Network] = {}
     for group in groups:
@@ -185,24 +185,25 @@ def plan(
     return groups, networks
 
 
-def check_whole(model: nn.Module, chosen: Iterable[Site]) -> None:
+def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Refuse weights of which every process holds a part (tensor parallelism).
+
+    Args:
+        model: that they belong to.
+        weights: by path of their module.
 
     Raises:
         ValueError: a weight that is a DTensor, unless FSDP2 made it, which gathers the whole.
     """
-    for site in chosen:
-        weight = stored_weight(model, site)
-        if not hasattr(weight, "device_mesh"):
-            continue
-        if not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-            raise ValueError(
-                f"the weight of {site.path} is divided over the processes of {weight.device_mesh} "
-                "(tensor parallelism): a share would be added to a part of an output as if it were "
-                "the whole. Load the model without tp_plan; DDP and FSDP2 work, and for serving "
-                "merge the adapter or export it as a LoRA"
-            )
-        return
+    divided = {path: w for path, w in weights.items() if hasattr(w, "device_mesh")}
+    if divided and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+        path, weight = next(iter(divided.items()))
+        raise ValueError(
+            f"the weight of {path} is divided over the processes of {weight.device_mesh} (tensor "
+            "parallelism): a share would be added to a part of an output as if it were the whole. "
+            "Load the model without tp_plan; DDP and FSDP2 work, and for serving merge the adapter "
+            "or export it as a LoRA"
+        )
 
 
 def candidates(model: nn.Module, targets: Targets, family: Family | Sequence[Family]) -> list[Site]:

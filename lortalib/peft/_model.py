@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..decomp import Network, direct_sum
 from ..nn import Adapter, export_lora
-from ..nn._apply import make_network, make_settings
+from ..nn._apply import check_whole, make_network, make_settings
 from ..nn._beside import Beside, Values
 from ..nn._groups import Group, group_sites
 from ..nn._share import by_module, release, surround
@@ -131,6 +131,7 @@ class LortaModel(BaseTuner):
                 f"{current_key}: the model reads its weight without calling it, so a wrapper around "
                 "it would do nothing. Leave it out of target_modules, or use lortalib.nn.apply"
             )
+        check_whole(self.model, {current_key: getattr(target, "weight", None)})
         layer = LortaLayer(target, **get_quantization_kwargs(self))
         if layer.in_features is None or isinstance(
             layer.get_base_layer(), (nn.MultiheadAttention, nn.Embedding, nn.modules.conv._ConvNd)

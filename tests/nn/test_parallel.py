@@ -1,5 +1,6 @@
 """Weights that are divided over processes: tensor parallelism is refused, with the reason."""
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import lortalib
+from lortalib.peft import LortaConfig
 
 
 @pytest.fixture
@@ -26,6 +28,8 @@ def test_tensor_parallelism_is_refused(llama, mesh):
     projection.weight = nn.Parameter(divided)
     with unchanged(llama), pytest.raises(ValueError, match="tensor parallelism"):
         lortalib.nn.apply(llama)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        peft.get_peft_model(llama, LortaConfig(target_modules=["q_proj"]))
 
 
 def test_fsdp_is_not_taken_for_it(llama, mesh):
