@@ -25,8 +25,9 @@ format: .venv/.check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-peft-suite: .venv/.suite  ## PEFT's own tests, of the installed version, on this library's method
+peft-suite: .venv/.suite  ## PEFT's own tests, of the installed version, on this library's method; quantised bases
 	$(BIN)/python tests/peft/suite.py
+	$(BIN)/python -m pytest tests/peft/test_quantised.py
 
 docs: .venv/.docs  ## the documentation, as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build

@@ -206,7 +206,7 @@ class TensorNetwork(ABC):
             over: modes that stay as leading axes, in this order; none gives one pair.
 
         Returns:
-            `Cut`: A (*over, p, in) and B (*over, head*out, p), with ``B @ A`` the slices as
+            `Cut`: A ``(*over, p, in)`` and B ``(*over, head*out, p)``, with ``B @ A`` the slices as
             (head*out, in) matrices. Where one side does not depend on a mode of ``over``, it has size
             1 there and broadcasts.
 
