@@ -19,15 +19,26 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
 import subjects
 import torch
-from measure import MIB, Progress, Timed, Times, arguments, interleave, ratios, spread, table, write
+from measure import (
+    MIB,
+    Progress,
+    Timed,
+    Times,
+    arguments,
+    interleave,
+    ratios,
+    resident,
+    seconds,
+    spread,
+    table,
+    write,
+)
 from torch import Tensor, nn
 
 import lortalib
@@ -181,23 +192,6 @@ def forward(model: nn.Module, bank: Bank, names: list[str], ids: Tensor) -> floa
             model(input_ids=ids)
 
     return seconds(run, 5)
-
-
-def seconds(run: Callable[[], object], times: int) -> float:
-    """Median seconds of a call."""
-    run()
-    taken = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - begin)
-    return spread(taken).median
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * 4096
 
 
 def mixed_table(found: list[dict[str, Any]]) -> str:

@@ -16,13 +16,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MIB, Progress, arguments, spread, table, write
+from measure import MIB, Progress, arguments, seconds, table, write
 from scale import LLAMAS
 from torch import nn
 
@@ -30,16 +28,6 @@ import lortalib
 
 RANK = 8
 REAL = "SmolLM2-135M"
-
-
-def seconds(run: Callable[[], object], times: int = 5) -> float:
-    """Median seconds of a call."""
-    taken = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - begin)
-    return spread(taken).median
 
 
 def highest() -> int:

@@ -131,6 +131,23 @@ def medians(times: Times) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def seconds(run: Callable[[], object], times: int = 5) -> float:
+    """Median seconds of a call, after one that does not count."""
+    run()
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begin)
+    return spread(taken).median
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def machine() -> str:
     """One line that says what the numbers were measured on."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))

@@ -20,15 +20,13 @@ One operation is one multiplication or addition; a product of matrices has two f
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MIB, Progress, arguments, spread, table, write
+from measure import MIB, Progress, arguments, resident, spread, table, write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,12 +89,6 @@ SMALL = (
 
 
 # Putting it on
-
-
-def resident() -> int:
-    """Bytes of the process in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_apply(model: nn.Module, times: int) -> dict[str, Any]:

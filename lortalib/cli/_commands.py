@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
 from argparse import Namespace
 from collections import defaultdict
@@ -209,8 +211,12 @@ def merge(options: Namespace, output: Output) -> bool:
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder)
     adapter.remove(merged=True)
-    model.save_pretrained(out)
-    copied = _copy_tokenizer(options.model, out, options.trust_remote_code)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
+        whole = Path(aside, "model")  # takes its place in one step, so nobody sees half a model
+        model.save_pretrained(whole)
+        copied = _copy_tokenizer(options.model, whole, options.trust_remote_code)
+        os.replace(whole, out)
     findings = {
         "model": options.model,
         "adapter": options.folder,

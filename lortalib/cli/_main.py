@@ -11,7 +11,7 @@ from . import _commands
 from ._output import Output
 
 #: What a user can mend: a wrong path, a damaged file, a model that does not fit.
-_USER_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
+_USER_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,8 +39,6 @@ _TIME_FIRST = frozenset(
         "OneFormerAttention",
     )
 )
-#: Pairs of all layers are made at once up to so many bytes, and beyond layer by layer.
-_BYTES = 1 << 31
 
 
 class Bank:

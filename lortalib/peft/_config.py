@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Any, Union
 
 from peft import PeftConfig
@@ -71,7 +71,7 @@ class LortaConfig(PeftConfig):
     trainable_token_indices: Union[list[int], dict[str, list[int]]] | None = None
     init_weights: Union[bool, str] = True
     gqa: str = "pool"
-    ranks: dict[str, dict[str, int]] | None = field(default=None)
+    ranks: dict[str, dict[str, int]] | None = None
     bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None
     alpha_pattern: InitVar[Any] = None

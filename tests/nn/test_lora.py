@@ -13,8 +13,7 @@ from torch import nn
 import lortalib
 from lortalib.nn import AdapterFileError, adapters, export_lora, from_lora, load
 
-# What vLLM 0.33 checks in PEFTHelper and its worker, and the ranks that it allows (ECOSYSTEM notes of
-# the project; read in its source).
+# The ranks that vLLM 0.33 allows, read in its source.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 

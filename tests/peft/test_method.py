@@ -464,6 +464,10 @@ def test_conversion_and_exact_export(tmp_path):
     again = peft.PeftModel.from_pretrained(LLAMA.model("ForCausalLM"), tmp_path / "lora").eval()
     assert close(output(again, inputs), expected)
     assert model.supports_lora_conversion()
+    config, tensors = peft.convert_to_lora(model, rank=2)
+    converted = peft.get_peft_model(LLAMA.model("ForCausalLM"), config).eval()
+    peft.set_peft_model_state_dict(converted, tensors)
+    assert close(output(converted, inputs), expected, 1e-4)
     with pytest.raises(KeyError, match="no adapter 'absent'"):
         model.export_lora(tmp_path / "none", "absent")
 
