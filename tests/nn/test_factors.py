@@ -624,6 +624,7 @@ def test_projections_of_one_input_that_read_through_other_factors(mode):
 def test_an_input_that_wants_gradients_from_now_on():
     model, adapter = made("Llama")
     x = vectors()
+    adapter.reads.enter(model)  # as where the model's own forward runs
     projection(model, adapter, "q")[0](x)
     x.requires_grad_()
     module, dense = projection(model, adapter, "k")
@@ -1031,6 +1032,7 @@ def test_the_mean_over_masks_is_the_share_without_dropout():
 def test_train_and_eval_between_projections_of_one_input(first):
     model, adapter = made("Llama", dropout=0.5)
     x = vectors()
+    adapter.reads.enter(model)  # as where the model's own forward runs
     with torch.no_grad():
         projection(model, adapter.train(first), "q")[0](x)
         module, dense = projection(model, adapter.train(not first), "k")
