@@ -1,0 +1,152 @@
+"""What the study runs, in which order; `study.py --write-plan` writes it to plan.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from methods import Method
+from tasks import TASKS
+
+
+def lorta(kind: str, rank: int, start: int = -4, label: str = "", **settings: object) -> Method:
+    """A format of lortalib."""
+    name = label or f"lortalib {SHOWN.get(kind, kind)} r{rank}"
+    return Method(name, "lortalib", start, kind, {"rank": rank, **settings})
+
+
+def hf(label: str, kind: str, start: int, **settings: object) -> Method:
+    """A method of HF PEFT, with its defaults where nothing is said."""
+    return Method(f"PEFT {label}", "peft", start, f"{kind}Config", settings)
+
+
+SHOWN = {"cp": "CP", "tucker": "Tucker", "tt": "TT", "lotr": "LoTR", "cara": "CaRA"}
+
+ENDS = [Method("frozen base", "frozen", 0), Method("full fine-tuning", "full", -9)]
+#: Compared on every task, the first first.
+MAIN = [
+    lorta("cp", 16),
+    hf("LoRA r8", "Lora", -5, r=8),
+    hf("LoRA r1", "Lora", -5, r=1),
+    lorta("cp", 64),
+    lorta("tt", 8),
+    lorta("lotr", 8, -5),
+    hf("VeRA r128", "Vera", -4, r=128),
+    hf("FourierFT 300", "FourierFT", -3, n_frequency=300),
+    hf("LoKr r4", "LoKr", -5, r=4),
+    hf("VB-LoRA", "VBLoRA", -4, r=1, num_vectors=60, vector_length=64),
+    hf("TinyLoRA u64", "TinyLora", -4, u=64),
+    hf("LoHa r1", "LoHa", -5, r=1),
+    lorta("tucker", 6),
+    lorta("lotr", 16, -5),
+    lorta("tt", 16),
+    lorta("cp", 4),
+    hf("MiSS r1", "Miss", -5, r=1),
+]
+#: Where a run is cheap, on the reviews.
+MORE = [
+    hf("LoRA r2", "Lora", -5, r=2),
+    hf("LoRA r4", "Lora", -5, r=4),
+    hf("LoRA r1, q and v", "Lora", -5, r=1, target_modules=["query", "value"]),
+    hf("LoRA r1, q", "Lora", -5, r=1, target_modules=["query"]),
+    hf("FourierFT 1000", "FourierFT", -3, n_frequency=1000),
+    hf("UniLoRA 4096", "UniLora", -4, theta_d_length=4096),
+    hf("IA3", "IA3", -4),
+    hf("HRA r1", "HRA", -5, r=1),
+    hf("WaveFT 300", "WaveFT", -4, n_frequency=300),
+    hf("DoRA r1", "Lora", -5, r=1, use_dora=True),
+    hf("DeLoRA r1", "Delora", -5, r=1),
+    hf("SHiRA r1", "Shira", -6, r=1),
+    hf("RoAd", "Road", -4),
+    hf("LN tuning", "LNTuning", -4, target_modules=r".*LayerNorm"),
+    lorta("metatt_4d", 8),
+    lorta("fact_tk", 8),
+    lorta("cara", 16),
+    lorta("ring", 4),
+    lorta("cp", 42),
+]
+#: One thing about CP r16 is another; on the reviews and, where it means something, on peptides.
+CHOICES = [
+    lorta("in r, out r, head r, layer r (zero), matrix r", 16, label="CP r16: layer starts at zero"),
+    lorta("cp", 16, label="CP r16: gradient start", init="gradient"),
+    lorta(
+        "cp", 16, label="CP r16: layer, head, matrix 3 times faster",
+        speeds={"layer": 3.0, "head": 3.0, "matrix": 3.0},
+    ),
+    lorta("cp", 16, -5, label="CP r16: alpha 4", alpha=4.0),
+    lorta("cp", 16, -4, label="CP r16: alpha 1/4", alpha=0.25),
+    lorta("cp", 16, -3, label="CP r16: published start", init="lorta", alpha=16.0),
+    lorta("published side", 16, label="CP r16: published head side"),
+    lorta("cp", 16, label="CP r16: q and v", targets="qv"),
+    lorta("cp", 3, label="CP r3: attention and MLP", targets="all"),
+    lorta(
+        "layer in r, layer out r, layer head r, layer matrix r", 3,
+        label="CP r3: a tensor for each layer",
+    ),
+    lorta(
+        "matrix in r, matrix out r, matrix head r, matrix layer r", 4,
+        label="CP r4: a tensor for each matrix",
+    ),
+]  # fmt: skip
+#: Grouped queries: on the answers.
+GROUPED = [lorta("cp", 8, label="CP r8: split", gqa="split")]
+#: Three times the steps.
+LONG = [
+    ENDS[0], MAIN[1], MAIN[0], MAIN[2], MAIN[3],
+    next(m for m in MAIN if m.label == "lortalib LoTR r16"),
+]  # fmt: skip
+METHODS = [*ENDS, *MAIN, *MORE, *CHOICES, *GROUPED]
+
+
+def ordered() -> Iterator[tuple[str, str]]:
+    """Pairs of task and method: what every task shares first, task by task in turn."""
+    short = [name for name in TASKS if name != "reviews, long"]
+    for method in (*ENDS[:1], *MAIN[:6]):
+        yield from ((name, method.label) for name in short)
+    for method in CHOICES:
+        yield "reviews", method.label
+    for method in LONG:
+        yield "reviews, long", method.label
+    for method in MAIN[6:]:
+        yield from ((name, method.label) for name in short)
+    yield from (("answers", method.label) for method in GROUPED)
+    yield from (("reviews", method.label) for method in MORE)
+    yield from ((name, ENDS[1].label) for name in short)
+    yield from (("peptides", method.label) for method in CHOICES[:7])
+
+
+PLAN = list(ordered())
+
+
+def text() -> str:
+    """The plan as a page."""
+    from study import LONGEST
+    from trial import HEAD_RATE, WARM
+
+    lines = [
+        "# Plan of the runs",
+        "",
+        "Written by `study.py --write-plan` before the runs, kept as it was run.",
+        "",
+        "Every method adapts q, k, v, o of every layer unless its name says otherwise, with AdamW without weight",
+        f"decay, gradients clipped at norm 1, a rate that rises for {WARM:.0%} of the steps and falls as a cosine,",
+        f"and bfloat16 autocast. A new classifier learns at {HEAD_RATE:g} in every method. Methods of PEFT have",
+        "PEFT's defaults where nothing is said. The learning rate is 10^(k/2); the search starts at k, with seed 0,",
+        "takes both neighbours, goes on while an end is best by the score on validation rows (at most",
+        f"{LONGEST} runs), then runs the other seeds. Test rows do not decide anything.",
+        "",
+        "| task | steps | rows of a step | rows: train, validation, test | seeds | metric |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for task in TASKS.values():
+        sizes = ", ".join(f"{len(task.divided()[p]):,}" for p in ("train", "validation", "test"))
+        lines.append(
+            f"| {task.name}: {task.title} | {task.steps} | {task.batch} | {sizes} | {task.seeds} "
+            f"| {task.metric} |"
+        )
+    lines += ["", "| # | task | method | k at the start |", "|---:|---|---|---:|"]
+    by_label = {method.label: method for method in METHODS}
+    for number, (name, label) in enumerate(PLAN, 1):
+        method = by_label[label]
+        start = "" if method.library == "frozen" else str(method.start)
+        lines.append(f"| {number} | {name} | {label} | {start} |")
+    return "\n".join(lines) + "\n"

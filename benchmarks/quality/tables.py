@@ -1,0 +1,157 @@
+"""Tables and plots of the study, from what results.jsonl has.
+
+python benchmarks/quality/tables.py     writes quality.md beside itself and docs/_static/quality.svg
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from plan import METHODS, PLAN
+from study import Record, chosen, records
+from tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HERE = Path(__file__).parent
+FIGURE = HERE.parents[1] / "docs" / "_static" / "quality.svg"
+LIBRARIES = {"lortalib": ("#0072B2", "o"), "peft": ("#D55E00", "D")}
+BASE, RULER = "frozen base", "PEFT LoRA r8"
+
+
+class Entry(NamedTuple):
+    """A method on a task, at the learning rate that validation chose."""
+
+    label: str
+    library: str
+    numbers: int
+    scores: tuple[float, ...]
+    exponent: int
+    swept: int
+
+    @property
+    def mean(self) -> float:
+        """Of the seeds."""
+        return statistics.fmean(self.scores)
+
+
+def entries(task: Task) -> list[Entry]:
+    """What is known of a task, by numbers."""
+    libraries = {method.label: method.library for method in METHODS}
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in records():
+        if record["task"] == task.name and record["method"] in libraries:
+            by_method[record["method"]].append(record)
+    found = []
+    for label, own in by_method.items():
+        best = chosen(own, task.metric, task.better)
+        tests = [r["test"] for r in own if r["exponent"] == best]
+        if all(tests):
+            scores = tuple(test[task.metric] for test in tests)
+            swept = sum(r["seed"] == 0 for r in own)
+            found.append(Entry(label, libraries[label], own[0]["numbers"], scores, best, swept))
+    return sorted(found, key=lambda entry: (entry.numbers, entry.label))
+
+
+def table(task: Task, found: list[Entry]) -> str:
+    """A table of one task."""
+    by_label = {entry.label: entry for entry in found}
+    low = by_label[BASE].mean
+    ruler = by_label[RULER]
+    missing = [label for name, label in PLAN if name == task.name and label not in by_label]
+    lines = [
+        f"### {task.title}",
+        "",
+        f"{task.steps} steps of {task.batch} rows; {len(task.divided()['test']):,} test rows; "
+        f"{task.metric}, {'higher' if task.better > 0 else 'lower'} is better.",
+        "",
+        f"| method | numbers | of LoRA r8's | {task.metric} | lowest to highest | gain / LoRA r8's | rate |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in found:
+        part = f"1/{ruler.numbers / entry.numbers:.1f}" if entry.numbers else ""
+        gain = (entry.mean - low) / (ruler.mean - low)
+        name = f"**{entry.label}**" if entry.library == "lortalib" else entry.label
+        rate = "" if entry.label == BASE else f"10^{entry.exponent / 2:g}"
+        spread = f"{min(entry.scores):.3f} to {max(entry.scores):.3f} ({len(entry.scores)})"
+        lines.append(
+            f"| {name} | {entry.numbers:,} | {part} | {entry.mean:.3f} | {spread} "
+            f"| {gain:.0%} | {rate} |"
+        )
+    if missing:
+        lines += ["", f"Planned and not there (failed or not yet run): {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def panel(axes: Axes, task: Task, found: list[Entry]) -> None:
+    """Score against numbers of one task."""
+    for library, (colour, marker) in LIBRARIES.items():
+        own = [entry for entry in found if entry.library == library]
+        for entry in own:
+            low, high = min(entry.scores), max(entry.scores)
+            axes.errorbar(
+                entry.numbers,
+                entry.mean,
+                [[entry.mean - low], [high - entry.mean]],
+                color=colour,
+                marker=marker,
+                ms=4,
+                capsize=2,
+                lw=0.8,
+            )
+            short = entry.label.removeprefix("PEFT ").removeprefix("lortalib ")
+            axes.annotate(
+                short,
+                (entry.numbers, entry.mean),
+                (3, 3),
+                textcoords="offset points",
+                fontsize=5.5,
+                color=colour,
+            )
+    for entry in found:
+        if entry.library in ("frozen", "full"):
+            style = ":" if entry.library == "frozen" else "--"
+            axes.axhline(entry.mean, color="#555555", lw=0.8, ls=style)
+    axes.set_xscale("log")
+    axes.set_title(task.title, fontsize=9)
+    axes.set_ylabel(task.metric, fontsize=8)
+    axes.set_xlabel("trainable numbers", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    if task.better < 0:
+        axes.invert_yaxis()
+
+
+def draw(all_entries: dict[str, list[Entry]]) -> None:
+    """One panel for each task."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "lortalib", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    canvas, axes = pyplot.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    for place, (name, found) in zip(axes.flat, all_entries.items()):
+        panel(place, TASKS[name], found)
+    canvas.savefig(FIGURE, metadata={"Date": None})
+    pyplot.close(canvas)
+
+
+def main() -> None:
+    """Write the tables and the figure."""
+    found = {name: entries(task) for name, task in TASKS.items()}
+    for name, own in found.items():
+        if not {BASE, RULER} <= {entry.label for entry in own}:
+            sys.exit(f"{name}: {BASE} and {RULER} come first; run benchmarks/quality/study.py")
+    text = "\n".join(table(TASKS[name], own) for name, own in found.items())
+    (HERE / "quality.md").write_text(text, encoding="utf-8")
+    draw(found)
+
+
+if __name__ == "__main__":
+    main()
