@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from itertools import combinations, product
 from string import ascii_letters
@@ -110,11 +111,21 @@ def contract(
 
 
 def follow(path: Path, tensors: Sequence[Tensor]) -> Tensor:
-    """The contraction of tensors along a path."""
+    """The contraction of tensors along a path, in their own dtype, also under autocast."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with exactly(device):
+            return follow(path, tensors)
     if plain() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return _values(path, tensors)[-1]
     result: Tensor = _Contraction.apply(path, *tensors)
     return result
+
+
+def exactly(device: str) -> AbstractContextManager[Any]:
+    """Without autocast, where there is one: results have the dtype of the parameters."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def plain() -> bool:

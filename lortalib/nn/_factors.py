@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from ..decomp import Cut, TensorNetwork
-from ..decomp._contract import Division, plain
+from ..decomp._contract import Division, exactly, plain
 from ..decomp._network import View, cut_along
 from ._groups import Group
 from ._lowrank import Reads
@@ -267,7 +266,7 @@ class Factors:
             layer: a layer, to select first; without, the cuts are over the layers too.
         """
         cuts = {}
-        with _exactly(tensors[0].device.type):
+        with exactly(tensors[0].device.type):
             for heads in dict.fromkeys(s.heads for kind in self.kinds for s in kind.sites):
                 recipe = self._recipe(heads, layer is None, tensors[0])
                 cuts[heads] = recipe.cut(tensors if layer is None else self._at(layer))
@@ -443,12 +442,6 @@ class _Make(Function):
         for k, gradient in zip(trained, found):
             result[k] = gradient
         return None, None, None, *result
-
-
-def _exactly(device: str) -> AbstractContextManager[Any]:
-    """Without autocast, where there is one: the pairs are made in the dtype of the parameters."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _means(heads: int, query_heads: int, like: Tensor) -> Tensor:

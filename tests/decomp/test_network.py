@@ -220,3 +220,20 @@ def test_cut_says_which_modes_are_left():
     for gone in ({"in": 0}, {"out": 0}):
         with pytest.raises(LegsError, match="a cut needs the modes in, out"):
             net.select(layer=0, matrix=0, **gone).cut()
+
+
+@over_kinds
+@examples(5)
+@given(data=st.data())
+def test_autocast_changes_neither_values_nor_gradients(kind, data):
+    net = data.draw(networks(kind)).float()
+    part = data.draw(selections(net))
+    found = []
+    for on in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            dense, cut = net.dense(), net.select(**part).dense()
+            values = dense.square().sum() + cut.sum()
+        assert dense.dtype == cut.dtype == torch.float32
+        found.append([values, *loss_gradients(values, net)])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

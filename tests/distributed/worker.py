@@ -99,4 +99,6 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     train(parser.parse_args())
     if dist.is_initialized():
+        # Without it, a process that leaves while the other still gathers is aborted under load.
+        dist.barrier()
         dist.destroy_process_group()
