@@ -5,7 +5,7 @@
     python benchmarks/quality/study.py --task reviews --only "lortalib CP"
     python benchmarks/quality/tables.py                 tables and plots from results.jsonl
 
-Every pair of task and method: the learning rate is searched with seed 0 by the score on validation
+Every pair of task and method: the learning rate is searched with seed 0 by the loss on validation
 rows, on the grid 10^(k/2), from the method's start outwards until both neighbours of the best have
 been run (at most six runs); then the other seeds run at that rate. Killed, it goes on where it was.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import traceback
@@ -39,46 +40,57 @@ def records() -> list[Record]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def quality(record: Record, metric: str, better: int) -> float:
-    """The score by which a learning rate is chosen; a training that diverged is last."""
+def quality(record: Record) -> float:
+    """Loss on validation rows, by which a rate is chosen; a training that diverged comes last."""
     found = record["validation"]
-    return better * found[metric] if found else float("-inf")
+    return float(found["loss"]) if found else float("inf")
 
 
-def chosen(found: Sequence[Record], metric: str, better: int) -> int:
-    """The exponent of the best learning rate of seed 0; of equals the one with the lower loss."""
-    swept = [record for record in found if record["seed"] == 0]
-    loss = {id(r): r["validation"]["loss"] if r["validation"] else float("inf") for r in swept}
-    best = max(swept, key=lambda r: (quality(r, metric, better), -loss[id(r)]))
-    return int(best["exponent"])
+def chosen(found: Sequence[Record]) -> int:
+    """The exponent of the best learning rate of seed 0."""
+    return int(min((r for r in found if r["seed"] == 0), key=quality)["exponent"])
+
+
+def scored(found: Sequence[Record], exponent: int) -> dict[int, Record]:
+    """Records of a rate that have a test score, by seed."""
+    return {r["seed"]: r for r in found if r["exponent"] == exponent and r["test"]}
 
 
 def following(
-    found: Sequence[Record], start: int, metric: str, better: int, seeds: int, rate: bool = True
+    found: Sequence[Record], start: int, seeds: int, rate: bool = True
 ) -> tuple[int, int] | None:
     """The next run of a pair of task and method.
 
     Args:
         found: its records.
         start: exponent where the search begins.
-        metric: of the task.
-        better: 1 or -1.
         seeds: how many in the end.
         rate: whether the method has a learning rate of its own.
 
     Returns:
         Exponent and seed, or None where nothing is left to run.
+
+    Example:
+        >>> run = {"seed": 0, "exponent": -4, "validation": {"loss": 0.5}, "test": {"loss": 0.5}}
+        >>> following([], -4, 2), following([run], -4, 2)
+        ((-4, 0), (-3, 0))
     """
     swept = {r["exponent"] for r in found if r["seed"] == 0}
     if not swept:
         return start, 0
-    best = chosen(found, metric, better)
+    best = chosen(found)
     # Upwards first: what diverges ends early.
     for exponent in (best + 1, best - 1) if rate else ():
         if exponent not in swept and len(swept) < LONGEST:
             return exponent, 0
-    done = {r["seed"] for r in found if r["exponent"] == best}
-    return next(((best, seed) for seed in range(seeds) if seed not in done), None)
+    tried = {(r["exponent"], r["seed"]) for r in found if r["seed"]}
+    due = set(range(seeds)) - set(scored(found, best)) - {s for e, s in tried if e == best}
+    return (best, min(due)) if due and math.isfinite(quality_of(found, best)) else None
+
+
+def quality_of(found: Sequence[Record], exponent: int) -> float:
+    """Of seed 0 at a rate."""
+    return min(quality(r) for r in found if (r["exponent"], r["seed"]) == (exponent, 0))
 
 
 def work(pair: tuple[str, str]) -> str:
@@ -102,14 +114,14 @@ def work(pair: tuple[str, str]) -> str:
     while True:
         own = [r for r in records() if (r["task"], r["method"]) == pair]
         rate = method.library != "frozen"
-        due = following(own, method.start, task.metric, task.better, task.seeds, rate)
+        due = following(own, method.start, task.seeds, rate)
         if due is None:
-            best = chosen(own, task.metric, task.better)
-            scores = [r["test"] and r["test"][task.metric] for r in own if r["exponent"] == best]
+            best = chosen(own)
+            scores = [r["test"][task.metric] for r in scored(own, best).values()]
             return f"{task.name}: {method.label}: 10^({best}/2): {scores}"
         try:
-            swept = [quality(r, task.metric, task.better) for r in own if due[1] == 0]
-            record = trial(task, method, *due, to_beat=max(swept, default=float("-inf")))
+            others = [quality(r) for r in own if due[1] == r["seed"] == 0]
+            record = trial(task, method, *due, to_beat=min(others, default=math.inf))
         except Exception:
             return f"{task.name}: {method.label}: FAILED\n{traceback.format_exc(limit=-3)}"
         line = json.dumps({**record, "version": lortalib.__version__})

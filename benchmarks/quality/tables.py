@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from plan import METHODS, PLAN
-from study import Record, chosen, records
+from study import Record, chosen, records, scored
 from tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -49,10 +49,9 @@ def entries(task: Task) -> list[Entry]:
             by_method[record["method"]].append(record)
     found = []
     for label, own in by_method.items():
-        best = chosen(own, task.metric, task.better)
-        tests = [r["test"] for r in own if r["exponent"] == best]
-        if all(tests):
-            scores = tuple(test[task.metric] for test in tests)
+        best = chosen(own)
+        scores = tuple(r["test"][task.metric] for r in scored(own, best).values())
+        if scores:
             swept = sum(r["seed"] == 0 for r in own)
             found.append(Entry(label, libraries[label], own[0]["numbers"], scores, best, swept))
     return sorted(found, key=lambda entry: (entry.numbers, entry.label))

@@ -258,7 +258,7 @@ class Answers(Language):
         """Ids in the chat template and the length of the prompt, one row for a question."""
         words, rows = tokenizer(assets.smollm2()), []
         # One answer to each question: the same question never is in two parts.
-        for question, answer in {q: a for q, a in assets.conversations()}.items():
+        for question, answer in dict(assets.conversations()).items():
             turn = [{"role": "user", "content": question}]
             told = words.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
             prompt = words(told)["input_ids"]

@@ -18,7 +18,7 @@ WARM = 0.1
 
 
 def trial(
-    task: Task, method: Method, exponent: int, seed: int, to_beat: float = -math.inf
+    task: Task, method: Method, exponent: int, seed: int, to_beat: float = math.inf
 ) -> dict[str, Any]:
     """Train once, and score on validation rows and, where that is not yet beaten, on test rows.
 
@@ -27,7 +27,7 @@ def trial(
         method: what trains.
         exponent: k of the learning rate 10^(k/2).
         seed: of the order of rows, of new modules and of the adapter.
-        to_beat: the best validation score of another rate, signed so that more is better.
+        to_beat: the lowest validation loss of another rate.
 
     Returns:
         A record for results.jsonl; scores of a training that diverged are None.
@@ -58,7 +58,7 @@ def trial(
     finite = all(map(math.isfinite, losses))
     record["validation"] = rounded(task, model, "validation") if finite else None
     reached = record["validation"]
-    wanted = reached and task.better * reached[task.metric] >= to_beat
+    wanted = reached and reached["loss"] <= to_beat
     record["test"] = rounded(task, model, "test") if wanted else None
     last = losses[-max(1, len(losses) // 10) :]
     record["train_loss"] = round(sum(last) / len(last), 5) if finite and last else None
