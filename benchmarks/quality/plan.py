@@ -122,7 +122,7 @@ PLAN = list(ordered())
 def text() -> str:
     """The plan as a page."""
     from study import LONGEST
-    from trial import HEAD_RATE, WARM
+    from fitting import HEAD_RATE, WARM
 
     lines = [
         "# Plan of the runs",
@@ -136,6 +136,10 @@ def text() -> str:
         "have PEFT's defaults where nothing is said. The learning rate is 10^(k/2); the search starts at k,",
         "with seed 0, takes both neighbours, goes on while an end is best by the loss on validation rows (at",
         f"most {LONGEST} runs), then runs the other seeds. Test rows do not decide anything.",
+        "",
+        "Changed after the first ten pairs had been run: the rate is chosen by the loss and not by the accuracy",
+        "on validation rows, which varies more; the pairs of small LoRAs came forward; the two last choices of",
+        "starts were added.",
         "",
         "| task | steps | rows of a step | rows: train, validation, test | seeds | metric |",
         "|---|---:|---:|---:|---:|---|",

@@ -47,8 +47,9 @@ def quality(record: Record) -> float:
 
 
 def chosen(found: Sequence[Record]) -> int:
-    """The exponent of the best learning rate of seed 0."""
-    return int(min((r for r in found if r["seed"] == 0), key=quality)["exponent"])
+    """The exponent of the best learning rate of seed 0; of those that all diverged, the lowest."""
+    swept = (r for r in found if r["seed"] == 0)
+    return int(min(swept, key=lambda r: (quality(r), r["exponent"]))["exponent"])
 
 
 def scored(found: Sequence[Record], exponent: int) -> dict[int, Record]:
@@ -107,7 +108,7 @@ def work(pair: tuple[str, str]) -> str:
     transformers.utils.logging.disable_progress_bar()
     from plan import METHODS
     from tasks import TASKS
-    from trial import trial
+    from fitting import trial
 
     task = TASKS[pair[0]]
     method = next(m for m in METHODS if m.label == pair[1])
