@@ -1,6 +1,11 @@
 """Sphinx configuration: `make docs`."""
 
+import sys
+from pathlib import Path
+
 import lortalib
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "lortalib"
 copyright = "2026, the lortalib authors"
@@ -11,13 +16,19 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "complete",
+    "legs",
+    "rooms",
 ]
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 default_role = "any"
 html_theme = "furo"
+html_title = f"lortalib {release}"
+html_static_path = ["_static"]
+html_css_files = ["lortalib.css"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["ref.any", "ref.python"]

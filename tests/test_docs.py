@@ -1,20 +1,32 @@
-"""The code in README and on the documentation pages runs."""
+"""The code in README and on the documentation pages runs, and nothing public is left out of them."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from lortalib import decomp
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts),
+]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHAPE = {"layer": 12, "head": 12, "matrix": 4, "in": 768, "out": 64}
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_code_of_a_page(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
@@ -22,3 +34,33 @@ def test_code_of_a_page(page, tmp_path, monkeypatch, request):
         if MODEL in code:
             code = code.replace(MODEL, str(request.getfixturevalue("asset")("smollm2")))
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_a_page(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" not in target:
+            file = target.partition("#")[0]
+            assert not file or (page.parent / file).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
+def test_tables_of_formats_are_the_registry(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = dict(re.findall(r"^ *\| \[?`(\w+)`[^|]*\| `([^`]+)` \|", text, re.M))
+    shapes = {"metatt_41d": {"task": 3, **SHAPE}}
+    lines = {n: str(form.legs(shapes.get(n, SHAPE))) for n, form in decomp.registry.items()}
+    assert found == lines
+
+
+def test_every_format_has_a_page():
+    assert {page.stem for page in DOCS.glob("formats/*.md")} == set(decomp.registry)
+
+
+@pytest.mark.parametrize("module", ["decomp", "nn", "peft", "cli"])
+def test_every_public_name_is_in_the_reference(module):
+    """Of methods and fields too the build of the documentation makes sure (docs/_ext/complete.py)."""
+    text = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\.\. (?:auto(?!module)\w+|data):: (\w+)", text, re.M)
+    assert sorted(documented) == sorted(importlib.import_module(f"lortalib.{module}").__all__)
