@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -19,6 +18,7 @@ from .._version import __version__
 from ._adapter import Adapter
 from ._beside import Values
 from ._share import by_module, parts_of
+from ._storage import write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -198,7 +198,7 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) 
     """Both files, written aside and then put in place."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        save_file(tensors, Path(aside, WEIGHTS), metadata={"format": "pt", "lortalib": __version__})
+        write_tensors(tensors, Path(aside, WEIGHTS), lortalib=__version__)
         Path(aside, CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in (WEIGHTS, CONFIG):
             os.replace(Path(aside, file), folder / file)

@@ -85,11 +85,19 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        save_file(tensors, Path(aside, TENSORS), metadata={"format": "pt"})
+        write_tensors(tensors, Path(aside, TENSORS))
         text = json.dumps(description, indent=2) + "\n"
         Path(aside, DESCRIPTION).write_text(text, encoding="utf-8")
         _replace_both(Path(aside), folder)
     return folder
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, **metadata: str) -> None:
+    """A safetensors file that others may read where they may read any new file of this process."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata={"format": "pt", **metadata})
+    file.chmod(mode)  # safetensors leaves it to the owner alone
 
 
 def fingerprint(sites: Iterable[Site]) -> str:

@@ -26,7 +26,7 @@ from models import FAMILIES, each_family
 from safetensors import safe_open
 
 from lortalib import decomp
-from lortalib.nn import AdapterFileError, activate, adapters, load
+from lortalib.nn import AdapterFileError, activate, adapters, apply, export_lora, load
 
 FILES = ["adapter.json", "adapter.safetensors"]
 
@@ -163,6 +163,17 @@ def test_two_files_and_each_tensor_once(llama, tmp_path):
     assert all(same_bits(saved[name], own[name]) for name in saved)
     size = sum((tmp_path / "new" / "folder" / file).stat().st_size for file in FILES)
     assert size < 4 * adapter.count() + 8_000
+
+
+def test_others_may_read_every_file_alike(llama, tmp_path):
+    adapter = apply(llama, "cp", rank=2)
+    adapter.save(tmp_path / "own")
+    export_lora(adapter, tmp_path / "lora")
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [*(tmp_path / "own").iterdir(), *(tmp_path / "lora").iterdir()]
+    assert len(files) == 4
+    assert {file.stat().st_mode for file in files} == {usual}
 
 
 def test_the_description_is_for_people_too(llama, tmp_path):
