@@ -95,21 +95,31 @@ class Task:
         return self.rows
 
     def batches(self, seed: int) -> Iterator[list[Any]]:
-        """The batches of one training: the rows again and again, each time in a new order."""
-        draw, queue = random.Random(seed), list[Any]()
+        """The batches of one training: the rows again and again, each time in a new order.
+
+        Rows of like length are together: of eight batches at a time, which spares padding.
+        """
+        draw, rows, queue = random.Random(seed), list[Any](), list[list[Any]]()
         for _ in range(self.steps):
-            while len(queue) < self.batch:
-                again = list(self.divided()["train"])
-                draw.shuffle(again)
-                queue += again
-            yield queue[: self.batch]
-            del queue[: self.batch]
+            if not queue:
+                while len(rows) < 8 * self.batch:
+                    again = list(self.divided()["train"])
+                    draw.shuffle(again)
+                    rows += again
+                some, rows = sorted(rows[: 8 * self.batch], key=self.size), rows[8 * self.batch :]
+                queue = [some[at : at + self.batch] for at in range(0, len(some), self.batch)]
+                draw.shuffle(queue)
+            yield queue.pop()
+
+    def size(self, row: Any) -> int:
+        """Tokens of a row."""
+        return len(row[0])
 
     @torch.no_grad()
     def score(self, model: nn.Module, part: str) -> dict[str, float]:
         """Mean metric and loss over a part."""
         model.eval()
-        rows = sorted(self.divided()[part], key=size)
+        rows = sorted(self.divided()[part], key=self.size)
         total: dict[str, float] = {}
         for start in range(0, len(rows), 4 * self.batch):
             some = rows[start : start + 4 * self.batch]
@@ -120,11 +130,6 @@ class Task:
     def summary(self, total: dict[str, float], count: int) -> dict[str, float]:
         """The scores, from sums over all rows."""
         return {name: value / count for name, value in total.items()}
-
-
-def size(row: Any) -> int:
-    """Tokens of a row, by which rows of like length come into one batch."""
-    return len(row[0])
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
@@ -301,7 +306,7 @@ class Preferences(Language):
         draw = random.Random(0)
         draw.shuffle(good)
         draw.shuffle(bad)
-        pairs = sorted(zip(good, bad), key=lambda pair: size(pair[0]))
+        pairs = sorted(zip(good, bad), key=self.size)
         if not KNOWN.exists():
             model, values = base(AutoModelForCausalLM, assets.smollm2()), list[float]()
             with torch.no_grad(), autocast():
@@ -311,15 +316,16 @@ class Preferences(Language):
             KNOWN.parent.mkdir(parents=True, exist_ok=True)
             torch.save(values, KNOWN)
         values = torch.load(KNOWN)
-        return [
-            (one[0], one, two, *both)
-            for (one, two), both in zip(pairs, zip(values[::2], values[1::2]))
-        ]
+        return [(*pair, *both) for pair, both in zip(pairs, zip(values[::2], values[1::2]))]
+
+    def size(self, row: Any) -> int:
+        """Tokens of the longer one."""
+        return max(len(ids) for ids, _ in row[:2])
 
     def rewards(self, model: nn.Module, rows: Sequence[Any]) -> Tensor:
         """(rows,) margin of the rewards, beta times the log-ratio to the base."""
-        values = self.likelihood(model, [pick for row in rows for pick in row[1:3]])
-        before = torch.tensor([[row[3], row[4]] for row in rows])
+        values = self.likelihood(model, [pick for row in rows for pick in row[:2]])
+        before = torch.tensor([row[2:] for row in rows])
         gain = values.view(-1, 2) - before
         return self.beta * (gain[:, 0] - gain[:, 1])
 
