@@ -121,8 +121,8 @@ PLAN = list(ordered())
 
 def text() -> str:
     """The plan as a page."""
-    from study import LONGEST
     from fitting import HEAD_RATE, WARM
+    from study import LONGEST
 
     lines = [
         "# Plan of the runs",
@@ -137,8 +137,8 @@ def text() -> str:
         "with seed 0, takes both neighbours, goes on while an end is best by the loss on validation rows (at",
         f"most {LONGEST} runs), then runs the other seeds. Test rows do not decide anything.",
         "",
-        "A first try of ten pairs was thrown away: it chose rates by accuracy, which varies too much, and its",
-        "batches were not sorted by length, so that a third of the work was padding.",
+        "A first try of ten pairs was thrown away: it chose rates by accuracy, which varies too much, and",
+        "its batches were not sorted by length, so that a third of the work was padding.",
         "",
         "| task | steps | rows of a step | rows: train, validation, test | seeds | metric |",
         "|---|---:|---:|---:|---:|---|",

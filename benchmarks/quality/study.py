@@ -106,9 +106,9 @@ def work(pair: tuple[str, str]) -> str:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    from fitting import trial
     from plan import METHODS
     from tasks import TASKS
-    from fitting import trial
 
     task = TASKS[pair[0]]
     method = next(m for m in METHODS if m.label == pair[1])

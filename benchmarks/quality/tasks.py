@@ -149,7 +149,8 @@ def tokenizer(folder: Path) -> Any:
 @cache
 def base(kind: Any, folder: Path) -> nn.Module:
     """The model of a folder, which is never changed."""
-    found: nn.Module = kind.from_pretrained(folder)
+    # The fused attention of CPUs is slow going backwards over rows as short as these.
+    found: nn.Module = kind.from_pretrained(folder, attn_implementation="eager")
     return found
 
 
