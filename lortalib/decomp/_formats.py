@@ -36,7 +36,7 @@ def network(
 
     Args:
         legs: the line, for instance ``"in p, layer matrix p q, head out q"``; a parameter may
-            be marked ``(frozen)`` or ``(zero)``.
+            be marked ``(frozen)`` or ``(zero)``. The name of a format stands for its line.
         shape: ``(layers, heads, matrices, in, out)``, or a mapping from mode names to sizes.
         rank: one size for every bond, one for each bond in the order in which they first appear
             in the line, or a mapping from bond to size. Ranks beyond what the modes can fill
@@ -59,6 +59,9 @@ def network(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
+    if isinstance(legs, str) and _key(legs) in {**registry, **_ALIASES}:
+        options = {"init": init, "generator": generator, "device": device, "dtype": dtype}
+        return format_of(legs)(shape, rank, **options)
     legs = Legs.parse(legs) if isinstance(legs, str) else legs
     shape = shape if isinstance(shape, Shape) else Shape(shape)
     legs.check(shape.modes)

@@ -156,7 +156,7 @@ class Legs:
             if leg in MODES:
                 raise LegsError(
                     f"unknown leg {leg!r}: it names a mode, but the tensor's modes are "
-                    f"{', '.join(modes)}, in",
+                    f"{', '.join(modes)} (add it to the shape, or choose a line without it), in",
                     *self._at(leg),
                 )
             if len(carriers) == 1:

@@ -269,3 +269,16 @@ def test_an_unknown_init_is_refused_and_a_callable_used():
         return [torch.ones_like(randn([sizes[leg] for leg in term.legs])) for term in legs.terms]
 
     assert network("in r, layer matrix r, head out r", SHAPE, 3, init=ones).dense().eq(3).all()
+
+
+@pytest.mark.parametrize("name", ["cp", "TT", "lora-xs", "tucker"])
+def test_the_name_of_a_format_stands_for_its_line(name):
+    shape = (3, 2, 2, 8, 4)
+    made = [
+        make(shape, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for make in (format_of(name), lambda *args, **more: network(name, *args, **more))
+    ]
+    assert str(made[0].legs) == str(made[1].legs)
+    for one, two in zip(*(net.parameters() for net in made)):
+        assert torch.equal(one, two)
+        assert one.dtype == torch.float64
