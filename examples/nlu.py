@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from assets import film_reviews, minilm
-from classify import Rows, classify
+from classify import Rows, accuracy, classify_texts
 from datasets import load_dataset
 from recipe import parser, quiet, report
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -71,7 +71,7 @@ def main() -> None:
         more = {"init_weights": "lorta"}
     name = args.model or minilm()
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
-    rows = classify(
+    rows = classify_texts(
         args, model, AutoTokenizer.from_pretrained(name), train, held_out, metric, **more
     )
     report(args, f"{args.task or 'film reviews'}: {len(held_out):,} held out", rows)
@@ -81,10 +81,6 @@ def reviews(args: argparse.Namespace) -> tuple[Rows, Rows, int, Any]:
     """Film reviews: accuracy on those that were held out."""
     rows: Rows = [((text,), float(label)) for text, label in film_reviews()]
     random.Random(args.seed).shuffle(rows)
-
-    def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"accuracy": float((logits.argmax(-1) == labels).mean())}
-
     return rows[args.held_out :], rows[: args.held_out], 2, accuracy
 
 

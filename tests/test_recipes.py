@@ -12,12 +12,14 @@ SHORT = ["--steps", "2", "--save-every", "1", "--batch", "2", "--length", "32"]
 RECIPES = {
     "nlu.py": (["minilm", "film_reviews"], ["--held-out", "16"], "accuracy"),
     "protein.py": (["antiberty", "peptides"], ["--held-out", "16"], "MCC"),
+    "protein.py --task fold": (["chains"], ["--held-out", "2"], "lDDT"),
     "instruct.py": (
         ["smollm2", "conversations"],
         ["--held-out", "4", "--samples", "1", "--length", "96"],
         "loss",
     ),
     "dpo.py": (["smollm2", "rated_sentences"], ["--held-out", "4"], "reward accuracy"),
+    "vision.py": (["digits"], ["--held-out", "16", "--pretrain-steps", "2"], "accuracy"),
 }
 
 
@@ -27,7 +29,9 @@ def test_a_recipe_trains_reports_and_resumes(recipe, asset, tmp_path):
     needed, arguments, score = RECIPES[recipe]
     for name in needed:
         asset(name)
-    command = [sys.executable, str(EXAMPLES / recipe), *SHORT, *arguments, "--out", str(tmp_path)]
+    script, *task = recipe.split()
+    command = [sys.executable, str(EXAMPLES / script), *task, *SHORT, *arguments]
+    command += ["--out", str(tmp_path)]
     for more, last in (([], 2), (["--steps", "3"], 3)):
         done = subprocess.run(
             [*command, *more], capture_output=True, text=True, check=False, timeout=300
@@ -43,8 +47,9 @@ def test_a_recipe_trains_reports_and_resumes(recipe, asset, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_help_is_enough(recipe):
+    script, *task = recipe.split()
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / recipe), "--help"],
+        [sys.executable, str(EXAMPLES / script), *task, "--help"],
         capture_output=True,
         text=True,
         check=True,
