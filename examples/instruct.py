@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from assets import conversations, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, fit, parser, quiet, report, training
+from recipe import adapter_config, begin, fit, parser, report, training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -31,7 +31,7 @@ def main() -> None:
     )
     arguments.add_argument("--samples", type=int, default=5, help="answers to write")
     args = arguments.parse_args()
-    quiet()
+    begin(args)
     name = args.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -19,7 +19,7 @@ import numpy as np
 from assets import film_reviews, minilm
 from classify import Rows, accuracy, classify_texts
 from datasets import load_dataset
-from recipe import parser, quiet, report
+from recipe import begin, parser, report
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 #: Rank and length by model; epochs, learning rate of the classifier and of the adapter by task.
@@ -57,7 +57,7 @@ def main() -> None:
     arguments.add_argument("--task", choices=list(COLUMNS), help="of GLUE (default: film reviews)")
     arguments.add_argument("--head-lr", type=float, help="learning rate of the classifier")
     args = arguments.parse_args()
-    quiet()
+    begin(args)
     more: dict[str, Any] = {}
     if args.task:
         train, held_out, labels, metric = glue(args.task)

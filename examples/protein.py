@@ -29,12 +29,11 @@ import numpy as np
 import peft
 from assets import antiberty, chains, peptides
 from classify import Rows, classify_texts
-from recipe import adapter_config, fit, parser, quiet, report, training
+from recipe import adapter_config, begin, fit, parser, report, training
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainingArguments,
-    set_seed,
 )
 
 
@@ -54,7 +53,7 @@ def main() -> None:
         own = {"steps": 100, "batch": 1, "lr": 3e-2, "rank": 16}
         arguments.set_defaults(out="runs/fold", length=128, held_out=4, **own)
     args = arguments.parse_args()
-    quiet()
+    begin(args)
     run = structures if args.task == "fold" else antimicrobial
     run(args)
 
@@ -94,9 +93,9 @@ def structures(args: argparse.Namespace) -> None:
         raise SystemExit(f"{len(rows)} chains, {args.held_out} held out: none is left to train on")
     model: Any = folding.pretrained(args.model, args.recompute) if args.model else folding.small()
     size = {"language model": model.esm.num_parameters(), "all": model.num_parameters()}
-    set_seed(args.seed)
-    # The adapter goes onto the language model, so that is the PEFT model and all that is saved:
-    # model.esm = PeftModel.from_pretrained(model.esm, "runs/fold") puts it into a released ESMFold.
+    # The PEFT model is the language model alone: beside the trunk, whose attention lortalib cannot
+    # read, its projections would be matrices without heads. So this puts it into a released ESMFold:
+    # model.esm = PeftModel.from_pretrained(model.esm, "runs/fold")
     model.esm = peft.get_peft_model(model.esm, adapter_config(args, "FEATURE_EXTRACTION"))
     trainer: Any = folding.FoldingTrainer(
         model,

@@ -52,8 +52,12 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return found
 
 
-def quiet() -> None:
-    """No messages of transformers but errors; progress bars of training stay."""
+def begin(args: argparse.Namespace) -> None:
+    """The same new head and adapter for the same ``--seed``; no messages but errors.
+
+    Progress bars of training stay.
+    """
+    transformers.set_seed(args.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -105,13 +109,13 @@ def fit(trainer: Any) -> float:
     Returns:
         Seconds, of this run alone.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     folder = Path(trainer.args.output_dir)
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None
     )
     trainer.save_model()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def report(

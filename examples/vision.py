@@ -25,7 +25,7 @@ import torch
 from assets import CACHE, digits
 from classify import accuracy, classify
 from PIL import Image
-from recipe import parser, quiet, report, training
+from recipe import begin, parser, report, training
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from tqdm import tqdm
@@ -52,7 +52,7 @@ def main() -> None:
     arguments.add_argument("--pretrain-steps", type=int, default=700, help="of the small ViT")
     arguments.add_argument("--head-lr", type=float, help="learning rate of the classifier")
     args = arguments.parse_args()
-    quiet()
+    begin(args)
     with TrainingArguments(**training(args)).main_process_first():  # others read what it wrote
         name = args.model or small_vit(args.pretrain_steps)
     train, held_out = labelled(args) if args.data else turned_digits(args)

@@ -32,21 +32,30 @@ def _register() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself: sees PEFT being imported, and steps aside."""
+    """Finds nothing itself: sees PEFT being imported, and then steps aside."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of PEFT, whose loader registers the method behind it."""
+        """The spec of PEFT, whose loader registers the method behind it.
+
+        Being asked does not mean that PEFT is imported: transformers only looks whether it is
+        there. So the watch ends when the module is executed.
+        """
         if name != "peft":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

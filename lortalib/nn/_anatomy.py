@@ -51,6 +51,25 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
     """
     check_model(model)
     families = ((family,) if isinstance(family, Family) else tuple(family)) + FAMILIES
+    found, refused = _read(model, families)
+    if refused or not found:
+        raise AnatomyError(_complaint(model, len(found), refused))
+    return _listed(model, found)
+
+
+def understood(model: nn.Module) -> SiteList:
+    """The projections of those attention blocks that are understood, however many are not.
+
+    For callers that say themselves which modules they want, such as PEFT.
+    """
+    found, refused = _read(model, FAMILIES)
+    return _listed(model, {k: v for k, v in found.items() if k.partition(" ")[0] not in refused})
+
+
+def _read(
+    model: nn.Module, families: Sequence[Family]
+) -> tuple[dict[str, list[Site]], dict[str, str]]:
+    """Sites by name of their block, and why by path of the blocks that were not understood."""
     modules = dict(model.named_modules())
     found: dict[str, list[Site]] = {}
     refused: dict[str, str] = {}
@@ -61,9 +80,11 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
             refused[block.path] = str(error)
     refused |= _overlooked(modules, found, refused, families)
     refused |= _claimed_twice(found)
-    if refused or not found:
-        raise AnatomyError(_complaint(model, len(found), refused))
-    return SiteList(_number(_tie(found, modules), _prefix(model)))
+    return found, refused
+
+
+def _listed(model: nn.Module, found: dict[str, list[Site]]) -> SiteList:
+    return SiteList(_number(_tie(found, dict(model.named_modules())), _prefix(model)))
 
 
 def check_model(model: object) -> None:
@@ -124,15 +145,14 @@ def mlp_sites(model: nn.Module) -> SiteList:
         [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
     """
     check_model(model)
-    modules = dict(model.named_modules())
-    found = read_mlps(modules)
+    found = read_mlps(dict(model.named_modules()))
     if not found:
         raise AnatomyError(
             f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
             "down-projection (gate_proj/up_proj/down_proj, fc1/fc2, intermediate/output.dense, ...) "
             "of widths that fit each other, or packed experts"
         )
-    return SiteList(_number(_tie(found, modules), _prefix(model)))
+    return _listed(model, found)
 
 
 def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterator[Block]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from ..nn import AnatomyError, Site, mlp_sites, sites
+from ..nn import AnatomyError, Site, mlp_sites
+from ..nn._anatomy import understood
 from ..nn._linear import linear_sites
 
 
 def known_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that lortalib knows the role of; none where it understands none."""
-    found: list[Site] = []
-    for find in (sites, mlp_sites):
-        try:
-            found += find(model)
-        except AnatomyError:
-            continue
+    found: list[Site] = [*understood(model)]
+    with suppress(AnatomyError):  # a model without an MLP
+        found += mlp_sites(model)
     return [site for site in found if not site.experts]
 
 

@@ -16,6 +16,7 @@ from models import FAMILIES, each_family
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import lortalib
 from lortalib.peft import LortaConfig, LortaLayer
@@ -499,13 +500,42 @@ def run(code, *arguments):
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("order", ["import lortalib, peft", "import peft, lortalib"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import lortalib, peft",
+        "import peft, lortalib",
+        # Looking whether PEFT is there is not importing it; transformers looks.
+        "import lortalib, importlib.util; importlib.util.find_spec('peft'); import peft",
+        "import lortalib; from transformers import Trainer; import peft",
+    ],
+)
 def test_importing_lortalib_is_enough(order, tmp_path):
     wrapped().save_pretrained(tmp_path)
     code = (
         f"import sys; {order}; print(peft.PeftConfig.from_pretrained(sys.argv[1]).peft_type.value)"
     )
     assert run(code, tmp_path) == "LORTA"
+
+
+def test_a_block_that_is_not_understood_costs_the_others_nothing():
+    class StrangeAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weird = nn.Linear(6, 6)
+
+    def targets(model):
+        found = peft.get_peft_model(model, LortaConfig(rank=2, target_modules=["query", "value"]))
+        return {n: p.shape for n, p in found.named_parameters() if p.requires_grad}
+
+    config = BertConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=4,
+                        intermediate_size=8, vocab_size=10)  # fmt: skip
+    plain, strange = BertModel(config), BertModel(config)
+    strange.beside = StrangeAttention()
+    with pytest.raises(lortalib.nn.AnatomyError, match="StrangeAttention"):
+        lortalib.nn.sites(strange)
+    assert targets(strange) == targets(plain)
+    assert any(shape[0] == 4 for shape in targets(BertModel(config)).values())
 
 
 def test_lortalib_alone_does_not_import_peft():
