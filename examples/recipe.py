@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
@@ -62,12 +63,12 @@ def begin(args: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def adapter_config(args: argparse.Namespace, task: str, **more: Any) -> LortaConfig:
+def adapter_config(args: argparse.Namespace, task: str | None, **more: Any) -> LortaConfig:
     """The configuration of the adapter.
 
     Args:
         args: of `parser`.
-        task: PEFT's name of the task, such as ``"CAUSAL_LM"``.
+        task: PEFT's name of the task, such as ``"CAUSAL_LM"``; None where it has none.
         more: fields of `LortaConfig`.
     """
     return LortaConfig(
@@ -121,7 +122,7 @@ def fit(trainer: Any) -> float:
 def report(
     args: argparse.Namespace, title: str, rows: Sequence[dict[str, Any]], **more: Any
 ) -> None:
-    """Print a table of the rows and write everything to results.json.
+    """Print a table of the rows and write everything to results.json; of processes, the first does.
 
     Args:
         args: of the recipe; they are written too.
@@ -129,6 +130,8 @@ def report(
         rows: records with the same keys.
         more: what is only written.
     """
+    if not PartialState().is_main_process:
+        return
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")

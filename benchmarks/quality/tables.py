@@ -75,7 +75,7 @@ def table(task: Task, found: list[Entry]) -> str:
     ]
     for entry in found:
         part = f"1/{ruler.numbers / entry.numbers:.1f}" if entry.numbers else ""
-        gain = (entry.mean - low) / (ruler.mean - low)
+        gain = (entry.mean - low) / (ruler.mean - low) + 0.0  # never -0 %
         name = f"**{entry.label}**" if entry.library == "lortalib" else entry.label
         rate = "" if entry.label == BASE else f"10^{entry.exponent / 2:g}"
         spread = f"{min(entry.scores):.3f} to {max(entry.scores):.3f} ({len(entry.scores)})"
