@@ -20,12 +20,13 @@ def study(monkeypatch):
 
 
 def ran(study, losses, start, seeds):
-    """Records of a whole search; a rate that is not in losses diverges."""
+    """Records of a whole search, from losses by rate, or by rate and seed; the rest diverge."""
     found = []
     while (due := study.following(found, start, seeds)) is not None:
         exponent, seed = due
-        loss = losses.get(exponent)
-        others = [study.quality(r) for r in found if r["seed"] == seed == 0]
+        loss = losses.get((exponent, seed), losses.get(exponent))
+        new = all(r["exponent"] != exponent for r in found)
+        others = [study.quality(r) for r in found if new and r["seed"] == 0]
         reached = None if loss is None else {"loss": loss}
         wanted = reached and loss <= min(others, default=math.inf)
         found.append(
@@ -53,6 +54,15 @@ def test_a_valley_is_searched_to_its_bottom_and_no_run_is_repeated(study, best, 
         assert study.chosen(found) == best
         assert {best - 1, best + 1} <= set(swept)
         assert sorted(study.scored(found, best)) == list(range(seeds))
+
+
+def test_a_rate_at_which_one_seed_fails_gives_way_to_its_neighbour(study):
+    losses = {-4: 0.5, -5: 0.53, -6: 0.56, (-4, 1): 0.69}
+    found = ran(study, losses, -4, 2)
+    assert study.chosen(found) == -5
+    assert sorted(study.scored(found, -5)) == [0, 1]
+    swept = {r["exponent"] for r in found if r["seed"] == 0}
+    assert swept == {-3, -4, -5, -6}  # both neighbours of what was chosen in the end
 
 
 def test_a_method_that_always_diverges_ends(study):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,23 +14,33 @@ from torch.nn.functional import linear
 import lortalib
 from lortalib.decomp import Legs, Shape, cp, decompose
 
-#: Batches whose mean gradient is decomposed.
+#: Batches whose mean gradient gives directions.
 BATCHES = 4
+
+
+def align(model: nn.Module, task: Task, seed: int) -> None:
+    """Point the adapter along the gradient of rows drawn like those of a training, otherwise."""
+    rows = islice(task.batches(seed + 1000), BATCHES)
+    lortalib.nn.align(model, rows, loss=lambda some: loss(model, task, some))
+
+
+def loss(model: nn.Module, task: Task, rows: Any) -> Tensor:
+    """As in a training."""
+    with autocast():
+        return task.loss(model, rows)
 
 
 def gradient(task: Task, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """The gradient of the loss by T itself, and the names of its axes.
 
     A network of one parameter that has every mode is T, so its gradient is the tensor of all
-    gradients of weights; its rows are drawn like those of a training, with another seed.
+    gradients of weights.
     """
     model, new = task.fresh(seed)
     line = "layer head matrix in out"
     adapter = lortalib.nn.apply(model, line, 1, train_also=new)
-    for _, rows in zip(range(BATCHES), task.batches(seed + 1000)):
-        with autocast():
-            loss = task.loss(model, rows) / BATCHES
-        loss.backward()
+    for rows in islice(task.batches(seed + 1000), BATCHES):
+        (loss(model, task, rows) / BATCHES).backward()
     (network,) = adapter.networks.values()
     (parameter,) = network.parameters()
     assert parameter.grad is not None
@@ -37,7 +48,7 @@ def gradient(task: Task, seed: int) -> tuple[Tensor, tuple[str, ...]]:
 
 
 class FromGradient:
-    """Start with the directions of CP of the gradient, TensorPEFT's idea; the update is zero.
+    """Start CP with the directions of CP of the gradient, TensorPEFT's idea; the update is zero.
 
     Columns have the common size of lortalib's own start, so that only directions differ.
     """

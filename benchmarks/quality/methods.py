@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from attempts import FromGradient, PublishedSide
+from attempts import FromGradient, PublishedSide, align
 from tasks import Task
 from torch import nn
 
@@ -85,13 +85,16 @@ class Method:
     def _lortalib(self, model: nn.Module, task: Task, seed: int) -> Parameters:
         settings = dict(self.settings)
         speeds = settings.pop("speeds", {})
-        if settings.get("init") == "gradient":
-            settings["init"] = FromGradient(task, seed)
+        along = settings.get("init") == "gradient"
+        if along:
+            settings["init"] = FromGradient(task, seed) if self.kind == "cp" else "invariant"
         if self.kind == "published side":
             return [(1.0, list(PublishedSide(model, settings["rank"], seed).parameters()))]
         adapter = lortalib.nn.apply(
             model, self.kind, generator=torch.Generator().manual_seed(seed), **settings
         )
+        if along and self.kind != "cp":
+            align(model, task, seed)
         by_speed: dict[float, list[nn.Parameter]] = {}
         for network in adapter.networks.values():
             for name, parameter in network.named_parameters():

@@ -7,7 +7,9 @@
 
 Every pair of task and method: the learning rate is searched with seed 0 by the loss on validation
 rows, on the grid 10^(k/2), from the method's start outwards until both neighbours of the best have
-been run (at most six runs); then the other seeds run at that rate. Killed, it goes on where it was.
+been run (at most six rates); then the other seeds run at that rate. A rate is as good as the mean over
+the seeds run at it, so one that is good with one seed and diverges with another gives way to its
+neighbour. Killed, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import lortalib
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-#: Runs of one search for a learning rate, at most.
+#: Rates of one search, at most.
 LONGEST = 6
 
 Record = dict[str, Any]
@@ -47,9 +49,14 @@ def quality(record: Record) -> float:
 
 
 def chosen(found: Sequence[Record]) -> int:
-    """The exponent of the best learning rate of seed 0; of those that all diverged, the lowest."""
-    swept = (r for r in found if r["seed"] == 0)
-    return int(min(swept, key=lambda r: (quality(r), r["exponent"]))["exponent"])
+    """The exponent of the learning rate that is best in the mean over the seeds run at it.
+
+    Of those that all diverged, the lowest.
+    """
+    losses: dict[int, dict[int, float]] = {}
+    for record in found:
+        losses.setdefault(record["exponent"], {})[record["seed"]] = quality(record)
+    return min(losses, key=lambda k: (sum(losses[k].values()) / len(losses[k]), k))
 
 
 def scored(found: Sequence[Record], exponent: int) -> dict[int, Record]:
@@ -84,14 +91,11 @@ def following(
     for exponent in (best + 1, best - 1) if rate else ():
         if exponent not in swept and len(swept) < LONGEST:
             return exponent, 0
-    tried = {(r["exponent"], r["seed"]) for r in found if r["seed"]}
-    due = set(range(seeds)) - set(scored(found, best)) - {s for e, s in tried if e == best}
-    return (best, min(due)) if due and math.isfinite(quality_of(found, best)) else None
-
-
-def quality_of(found: Sequence[Record], exponent: int) -> float:
-    """Of seed 0 at a rate."""
-    return min(quality(r) for r in found if (r["exponent"], r["seed"]) == (exponent, 0))
+    own = [r for r in found if r["exponent"] == best]
+    if not all(math.isfinite(quality(r)) for r in own):
+        return None
+    due = set(range(seeds)) - set(scored(own, best))
+    return (best, min(due)) if due else None
 
 
 def work(pair: tuple[str, str]) -> str:
@@ -121,7 +125,9 @@ def work(pair: tuple[str, str]) -> str:
             scores = [r["test"][task.metric] for r in scored(own, best).values()]
             return f"{task.name}: {method.label}: 10^({best}/2): {scores}"
         try:
-            others = [quality(r) for r in own if due[1] == r["seed"] == 0]
+            # A rate that is met for the first time need not be scored where another is better.
+            new = all(r["exponent"] != due[0] for r in own)
+            others = [quality(r) for r in own if new and r["seed"] == 0]
             record = trial(task, method, *due, to_beat=min(others, default=math.inf))
         except Exception:
             return f"{task.name}: {method.label}: FAILED\n{traceback.format_exc(limit=-3)}"

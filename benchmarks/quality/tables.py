@@ -53,7 +53,7 @@ def entries(task: Task) -> list[Entry]:
         best = chosen(own)
         scores = tuple(r["test"][task.metric] for r in scored(own, best).values())
         if scores:
-            swept = sum(r["seed"] == 0 for r in own)
+            swept = len({r["exponent"] for r in own if r["seed"] == 0})
             found.append(Entry(label, libraries[label], own[0]["numbers"], scores, best, swept))
     return sorted(found, key=lambda entry: (entry.numbers, entry.label))
 

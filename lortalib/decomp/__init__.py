@@ -1,5 +1,6 @@
 """Tensor decompositions as networks of named legs, over PyTorch and TensorLy."""
 
+from ._along import along
 from ._formats import Format, cp, format_of, network, register, registry, tt, tucker
 from ._legs import Legs, LegsError
 from ._modes import MODES, T_MODES, Shape
@@ -18,6 +19,7 @@ __all__ = [
     "Network",
     "Shape",
     "TensorNetwork",
+    "along",
     "cp",
     "decompose",
     "direct_sum",

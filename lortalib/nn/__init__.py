@@ -2,6 +2,7 @@
 
 from ._acts import acts
 from ._adapter import Adapter, Settings
+from ._align import align
 from ._anatomy import AnatomyError, mlp_sites, sites
 from ._apply import activate, adapters, apply
 from ._bank import Bank, bank
@@ -27,6 +28,7 @@ __all__ = [
     "activate",
     "acts",
     "adapters",
+    "align",
     "apply",
     "bank",
     "export_lora",

@@ -1,0 +1,170 @@
+"""Starting directions from the gradient of the first batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decomp import network
+from ..decomp._along import along, upwards
+from ..decomp._initial import zero_parameter
+from ._adapter import Adapter, install
+from ._apply import adapters
+from ._beside import Beside
+
+
+def align(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    name: str = "default",
+    generator: torch.Generator | None = None,
+) -> None:
+    """Point an adapter that has not been trained along the gradient of the loss.
+
+    The gradient of the mean loss by T itself is found, one tensor for each network, and the network
+    starts along it (see `lortalib.decomp.along`): the update stays zero and every parameter keeps
+    its size, but directions are no longer random. That is what LoRA-GA (arXiv 2407.05000) does for
+    LoRA and, with frozen sides, what lets ``"lora_xs"`` do with r * r numbers for each matrix. A few
+    batches suffice. While it runs, memory holds one float32 number for each weight that is adapted,
+    as a step of full fine-tuning would.
+
+    Args:
+        model: with the adapter; its mode (train or eval) and its gradients are left as they are.
+        batches: of the data to train on; all are used, so cut a loader short with
+            ``itertools.islice(loader, 4)``.
+        loss: from a batch to the mean loss; by default ``model(**batch).loss``.
+        name: of the adapter.
+        generator: source of the first guess of the directions; torch's global one by default.
+
+    Raises:
+        KeyError: no adapter has that name.
+        ValueError: the adapter has been trained, is merged or not active, its format has no
+            directions along a tensor (CP, ring), networks share a parameter, no batch, or a gradient
+            that is zero or not finite. The adapter is then as it was.
+
+    Example:
+        >>> import lortalib, torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> model = BertForSequenceClassification(BertConfig(
+        ...     num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "lora_xs", rank=4)
+        >>> batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}
+        >>> lortalib.nn.align(model, [batch])
+        >>> adapter.settings.init, adapter.delta(adapter.sites[0]).abs().max().item()
+        ('gradient', 0.0)
+    """
+    known = adapters(model)
+    if name not in known:
+        raise KeyError(
+            f"no adapter is called {name!r}; the model has {', '.join(map(repr, known)) or 'none'}"
+        )
+    adapter = known[name]
+    _check(adapter)
+    gradients = _gradients(model, adapter, batches, loss or (lambda batch: model(**batch).loss))
+    found = []
+    for group in adapter.groups:
+        net, gradient = adapter.network(group), gradients[group.name]
+        try:
+            start = along(gradient, net.modes)
+        except ValueError as error:
+            raise ValueError(
+                f"the gradient by the tensor of {group.name!r} is zero or not finite: does the loss "
+                "depend on the model, and are the batches sound?"
+            ) from error
+        started = network(
+            net.legs,
+            net.shape,
+            net.ranks,
+            init=start,
+            generator=generator,
+            device=gradient.device,
+        )
+        found.append((net, started))
+    with torch.no_grad():
+        for net, started in found:
+            for own, tensor in zip(net.tensors, started.tensors):
+                own.copy_(tensor)
+    adapter.settings = replace(adapter.settings, init="gradient")
+
+
+def _check(adapter: Adapter) -> None:
+    """Refuse an adapter whose directions mean something, or that can have none."""
+    if adapter.merged or not adapter.active:
+        state = "merged" if adapter.merged else "not active"
+        raise ValueError(f"adapter {adapter.name!r} is {state}; unmerge and enable it to align it")
+    owners: dict[int, str] = {}
+    for group in adapter.groups:
+        net = adapter.network(group)
+        upwards(net.legs, net.modes)
+        if net.tensors[zero_parameter(net.legs)].any():
+            raise ValueError(
+                f"adapter {adapter.name!r} has been trained, or did not start at zero; aligning it "
+                "would lose that. Align right after apply, with an init whose update is zero"
+            )
+        for tensor in net.tensors:
+            if owners.setdefault(id(tensor), group.name) != group.name:
+                raise ValueError(
+                    f"the networks {owners[id(tensor)]!r} and {group.name!r} share a parameter "
+                    "(share_residual=True), which cannot follow two gradients; apply without it"
+                )
+
+
+def _gradients(
+    model: nn.Module, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]
+) -> dict[str, Tensor]:
+    """The mean gradient by each group's tensor.
+
+    A network of one parameter that carries every mode is T, so its gradient is T's.
+    """
+    with _whole(model, adapter) as whole:
+        parameters = list(whole.parameters())
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        count = 0
+        for batch in batches:
+            with torch.enable_grad():
+                found = torch.autograd.grad(_number(loss(batch)), parameters, allow_unused=True)
+            for mean, gradient in zip(total, found):
+                if gradient is not None:
+                    mean += gradient
+            count += 1
+        if not count:
+            raise ValueError("no batch was given; a loader that was read to its end gives none")
+        return {group.name: mean / count for group, mean in zip(whole.groups, total)}
+
+
+def _number(loss: Any) -> Tensor:
+    """What a loss function returned, if a gradient can be asked of it."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else loss
+        raise ValueError(
+            f"the loss of a batch must be one number in a tensor; found {found!r}. Give labels with "
+            "the batch, or a function as loss="
+        )
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on what the adapter changes")
+    return loss
+
+
+@contextmanager
+def _whole(model: nn.Module, adapter: Adapter) -> Iterator[Adapter]:
+    """A second adapter on the same sites whose networks are T itself."""
+    networks = {}
+    for group in adapter.groups:
+        net = adapter.network(group)
+        device = net.tensors[0].device
+        line = " ".join(net.modes)
+        networks[group.name] = network(line, net.shape, 1, device=device)
+    settings = replace(adapter.settings, dropout=0.0)
+    whole = Adapter(f"_{adapter.name}_gradient", settings, adapter.groups, networks, Beside())
+    install(whole, model, active=True, freeze=False)
+    try:
+        yield whole
+    finally:
+        whole.remove()
