@@ -132,9 +132,9 @@ def ordered() -> Iterator[tuple[str, str]]:
     yield from ((name, m.label) for name in ("answers", "preferences") for m in WIDER)
     yield from (("reviews", method.label) for method in RANDOM)
     yield from (("answers", method.label) for method in GROUPED)
+    yield from ((name, ENDS[1].label) for name in short)
     for method in MAIN[12:]:
         yield from ((name, method.label) for name in short)
-    yield from ((name, ENDS[1].label) for name in short)
     yield from (("reviews", method.label) for method in MORE if method.label not in small)
     yield from (("peptides", method.label) for method in CHOICES[:7])
 
