@@ -159,6 +159,12 @@ def _cp_line(shape: Shape) -> str:
     return ", ".join(f"{mode} {bond}" for mode in modes)
 
 
+def _cp_matrix_line(shape: Shape) -> str:
+    slices = Shape({mode: size for mode, size in shape.items() if mode != "matrix"})
+    own = "matrix " * ("matrix" in shape)
+    return ", ".join(own + term for term in _cp_line(slices).split(", "))
+
+
 def _tucker_bonds(shape: Shape) -> dict[str, str]:
     free = iter("abcdefghijklmno")
     return {mode: _fresh(shape, _TUCKER.get(mode) or next(free)) for mode in shape}
@@ -291,6 +297,7 @@ def _key(name: str) -> str:
 
 
 register("cp", _cp_line, "CP (canonical polyadic); LoRTA, arXiv 2410.04060")
+register("cp_matrix", _cp_matrix_line, "CP of each slice T[matrix]: q, k, v and o share nothing")
 register("tucker", _tucker_line, "Tucker: a factor for each mode and one core", _tucker_ranks)
 register("tt", _tt_line, "tensor train in the order of MetaTT-5D, arXiv 2506.09105", _tt_ranks)
 register(

@@ -14,7 +14,7 @@ from lortalib.decomp._along import leading, upwards
 from lortalib.decomp._initial import zero_parameter
 
 #: Their bonds make a loop, or join more than two parameters.
-NO_TREE = {"cp", "cara", "vera", "ring", "block_term"}
+NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term"}
 TREES = [name for name in FORMATS if name not in NO_TREE]
 over_trees = pytest.mark.parametrize("name", TREES)
 

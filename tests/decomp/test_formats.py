@@ -78,7 +78,7 @@ def test_published_parameter_counts(name, shape, rank, count):
 
 
 def test_the_registry_holds_the_published_formats():
-    listed = "cp tucker tt ring lotr fact_tk cara lora lora_xs vera block_term metatt_4d metatt_41d"
+    listed = "cp cp_matrix tucker tt ring lotr fact_tk cara lora lora_xs vera block_term metatt_4d metatt_41d"
     assert set(listed.split()) <= set(registry)
     for name, entry in registry.items():
         assert isinstance(entry, Format)
@@ -90,6 +90,7 @@ def test_the_registry_holds_the_published_formats():
     ("name", "line"),
     [
         ("cp", "in r, out r, head r, layer r, matrix r"),
+        ("cp_matrix", "matrix in r, matrix out r, matrix head r, matrix layer r"),
         ("tucker", "in p, out q, head s, layer t, matrix u, p q s t u"),
         ("tt", "in a, layer a b, matrix b c, head c d, out d"),
         ("metatt_4d", "in a, layer a b, matrix b c, head out c"),

@@ -10,7 +10,7 @@ from lortalib.nn import align
 from lortalib.nn._align import _gradients
 
 #: Formats whose bonds make no tree.
-NO_TREE = {"cp", "cara", "vera", "ring", "block_term"}
+NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term"}
 over_trees = pytest.mark.parametrize("decomposition", [n for n in FORMATS if n not in NO_TREE])
 
 
