@@ -138,9 +138,10 @@ def ordered() -> Iterator[tuple[str, str]]:
     yield "peptides", APART[0].label
     yield from ((name, m.label) for name in other[1:] for m in (APART[1], WIDER[0]))
     yield from ((name, ALIGNED[0].label) for name in short)
-    for names in (short[:2], short[2:]):
-        yield from ((name, method.label) for method in MAIN[6:12] for name in names)
+    yield from ((name, method.label) for method in MAIN[6:12] for name in short[:2])
+    yield "reviews, long", "CP r4: a tensor for each matrix"
     yield from (("answers", method.label) for method in GROUPED)
+    yield from ((name, method.label) for method in MAIN[6:12] for name in short[2:])
     yield from ((name, ALIGNED[1].label) for name in short)
     yield from ((name, ENDS[1].label) for name in short)
     yield from (("reviews", method.label) for method in RANDOM)
