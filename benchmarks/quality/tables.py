@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from plan import METHODS, PLAN
-from study import Record, chosen, records, scored
+from study import Record, chosen, following, records, scored
 from tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -43,18 +43,21 @@ class Entry(NamedTuple):
 
 def entries(task: Task) -> list[Entry]:
     """What is known of a task, by numbers."""
-    libraries = {method.label: method.library for method in METHODS}
+    methods = {method.label: method for method in METHODS}
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records():
-        if record["task"] == task.name and record["method"] in libraries:
+        if record["task"] == task.name and record["method"] in methods:
             by_method[record["method"]].append(record)
     found = []
     for label, own in by_method.items():
+        method = methods[label]
+        if following(own, method.start, task.seeds, method.library != "frozen") is not None:
+            continue  # a search that has not ended says nothing yet
         best = chosen(own)
         scores = tuple(r["test"][task.metric] for r in scored(own, best).values())
         if scores:
             swept = len({r["exponent"] for r in own if r["seed"] == 0})
-            found.append(Entry(label, libraries[label], own[0]["numbers"], scores, best, swept))
+            found.append(Entry(label, method.library, own[0]["numbers"], scores, best, swept))
     return sorted(found, key=lambda entry: (entry.numbers, entry.label))
 
 
