@@ -61,6 +61,13 @@ def entries(task: Task) -> list[Entry]:
     return sorted(found, key=lambda entry: (entry.numbers, entry.label))
 
 
+def share(numbers: int, whole: int) -> str:
+    """How many of `whole` numbers, as 1/21.2 or, above it, as 157 times."""
+    if not numbers:
+        return ""
+    return f"1/{whole / numbers:.1f}" if numbers <= whole else f"{numbers / whole:,.1f} times"
+
+
 def table(task: Task, found: list[Entry]) -> str:
     """A table of one task."""
     by_label = {entry.label: entry for entry in found}
@@ -77,7 +84,7 @@ def table(task: Task, found: list[Entry]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in found:
-        part = f"1/{ruler.numbers / entry.numbers:.1f}" if entry.numbers else ""
+        part = share(entry.numbers, ruler.numbers)
         gain = (entry.mean - low) / (ruler.mean - low) + 0.0  # never -0 %
         name = f"**{entry.label}**" if entry.library == "lortalib" else entry.label
         rate = "" if entry.label == BASE else f"10^{entry.exponent / 2:g}"
