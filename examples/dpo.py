@@ -18,7 +18,7 @@ from typing import Any
 
 from assets import rated_sentences, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, begin, fit, parser, report, training
+from recipe import adapter_config, begin, fit, option, parser, report, training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Run the recipe."""
     arguments = parser(__doc__, out="runs/dpo", batch=6, length=64, held_out=120, steps=60, lr=5e-3)
     arguments.add_argument("--data", help="a set with input, chosen and rejected")
-    arguments.add_argument("--beta", type=float, default=0.1, help="strength of the reference")
+    option(arguments, "beta", 0.1, "strength of the reference")
     args = arguments.parse_args()
     begin(args)
     name = args.model or smollm2()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from assets import conversations, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, begin, fit, parser, report, training
+from recipe import adapter_config, begin, fit, option, parser, report, training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -29,7 +29,7 @@ def main() -> None:
     arguments.add_argument(
         "--data", help="a set with instruction and output (default: from a package)"
     )
-    arguments.add_argument("--samples", type=int, default=5, help="answers to write")
+    option(arguments, "samples", 5, "answers to write")
     args = arguments.parse_args()
     begin(args)
     name = args.model or smollm2()

@@ -19,7 +19,7 @@ import numpy as np
 from assets import film_reviews, minilm
 from classify import Rows, accuracy, classify_texts
 from datasets import load_dataset
-from recipe import begin, parser, report
+from recipe import begin, option, parser, report
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 #: Rank and length by model; epochs, learning rate of the classifier and of the adapter by task.
@@ -48,33 +48,38 @@ COLUMNS = {
 
 def main() -> None:
     """Run the recipe."""
-    arguments = parser(
-        __doc__, out="runs/nlu", batch=32, length=48, held_out=1000, steps=120, head_lr=5e-3
-    )
+    arguments = parser(__doc__, out="runs/nlu", batch=32, length=48, held_out=1000, steps=120)
     arguments.add_argument(
-        "--preset", choices=list(PRESETS), help="settings of the published scripts"
+        "--preset",
+        choices=list(PRESETS),
+        help="defaults are those of the published scripts; what is given goes before them",
     )
     arguments.add_argument("--task", choices=list(COLUMNS), help="of GLUE (default: film reviews)")
-    arguments.add_argument("--head-lr", type=float, help="learning rate of the classifier")
+    option(arguments, "head-lr", 5e-3, "learning rate of the classifier")
+    chosen = arguments.parse_known_args()[0]
+    if chosen.preset:
+        arguments.set_defaults(**published(chosen.preset, chosen.task or "sst2"))
     args = arguments.parse_args()
     begin(args)
-    more: dict[str, Any] = {}
     if args.task:
         train, held_out, labels, metric = glue(args.task)
     else:
         train, held_out, labels, metric = reviews(args)
-    if args.preset:
-        preset = PRESETS[args.preset]
-        epochs, args.head_lr, args.lr = preset[args.task or "sst2"]
-        args.model, args.rank, args.length = preset["model"], preset["rank"], preset["length"]
-        args.batch, args.steps = 64, epochs * (len(train) // 64)
-        more = {"init_weights": "lorta"}
+    args.steps = args.steps or args.epochs * (len(train) // args.batch)
+    more = {"init_weights": "lorta"} if args.preset else {}
     name = args.model or minilm()
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
     rows = classify_texts(
         args, model, AutoTokenizer.from_pretrained(name), train, held_out, metric, **more
     )
     report(args, f"{args.task or 'film reviews'}: {len(held_out):,} held out", rows)
+
+
+def published(model: str, task: str) -> dict[str, Any]:
+    """The settings of the published scripts for a model and a task, as defaults of arguments."""
+    preset = PRESETS[model]
+    shared = {name: preset[name] for name in ("model", "rank", "length")}
+    return shared | dict(zip(("epochs", "head_lr", "lr"), preset[task]), batch=64, steps=None)
 
 
 def reviews(args: argparse.Namespace) -> tuple[Rows, Rows, int, Any]:

@@ -29,7 +29,7 @@ import numpy as np
 import peft
 from assets import antiberty, chains, peptides
 from classify import Rows, classify_texts
-from recipe import adapter_config, begin, fit, parser, report, training
+from recipe import adapter_config, begin, fit, option, parser, report, training
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -39,13 +39,16 @@ from transformers import (
 
 def main() -> None:
     """Run the recipe."""
-    arguments = parser(
-        __doc__, out="runs/protein", batch=16, length=104, held_out=800, steps=120, head_lr=5e-3
+    arguments = parser(__doc__, out="runs/protein", batch=16, length=104, held_out=800, steps=120)
+    arguments.add_argument(
+        "--task",
+        choices=("peptides", "fold"),
+        default="peptides",
+        help="what is learnt; --task fold has defaults of its own (default: peptides)",
     )
-    arguments.add_argument("--task", choices=("peptides", "fold"), default="peptides")
-    arguments.add_argument("--head-lr", type=float, help="learning rate of the classifier")
+    option(arguments, "head-lr", 5e-3, "learning rate of the classifier")
     arguments.add_argument("--data", help="folder of .pdb and .cif files (default: five chains)")
-    arguments.add_argument("--recycles", type=int, default=0, help="passes before the last one")
+    option(arguments, "recycles", 0, "passes before the last one")
     arguments.add_argument(
         "--recompute", action="store_true", help="the trunk in the backward pass, for less memory"
     )

@@ -36,21 +36,32 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--model", help="folder or hub name (default: the one from a package)")
-    found.add_argument("--decomposition", default="cp", help="a format or a line of legs")
-    found.add_argument("--rank", type=int, default=8)
-    found.add_argument("--alpha", type=float, default=1.0, help="factor of the update")
-    found.add_argument("--dropout", type=float, default=0.0, help="of the adapter's input")
-    found.add_argument("--lr", type=float, default=1e-2, help="of the adapter")
-    found.add_argument("--steps", type=int, default=100)
-    found.add_argument("--batch", type=int, default=16, help="rows of a step on one process")
-    found.add_argument("--accumulate", type=int, default=1, help="batches of a step")
-    found.add_argument("--length", type=int, default=128, help="longest row, in tokens")
-    found.add_argument("--held-out", type=int, default=400, help="rows kept for the score")
-    found.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--out", help="folder of checkpoints, adapter and results.json")
+    for name, default, said in (
+        ("decomposition", "cp", "a format, as cp, tt or lotr, or a line of legs"),
+        ("rank", 8, "of every bond"),
+        ("alpha", 1.0, "factor of the update"),
+        ("dropout", 0.0, "of the adapter's input"),
+        ("lr", 1e-2, "learning rate of the adapter"),
+        ("steps", 100, "of the optimiser"),
+        ("batch", 16, "rows of a step on one process"),
+        ("accumulate", 1, "batches of a step"),
+        ("length", 128, "longest row, in tokens"),
+        ("held-out", 400, "rows kept for the score"),
+        ("save-every", 50, "steps between checkpoints"),
+        ("seed", 0, "of the order of rows and of what is new in the model"),
+        ("out", None, "folder of checkpoints, adapter and results.json"),
+    ):
+        option(found, name, default, said)
     found.set_defaults(**defaults)
     return found
+
+
+def option(arguments: argparse.ArgumentParser, name: str, default: Any, said: str) -> None:
+    """An argument with the type of its default, which its help shows."""
+    kind = type(default) if default is not None else str
+    arguments.add_argument(
+        f"--{name}", type=kind, default=default, help=f"{said} (default: %(default)s)"
+    )
 
 
 def begin(args: argparse.Namespace) -> None:
@@ -140,7 +151,7 @@ def report(
     Console().print(table)
     found = {
         "title": title,
-        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "arguments": vars(args),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "rows": list(rows),
         **more,

@@ -25,7 +25,7 @@ import torch
 from assets import CACHE, digits
 from classify import accuracy, classify
 from PIL import Image
-from recipe import begin, parser, report, training
+from recipe import begin, option, parser, report, training
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 from tqdm import tqdm
@@ -45,12 +45,12 @@ LEARNT = 4000
 
 def main() -> None:
     """Run the recipe."""
-    arguments = parser(__doc__, out="runs/vision", batch=64, held_out=1000, steps=600, head_lr=2e-2)
+    arguments = parser(__doc__, out="runs/vision", batch=64, held_out=1000, steps=600)
     arguments.add_argument(
         "--data", help="folder or hub name of a set of pictures (default: from a package)"
     )
-    arguments.add_argument("--pretrain-steps", type=int, default=700, help="of the small ViT")
-    arguments.add_argument("--head-lr", type=float, help="learning rate of the classifier")
+    option(arguments, "pretrain-steps", 700, "of the small ViT")
+    option(arguments, "head-lr", 2e-2, "learning rate of the classifier")
     args = arguments.parse_args()
     begin(args)
     with TrainingArguments(**training(args)).main_process_first():  # others read what it wrote
