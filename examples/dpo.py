@@ -18,8 +18,8 @@ from typing import Any
 
 from assets import rated_sentences, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, begin, fit, option, parser, report, training
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipe import adapter_config, begin, chat_tokenizer, fit, option, parser, report, training
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 PROMPT = "My opinion of this product:"
@@ -40,7 +40,7 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_list(rows[args.held_out :]),
         eval_dataset=Dataset.from_list(rows[: args.held_out]),
-        processing_class=AutoTokenizer.from_pretrained(name),
+        processing_class=chat_tokenizer(name),
         peft_config=adapter_config(args, "CAUSAL_LM"),
     )
     seconds = fit(trainer)
@@ -64,11 +64,17 @@ def main() -> None:
 def pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prompts with a chosen and a rejected continuation, in a random order."""
     draw = random.Random(args.seed)
+    rows: list[dict[str, Any]]
     if args.data:
         rows = [
-            {"prompt": row["input"], "chosen": row["chosen"], "rejected": row["rejected"]}
+            {
+                "prompt": said(system=row.get("system"), user=row["input"]),
+                "chosen": said(assistant=row["chosen"]),
+                "rejected": said(assistant=row["rejected"]),
+            }
             for row in load_dataset(args.data, split="train")
             if row.get("status") != "tie" and (row.get("chosen_score") or 10) >= 8
+            if row["chosen"] and row["rejected"]
         ]
     else:
         rated = rated_sentences()
@@ -82,6 +88,11 @@ def pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
         ]
     draw.shuffle(rows)
     return rows
+
+
+def said(**turns: str | None) -> list[dict[str, str]]:
+    """Messages of a conversation, by role; a role that says nothing is left out."""
+    return [{"role": role, "content": text} for role, text in turns.items() if text]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from assets import conversations, smollm2
 from datasets import Dataset, load_dataset
-from recipe import adapter_config, begin, fit, option, parser, report, training
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from recipe import adapter_config, begin, chat_tokenizer, fit, option, parser, report, training
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     begin(args)
     name = args.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = chat_tokenizer(name)
     rows = questions(args)
     held_out = rows[: args.held_out]
     known = {question for question, _ in held_out}

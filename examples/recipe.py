@@ -20,6 +20,7 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lortalib.peft import LortaConfig
@@ -90,6 +91,24 @@ def adapter_config(args: argparse.Namespace, task: str | None, **more: Any) -> L
         task_type=task,
         **more,
     )
+
+
+#: Alpaca's form of a prompt (github.com/tatsu-lab/stanford_alpaca), a system's message before it.
+ALPACA = (
+    "{{ bos_token }}{% for turn in messages %}"
+    "{% if turn.role == 'assistant' %}{{ '### Response:\n' + turn.content + eos_token }}"
+    "{% elif turn.role == 'user' %}{{ '### Instruction:\n' + turn.content + '\n\n' }}"
+    "{% else %}{{ turn.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model; that of a base model, which has no chat template, gets Alpaca's."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = tokenizer.chat_template or ALPACA
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def training(args: argparse.Namespace, **more: Any) -> dict[str, Any]:

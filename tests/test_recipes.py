@@ -5,12 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dpo
+import instruct
 import nlu
 import pytest
+import torch
+from recipe import chat_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--steps", "2", "--save-every", "1", "--batch", "2", "--length", "32"]
@@ -65,6 +75,7 @@ def test_help_is_enough(recipe):
         assert "default: None" not in done.stdout
 
 
+WORDS = "<s> <pad> </s> <unk> a good bad film Name # Instruction Response : .".split()
 #: GLUE as the hub gives it, in little: columns and labels of a task of each shape.
 GLUE = {
     "mrpc": {"sentence1": "a good film", "sentence2": "a bad film", "label": 1, "idx": 0},
@@ -73,21 +84,36 @@ GLUE = {
 }
 
 
-@pytest.fixture
-def roberta(tmp_path):
-    """A folder with a tiny RoBERTa and its tokenizer."""
-    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "good", "bad", "film"]
-    tokens = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+def saved(folder, model):
+    """Write a tiny model beside a tokenizer that has neither a chat template nor a pad token."""
+    tokens = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokens.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokens, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
-    ).save_pretrained(tmp_path / "roberta")
+        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder with a tiny Llama of the base kind."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    return saved(tmp_path / "llama", LlamaForCausalLM(config))
+
+
+@pytest.fixture
+def roberta(tmp_path):
+    """A folder with a tiny RoBERTa."""
     config = RobertaConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=16, max_position_embeddings=40, type_vocab_size=1,
     )  # fmt: skip
-    RobertaModel(config).save_pretrained(tmp_path / "roberta")
-    return str(tmp_path / "roberta")
+    return saved(tmp_path / "roberta", RobertaModel(config))
 
 
 class Agreement:
@@ -124,3 +150,62 @@ def test_epochs_of_a_preset_become_steps():
         "model": "FacebookAI/roberta-large", "rank": 8, "length": 128, "batch": 64, "steps": None,
         "epochs": 40, "head_lr": 2e-3, "lr": 2e-2,
     }  # fmt: skip
+
+
+ALPACA_ROWS = [
+    {"instruction": "Name a film", "input": text, "output": "a good film"} for text in ("", "bad .")
+]
+ORCA_ROWS = [
+    {"system": "a", "input": "Name a film", "chosen": "a good film", "rejected": "bad", "status": "chosen",
+     "chosen_score": 9.0},
+    {"system": "", "input": "a bad film", "chosen": "bad", "rejected": "good"},
+    {"system": "", "input": "a", "chosen": "a", "rejected": "bad", "status": "tie", "chosen_score": 9.0},
+    {"system": "", "input": "a", "chosen": "a", "rejected": "bad", "chosen_score": 7.0},
+    {"system": "", "input": "a", "chosen": "a", "rejected": ""},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "score"),
+    [(instruct, ALPACA_ROWS, "loss"), (dpo, ORCA_ROWS, "reward accuracy")],
+)
+def test_a_base_model_learns_from_a_set_of_the_hub(
+    recipe, rows, score, llama, tmp_path, monkeypatch
+):
+    # Rows that differ, lest a held-out question be one that is trained on.
+    key = "instruction" if recipe is instruct else "input"
+    found = [row | {key: row[key] + " a" * n} for n in range(6) for row in rows]
+    monkeypatch.setattr(recipe, "load_dataset", lambda name, split: found)
+    told = [
+        "--model",
+        llama,
+        "--data",
+        "any/name",
+        "--held-out",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *told, *SHORT])
+    recipe.main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert found["rows"][-1][score] >= 0
+    assert found["rows"][-1]["numbers"] > 0
+
+
+def test_a_prompt_in_alpacas_form_is_the_beginning_of_prompt_and_answer(llama):
+    tokenizer = chat_tokenizer(llama)
+    turns = dpo.said(system="a film", user="Name a film")
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        [*turns, *dpo.said(assistant="a good film")], tokenize=False
+    )
+    assert prompt == "<s>a film\n\n### Instruction:\nName a film\n\n### Response:\n"
+    assert whole == prompt + "a good film</s>"
+
+
+def test_a_models_own_chat_template_stays(llama):
+    tokenizer = chat_tokenizer(llama)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(llama)
+    assert chat_tokenizer(llama).chat_template == "{{ messages[0].content }}"
