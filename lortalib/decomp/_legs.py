@@ -58,10 +58,14 @@ class Term:
 class Legs:
     """A parsed line: which legs each parameter of a network has.
 
+    Two are equal where their parameters have the same legs and marks in the same order.
+
     Example:
-        >>> legs = Legs.parse("in r, out r, layer r")
+        >>> legs = Legs.parse("in r, out r (zero), layer r")
         >>> str(legs), legs.bonds(["layer", "in", "out"])
-        ('in r, out r, layer r', ('r',))
+        ('in r, out r (zero), layer r', ('r',))
+        >>> legs.terms[1].legs, legs.terms[1].zero
+        (('out', 'r'), True)
     """
 
     terms: tuple[Term, ...]
@@ -71,8 +75,15 @@ class Legs:
     def parse(cls, line: str) -> Legs:
         """Read a line of legs.
 
+        Args:
+            line: parameters behind commas, legs behind spaces, ``(frozen)`` or ``(zero)`` last.
+
         Raises:
             LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark.
+
+        Example:
+            >>> [term.legs for term in Legs.parse("in r, layer out r (zero)").terms]
+            [('in', 'r'), ('layer', 'out', 'r')]
         """
         line = re.sub(r"\s", " ", line)  # one for one: errors point at columns
         if not line.strip():
@@ -134,12 +145,19 @@ class Legs:
         return carriers
 
     def bonds(self, modes: Iterable[str]) -> tuple[str, ...]:
-        """The legs that are not among ``modes``, in order of first appearance."""
+        """The legs that are summed over, in order of first appearance.
+
+        Args:
+            modes: the names of the tensor's axes; every other leg is a bond.
+        """
         modes = set(modes)
         return tuple(leg for leg in self.carriers if leg not in modes)
 
     def check(self, modes: Sequence[str]) -> None:
         """Hold the line against the modes of a tensor.
+
+        Args:
+            modes: the names of its axes.
 
         Raises:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
@@ -185,6 +203,13 @@ class Legs:
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """Size of each leg, read off the shapes of the parameters.
+
+        Args:
+            shapes: one for each parameter, in the order of the line.
+
+        Example:
+            >>> Legs.parse("in r, out r").sizes([(64, 2), (16, 2)])
+            {'in': 64, 'r': 2, 'out': 16}
 
         Raises:
             LegsError: a parameter with another number of axes than legs, a leg whose sizes

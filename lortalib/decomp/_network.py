@@ -79,7 +79,16 @@ class TensorNetwork(ABC):
         return {bond: self.sizes[bond] for bond in self.legs.bonds(self.modes)}
 
     def count(self, trainable_only: bool = True) -> int:
-        """How many numbers the parameters hold; frozen ones only if ``trainable_only=False``."""
+        """How many numbers the parameters hold.
+
+        Args:
+            trainable_only: whether parameters marked ``(frozen)`` are left out.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp((6, 8, 4, 64, 16), rank=2).count()  # 2 * (6 + 8 + 4 + 64 + 16)
+            196
+        """
         return sum(
             tensor.numel()
             for term, tensor in zip(self.legs.terms, self.tensors)
@@ -87,7 +96,17 @@ class TensorNetwork(ABC):
         )
 
     def dense(self) -> Tensor:
-        """The full tensor, axes in the order of `modes`. Differentiable; costs its full size."""
+        """The full tensor; what every other operation is held against.
+
+        Returns:
+            A tensor of shape `shape`, its axes in the order of `modes`, in the dtype and on the
+            device of the parameters. Differentiable; costs its full size in memory.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp({"layer": 6, "in": 64, "out": 16}, rank=2).dense().shape
+            torch.Size([6, 64, 16])
+        """
         return contract(self._terms, self.tensors, self.modes, self.sizes)
 
     def select(self, **index: int) -> TensorNetwork:
@@ -105,6 +124,12 @@ class TensorNetwork(ABC):
             KeyError: a name that is no mode of this network.
             IndexError: a position outside the mode.
             TypeError: a position that is no integer.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> net = cp((6, 8, 4, 64, 16), rank=2)
+            >>> net.select(layer=3, matrix=0).shape
+            Shape(head=8, in=64, out=16)
         """
         index = {mode: operator.index(position) for mode, position in index.items()}
         for mode, position in index.items():
@@ -136,6 +161,12 @@ class TensorNetwork(ABC):
         Raises:
             KeyError: a name that is no mode of this network.
             IndexError: a position outside the mode.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> net = cp({"layer": 6, "in": 64, "out": 16}, rank=2)
+            >>> net.take("layer", torch.tensor([5, 0])).shape
+            Shape(layer=2, in=64, out=16)
         """
         if mode not in self.modes:
             raise KeyError(
