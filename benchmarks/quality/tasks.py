@@ -355,11 +355,12 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Reviews(
-            "reviews", "accuracy", 1, 120, 32, title="film reviews, all-MiniLM-L6-v2", **_SPLIT
+            "reviews", "accuracy", 1, 120, 32, title="film reviews, all-MiniLM-L6-v2", seeds=3,
+            **_SPLIT,
         ),
         Peptides(
             "peptides", "accuracy", 1, 80, 16, BERT, 500, 1200, 4000,
-            title="antimicrobial peptides, AntiBERTy",
+            title="antimicrobial peptides, AntiBERTy", seeds=3,
         ),
         Answers(
             "answers", "loss", -1, 36, 6, LLAMA, 100, 200, 2000,
