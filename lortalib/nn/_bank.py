@@ -18,11 +18,12 @@ from ..decomp._legs import Legs, Term
 from ..decomp._network import View
 from ._adapter import Adapter
 from ._apply import Decomposition, plan
-from ._factors import Bundle, Factors, Pair
+from ._factors import Bundle, Factors
 from ._families import Family
 from ._groups import Group, Targets
-from ._lowrank import Reads, add
-from ._share import Adding, Part, by_module, owns_output, release, surround
+from ._lowrank import Reads
+from ._rows import BatchSize, Rows, RowShare
+from ._share import by_module, release, surround
 from ._storage import read_adapter
 
 #: What `Bank.add` takes: an adapter, its folder, or for each group its tensors in the order of the line.
@@ -76,7 +77,7 @@ class Bank:
         self._position: dict[Hashable, int] = {}
         self._free: list[int] = []
         self._used = 1
-        self._rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
+        self._rows: ContextVar[Rows | None] = ContextVar("rows", default=None)
         for group in self.groups:
             network = networks[group.name]
             # Pages of an empty tensor take memory when they are first written.
@@ -91,10 +92,10 @@ class Bank:
             like = View(legs, zeros, (ADAPTER, *network.modes))
             self._factors.append(Factors(group, like, 1.0, self.reads, (ADAPTER,)))
         self._model = model
-        model.register_forward_pre_hook(_Batch(self), with_kwargs=True)
+        model.register_forward_pre_hook(BatchSize(self), with_kwargs=True)
         surround(model, self, self.groups)
         for path, sites in by_module(site for group in groups for site in group.sites):
-            model.get_submodule(path).register_forward_hook(_RowShare(self, sites))
+            model.get_submodule(path).register_forward_hook(RowShare(self, sites))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_rows"}
@@ -235,11 +236,15 @@ class Bank:
         slots = self._positions(list(names))
         if not slots:
             raise ValueError("using() needs a name, or None, for every row of the batch")
-        token = self._rows.set(_Rows(self._store, slots))
+        token = self._rows.set(Rows(self._store, slots))
         try:
             yield self
         finally:
             self._rows.reset(token)
+
+    def chosen(self) -> Rows | None:
+        """What the rows of the context under way gathered; None outside of `using`."""
+        return self._rows.get()
 
     def doubt(self) -> None:
         """Nothing to compare: what the rows use was gathered when their context began."""
@@ -331,115 +336,8 @@ class Bank:
         return tensors
 
 
-class _Rows:
-    """What the rows of one context gathered, and the pairs made of it.
-
-    Attributes:
-        size: number of rows.
-        batch: of the model's last forward, once known.
-    """
-
-    def __init__(self, store: Mapping[str, Sequence[Tensor]], slots: Sequence[int]) -> None:
-        self.size = len(slots)
-        self.batch: int | None = None
-        with torch.no_grad():
-            self._tensors = {
-                name: [t.index_select(0, torch.tensor(slots, device=t.device)) for t in tensors]
-                for name, tensors in store.items()
-            }
-        self._made: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._pairs: dict[tuple[Any, ...], Tensor] = {}
-
-    def pair(self, factors: Factors, kind: int, layer: int, like: Tensor) -> Pair:
-        """First (rows, p, features read) and second (rows, p, features written) of one module."""
-        made = self._all(factors, like)
-        return Pair(*(self._at(made, factors, place, layer) for place in factors.places[kind]))
-
-    def _all(self, factors: Factors, like: Tensor) -> list[Tensor]:
-        key = factors.group.name, like.dtype, like.device
-        if key not in self._made:
-            with torch.no_grad():
-                tensors = [t.to(like.device, like.dtype) for t in self._tensors[key[0]]]
-                made, factors.places = factors.make(tensors)
-                self._made[key] = [
-                    tensor.contiguous() for tensor in made
-                ]  # products run along rows
-        return self._made[key]
-
-    def _at(self, made: Sequence[Tensor], factors: Factors, place: Any, layer: int) -> Tensor:
-        """The very same tensor for all that read alike, so that x is read once for them."""
-        tensor = made[place.tensor]
-        layer = layer if len(tensor) > 1 else 0
-        key = factors.group.name, place, layer, tensor.dtype, tensor.device
-        if key not in self._pairs:
-            self._pairs[key] = tensor[layer].select(-3, place.matrix)
-        return self._pairs[key]
-
-    def check(self, x: Tensor, path: str) -> None:
-        """Hold the input of a projection against the rows.
-
-        Raises:
-            ValueError: its leading axis is not that of the batch.
-        """
-        batch = self.batch or self.size
-        if batch % self.size:
-            raise ValueError(
-                f"using() named {self.size} rows, but the model was called with a batch of {batch}; "
-                "name an adapter, or None, for each row"
-            )
-        if x.dim() < 3 or x.shape[0] % batch:
-            raise ValueError(
-                f"the input of {path} has shape {tuple(x.shape)}, which does not begin with the "
-                f"batch of {batch}: a bank cannot tell its rows apart"
-            )
-
-
-class _Batch:
-    """A forward pre-hook of the model: how many rows this forward has."""
-
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Torch's forward pre-hook with keyword arguments."""
-        rows = self.bank._rows.get()
-        if rows is not None:
-            given = (*args, *kwargs.values())
-            tensors = (value for value in given if isinstance(value, Tensor) and value.dim() > 1)
-            first = next(tensors, None)
-            rows.batch = None if first is None else len(first)
-
-
-class _RowShare(Adding):
-    """A forward hook: adds to every row the share of its own adapter."""
-
-    def __init__(self, bank: Bank, sites: Sequence[Any]) -> None:
-        self.bank = bank
-        self.path = sites[0].path
-        self.parts = [
-            Part(factors, factors.add(bundle), bundle.layer)
-            for factors, bundle in bank.bundles(sites)
-        ]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Torch's forward hook: the projection's output with the rows' shares added."""
-        rows = self.bank._rows.get()
-        if rows is None:
-            return None
-        whole = isinstance(output, tuple)
-        x, y = args[0], output[0] if whole else output
-        rows.check(x, self.path)
-        own = owns_output(module)
-        for factors, kind, layer in self.parts:
-            first, second = rows.pair(factors, kind, layer, y)
-            h = self.bank.reads.project(x, first, factors.readers(kind), 0.0)
-            y = add(y, h, second, own)
-            own = True
-        return (y, *output[1:]) if whole else y
-
-
 def _is_of(hook: object, owner: Bank) -> bool:
-    return isinstance(hook, (_Batch, _RowShare)) and hook.bank is owner
+    return isinstance(hook, (BatchSize, RowShare)) and hook.bank is owner
 
 
 def bank(
