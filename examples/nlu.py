@@ -65,7 +65,8 @@ def main() -> None:
         train, held_out, labels, metric = glue(args.task)
     else:
         train, held_out, labels, metric = reviews(args)
-    args.steps = args.steps or args.epochs * (len(train) // args.batch)
+    if args.steps is None:
+        args.steps = args.epochs * (len(train) // args.batch)
     more = {"init_weights": "lorta"} if args.preset else {}
     name = args.model or minilm()
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)

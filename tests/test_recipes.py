@@ -1,5 +1,6 @@
 """Every recipe in short: it trains, reports, and goes on where it stopped."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -144,12 +145,16 @@ def test_a_preset_runs_on_glue_and_what_is_given_goes_before_it(
     assert own["head_lr"] == nlu.PRESETS["roberta-base"][task][1]
 
 
-def test_epochs_of_a_preset_become_steps():
-    found = nlu.published("roberta-large", "rte")
-    assert found == {
-        "model": "FacebookAI/roberta-large", "rank": 8, "length": 128, "batch": 64, "steps": None,
-        "epochs": 40, "head_lr": 2e-3, "lr": 2e-2,
-    }  # fmt: skip
+def test_epochs_of_a_preset_become_steps(roberta, tmp_path, monkeypatch):
+    rows = {"train": [GLUE["cola"]] * 130, "validation": [GLUE["cola"]] * 4}
+    monkeypatch.setattr(nlu, "load_dataset", lambda *name: rows)
+    monkeypatch.setattr("evaluate.load", lambda *name: Agreement())
+    monkeypatch.setitem(nlu.PRESETS["roberta-base"], "cola", (3, 1e-3, 1e-2))
+    told = ["--preset", "roberta-base", "--task", "cola", "--model", roberta, "--length", "16"]
+    monkeypatch.setattr(sys, "argv", ["nlu.py", *told, "--out", str(tmp_path / "out")])
+    nlu.main()
+    own = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))["arguments"]
+    assert (own["steps"], own["batch"], own["rank"], own["lr"]) == (3 * 2, 64, 4, 1e-2)
 
 
 ALPACA_ROWS = [
@@ -191,6 +196,15 @@ def test_a_base_model_learns_from_a_set_of_the_hub(
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert found["rows"][-1][score] >= 0
     assert found["rows"][-1]["numbers"] > 0
+
+
+def test_pairs_are_conversations_without_ties_and_low_scores(monkeypatch):
+    monkeypatch.setattr(dpo, "load_dataset", lambda name, split: ORCA_ROWS)
+    found = dpo.pairs(argparse.Namespace(seed=0, data="any/name"))
+    assert sorted(len(row["prompt"]) for row in found) == [1, 2]  # one has a system's message
+    long = max(found, key=lambda row: len(row["prompt"]))
+    assert [turn["role"] for turn in long["prompt"]] == ["system", "user"]
+    assert long["rejected"] == [{"role": "assistant", "content": "bad"}]
 
 
 def test_a_prompt_in_alpacas_form_is_the_beginning_of_prompt_and_answer(llama):

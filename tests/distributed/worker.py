@@ -103,8 +103,8 @@ if __name__ == "__main__":
         # Without it, a process that leaves while the other still gathers is aborted under load.
         dist.barrier()
         dist.destroy_process_group()
-    # A thread of gloo that asks for the interpreter's lock while it shuts down is ended by force in the
-    # midst of C++, which aborts the process ("terminate called without an active exception"). All is saved.
+    # Once a process was aborted here ("terminate called without an active exception"), all being saved;
+    # presumably a thread of gloo that asked for the interpreter's lock while it shut down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
