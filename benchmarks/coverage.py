@@ -40,7 +40,7 @@ from torch import nn
 from trial import Trial, forward, shorten, state_of, tensors_of
 
 import lortalib
-from lortalib.nn import AnatomyError
+from lortalib.nn import UnsupportedModelError
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 TABLE = Path(__file__).parents[1] / "docs" / "models-table.md"
@@ -135,7 +135,7 @@ def _plan(row: Row) -> None:
     row.model = type(model).__name__
     try:
         found = lortalib.nn.sites(model)
-    except AnatomyError as error:
+    except UnsupportedModelError as error:
         message = str(error)
         row.plan = "no attention" if message.startswith("no attention") else "refused"
         row.why = "" if row.plan == "no attention" else message

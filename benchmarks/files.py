@@ -68,7 +68,7 @@ def ours(title: str) -> dict[str, Any]:
         found["load"] = seconds(load)
         lortalib.nn.load(model, folder, name="other", active=False)
         names = iter(["other", "default"] * 100)
-        found["switch"] = seconds(lambda: lortalib.nn.activate(model, next(names)), 50)
+        found["switch"] = seconds(lambda: lortalib.nn.set_active(model, next(names)), 50)
         found["memory"] = highest() - before
     with tempfile.TemporaryDirectory() as folder:
         found["export"] = seconds(lambda: adapter.export_lora(folder), 3)

@@ -225,7 +225,7 @@ def switched_models(base: nn.Module) -> dict[str, tuple[nn.Module, Callable[[str
         wrapped.add_adapter(name, subjects.peft_config(contender, paths))
     assert isinstance(wrapped, peft.PeftModel)
     models = {
-        "lortalib CP": (own, lambda name: lortalib.nn.activate(own, name)),
+        "lortalib CP": (own, lambda name: lortalib.nn.set_active(own, name)),
         "PEFT LoRA": (wrapped.get_base_model(), wrapped.set_adapter),
     }
     shared = set(base.parameters())

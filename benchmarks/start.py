@@ -38,7 +38,7 @@ def outputs(net: decomp.Network, x: torch.Tensor) -> torch.Tensor:
 def first_step(name: str, rank: int, init: str, seed: int) -> tuple[float, float]:
     """Change of the outputs by a step of the gradient's sign, and the norm of the gradient."""
     torch.manual_seed(seed)
-    net = decomp.format_of(name)(SHAPE, rank, init=init)
+    net = decomp.get_format(name)(SHAPE, rank, init=init)
     x = torch.randn(SHAPE["layer"], SHAPE["matrix"], TOKENS, SHAPE["in"])
     features = SHAPE["head"] * SHAPE["out"]
     upstream = torch.randn(SHAPE["layer"] * SHAPE["matrix"], TOKENS, features)

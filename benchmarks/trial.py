@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lortalib
 from lortalib.nn import Group, Site
-from lortalib.nn._share import stored_weight
+from lortalib.nn._share import site_weight
 
 
 class Trial:
@@ -54,7 +54,7 @@ class Trial:
 
     def gradient(self) -> str:
         """Every factor gets a gradient, in each layer, role and head where the base's weight does."""
-        weights = {site: stored_weight(self.model, site) for site in self.adapter.sites}
+        weights = {site: site_weight(self.model, site) for site in self.adapter.sites}
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)

@@ -50,12 +50,12 @@ def test_tables_of_formats_are_the_registry(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     found = dict(re.findall(r"^ *\| \[?`(\w+)`[^|]*\| `([^`]+)` \|", text, re.M))
     shapes = {"metatt_41d": {"task": 3, **SHAPE}}
-    lines = {n: str(form.legs(shapes.get(n, SHAPE))) for n, form in decomp.registry.items()}
+    lines = {n: str(form.legs(shapes.get(n, SHAPE))) for n, form in decomp.formats.items()}
     assert found == lines
 
 
 def test_every_format_has_a_page():
-    assert {page.stem for page in DOCS.glob("formats/*.md")} == set(decomp.registry)
+    assert {page.stem for page in DOCS.glob("formats/*.md")} == set(decomp.formats)
 
 
 @pytest.mark.parametrize("module", ["decomp", "nn", "peft", "cli"])

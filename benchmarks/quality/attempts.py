@@ -18,10 +18,10 @@ from lortalib.decomp import Legs, Shape, cp, decompose
 BATCHES = 4
 
 
-def align(model: nn.Module, task: Task, seed: int) -> None:
+def align_to_gradient(model: nn.Module, task: Task, seed: int) -> None:
     """Point the adapter along the gradient of rows drawn like those of a training, otherwise."""
     rows = islice(task.batches(seed + 1000), BATCHES)
-    lortalib.nn.align(model, rows, loss=lambda some: loss(model, task, some))
+    lortalib.nn.align_to_gradient(model, rows, loss=lambda some: loss(model, task, some))
 
 
 def loss(model: nn.Module, task: Task, rows: Any) -> Tensor:

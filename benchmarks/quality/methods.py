@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from attempts import FromGradient, PublishedSide, align
+from attempts import FromGradient, PublishedSide, align_to_gradient
 from tasks import Task
 from torch import nn
 
@@ -94,7 +94,7 @@ class Method:
             model, self.kind, generator=torch.Generator().manual_seed(seed), **settings
         )
         if along and self.kind != "cp":
-            align(model, task, seed)
+            align_to_gradient(model, task, seed)
         by_speed: dict[float, list[nn.Parameter]] = {}
         for network in adapter.networks.values():
             for name, parameter in network.named_parameters():

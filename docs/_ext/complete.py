@@ -85,11 +85,11 @@ def undocumented(documented: set[str]) -> Iterator[str]:
 
 def pages_of_formats(pages: set[str]) -> Iterator[str]:
     """Registered formats without a page, and pages without a registered format."""
-    for name in decomp.registry:
+    for name in decomp.formats:
         if FORMATS + name not in pages:
             yield f"the format {name} is registered and has no page docs/{FORMATS}{name}.md"
     for page in pages:
-        if page.startswith(FORMATS) and page.removeprefix(FORMATS) not in decomp.registry:
+        if page.startswith(FORMATS) and page.removeprefix(FORMATS) not in decomp.formats:
             yield f"docs/{page}.md is the page of no registered format"
 
 

@@ -181,12 +181,12 @@ def _text(x: float, y: float, word: str, kind: str) -> str:
 
 def division_of(net: decomp.Network) -> Any:
     """Where a projection's share is cut."""
-    return net.divide(*(mode for mode in net.modes if mode not in ("in", "head", "out")))
+    return net.cut_plan(*(mode for mode in net.modes if mode not in ("in", "head", "out")))
 
 
 def example(name: str) -> decomp.Network:
     """A network of a format or line, of the usual shape, without memory."""
-    known = decomp.format_of(name)
+    known = decomp.get_format(name)
     modes = str(known.line) if isinstance(known.line, str) else ""
     shape = {"task": 3, **SHAPE} if "task" in modes.split() else SHAPE
     with warnings.catch_warnings():

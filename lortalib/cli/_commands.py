@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import nn as lnn
-from ..decomp import format_of
+from ..decomp import get_format
 from ..nn import Adapter, AdapterFileError
 from ..nn._apply import candidates
 from ..nn._groups import choose, group_sites
@@ -61,7 +61,7 @@ def info(options: Namespace, output: Output) -> bool:
     base = description.get("base_model") or {}
     about = {
         "adapter": adapter.name,
-        "decomposition": adapter.settings.decomposition,
+        "decomposition": adapter.config.decomposition,
         "trainable numbers": adapter.count(),
         "scaling": adapter.scaling,
         "trained on": " ".join(filter(None, [base.get("class"), base.get("name")])),
@@ -108,7 +108,7 @@ def plan(options: Namespace, output: Output) -> bool:
     lora = sum(site.features + site.width for site in chosen)
     rows = []
     for name in options.decomposition:
-        made = format_of(name)
+        made = get_format(name)
         for rank in options.rank:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
@@ -167,10 +167,10 @@ def reason(site: lnn.Site) -> str:
         words.append("weight stored (in, out)")
     if site.experts:
         words.append(f"{site.experts} experts in one parameter")
-    if site.bypassed:
+    if site.weight_read_directly:
         words.append("its weight is read directly, so it gets a parametrization")
-    if site.also:
-        words.append(f"tied to {', '.join(site.also)}")
+    if site.tied_paths:
+        words.append(f"tied to {', '.join(site.tied_paths)}")
     return "; ".join(words)
 
 
@@ -250,7 +250,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
         "adapter": options.folder,
         "written": str(folder),
         "rank": config["r"],
-        "modules": len({path for site in adapter.sites for path in (site.path, *site.also)}),
+        "modules": len({path for site in adapter.sites for path in (site.path, *site.tied_paths)}),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }
     output.show(findings, [findings])

@@ -1,16 +1,16 @@
 """Tensor decompositions as networks of named legs, over PyTorch and TensorLy."""
 
-from ._along import along
-from ._formats import Format, cp, format_of, network, register, registry, tt, tucker
+from ._along import start_along
+from ._formats import Format, cp, formats, get_format, network, register_format, tt, tucker
 from ._legs import Legs, LegsError
-from ._modes import MODES, T_MODES, Shape
+from ._modes import LORTA_MODES, MODES, Shape
 from ._network import Cut, Network, TensorNetwork
 from ._sum import direct_sum
 from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
 
 __all__ = [
+    "LORTA_MODES",
     "MODES",
-    "T_MODES",
     "Cut",
     "Fit",
     "Format",
@@ -19,15 +19,15 @@ __all__ = [
     "Network",
     "Shape",
     "TensorNetwork",
-    "along",
     "cp",
     "decompose",
     "direct_sum",
-    "format_of",
+    "formats",
     "from_tensorly",
+    "get_format",
     "network",
-    "register",
-    "registry",
+    "register_format",
+    "start_along",
     "to_tensorly",
     "tt",
     "tucker",

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ._initial import Randn, Start, invariant, zero_parameter
 from ._legs import Legs
-from ._modes import T_MODES
+from ._modes import LORTA_MODES
 
 #: Columns beyond the rank, and rounds, of subspace iteration (Halko, Martinsson and Tropp 2011).
 OVERSAMPLING, ROUNDS = 8, 8
 
 
-def along(dense: Tensor, modes: str | Sequence[str] = T_MODES) -> Start:
+def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Start:
     """A start whose directions are the leading ones of a tensor, for ``init=``.
 
     The network's update is zero as in the default start, and every parameter has the size that it
@@ -42,7 +42,7 @@ def along(dense: Tensor, modes: str | Sequence[str] = T_MODES) -> Start:
         >>> from lortalib.decomp import network
         >>> line, shape = "in p, layer p q (zero), out q", {"layer": 2, "in": 6, "out": 5}
         >>> target = network(line, shape, 2, init="normal").dense()
-        >>> net = network(line, shape, 2, init=along(target, "layer in out"))
+        >>> net = network(line, shape, 2, init=start_along(target, "layer in out"))
         >>> net.dense().abs().max().item()
         0.0
     """
@@ -81,7 +81,7 @@ def along(dense: Tensor, modes: str | Sequence[str] = T_MODES) -> Start:
             matrix = x.permute([axes.index(leg) for leg in batch + rows + columns])
             shape = [sizes[leg] for leg in batch]
             matrix = matrix.reshape(*shape, room, math.prod(sizes[leg] for leg in columns))
-            u = leading(matrix, sizes[bond], randn)
+            u = leading_left_vectors(matrix, sizes[bond], randn)
             x = (u.mT @ matrix).reshape(*shape, sizes[bond], *(sizes[leg] for leg in columns))
             axes = [*batch, bond, *columns]
             order = [*batch, *rows, bond]
@@ -125,7 +125,7 @@ def upwards(legs: Legs, modes: Sequence[str]) -> list[tuple[int, str]]:
     return order[::-1]
 
 
-def leading(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
+def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
     """Orthonormal columns that span the leading left singular vectors, by subspace iteration.
 
     Args:

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 #: Multiplications that take as long as reading or writing one number of a step.
-_PASS = 100
+COST_OF_ONE_PASS = 100
 
 Names = tuple[str, ...]
 Path = tuple[tuple[int, int, str], ...]
 Plan = TypeVar("Plan")
 
 
-def _constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
+def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
     """Cache a pure function of hashable arguments; torch.compile takes its result as a constant."""
     cached = lru_cache(maxsize=4096)(function)
 
@@ -37,7 +37,7 @@ def _constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
     return torch.compiler.assume_constant_result(call)  # type: ignore[no-any-return]
 
 
-@_constant
+@compile_constant
 def contraction_path(
     terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
 ) -> Path:
@@ -78,7 +78,7 @@ def _order(
     for pair in combinations(range(len(terms)), 2):
         one, other, result = terms[pair[0]], terms[pair[1]], _joined(terms, pair, output)
         moved = sum(math.prod(size[leg] for leg in term) for term in (one, other, result))
-        cost = math.prod(size[leg] for leg in {*one, *other}) + _PASS * moved
+        cost = math.prod(size[leg] for leg in {*one, *other}) + COST_OF_ONE_PASS * moved
         steps.append((cost, pair, _without(terms, pair, result)))
     if len(terms) > 6:
         steps = [min(steps)]
@@ -107,28 +107,28 @@ def contract(
     terms: tuple[Names, ...], tensors: Sequence[Tensor], output: Names, sizes: Mapping[str, int]
 ) -> Tensor:
     """Sum over every leg that is not in ``output``; the result's axes are those of ``output``."""
-    return follow(contraction_path(terms, output, tuple(sizes.items())), tensors)
+    return contract_along(contraction_path(terms, output, tuple(sizes.items())), tensors)
 
 
-def follow(path: Path, tensors: Sequence[Tensor]) -> Tensor:
+def contract_along(path: Path, tensors: Sequence[Tensor]) -> Tensor:
     """The contraction of tensors along a path, in their own dtype, also under autocast."""
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with exactly(device):
-            return follow(path, tensors)
-    if plain() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        with without_autocast(device):
+            return contract_along(path, tensors)
+    if is_tracing() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return _values(path, tensors)[-1]
     result: Tensor = _Contraction.apply(path, *tensors)
     return result
 
 
-def exactly(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Without autocast, where there is one: results have the dtype of the parameters."""
     available = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
-def plain() -> bool:
+def is_tracing() -> bool:
     """Whether only plain operations can be followed: in compiled, traced, transformed functions, and
     with fake tensors."""
     return (
@@ -189,42 +189,47 @@ class _Contraction(Function):
 class Partition(NamedTuple):
     """Two sides of a network and the bonds that cross between them."""
 
-    near: tuple[int, ...]
-    far: tuple[int, ...]
+    in_side: tuple[int, ...]
+    out_side: tuple[int, ...]
     bonds: Names
 
 
-@_constant
+@compile_constant
 def cheapest_cut(
-    terms: tuple[Names, ...], sizes: tuple[tuple[str, int], ...], far_modes: Names, over: Names
+    terms: tuple[Names, ...],
+    sizes: tuple[tuple[str, int], ...],
+    out_modes: Names,
+    batch_modes: Names,
 ) -> Partition:
-    """Split the parameters so that ``in`` lies on one side and ``far_modes`` on the other.
+    """Split the parameters so that ``in`` lies on one side and ``out_modes`` on the other.
 
-    The modes ``over`` are on both sides where both carry them: each of their values is cut alike.
+    The modes ``batch_modes`` are on both sides where both carry them: each of their values is cut alike.
     Of all such splits the one with the smallest product of crossing bonds; among equals the one with
     the fewest parameters beside ``in``. A network has few parameters, so all splits are tried.
-    A parameter that carries ``in`` and a far mode cannot be split: then ``near`` is empty.
+    A parameter that carries ``in`` and a far mode cannot be split: then ``in_side`` is empty.
     """
     size = dict(sizes)
     pinned: list[int | None] = []
     for term in terms:
-        far = any(mode in term for mode in far_modes)
-        if "in" in term and far:
+        out_side = any(mode in term for mode in out_modes)
+        if "in" in term and out_side:
             # No bond separates the two sides: everything is far, and `in` itself is what crosses.
             return Partition((), tuple(range(len(terms))), ("in",))
-        pinned.append(0 if "in" in term else 1 if far else None)
+        pinned.append(0 if "in" in term else 1 if out_side else None)
     free = [position for position, side in enumerate(pinned) if side is None]
     best: tuple[tuple[int, int], Partition] | None = None
     for choice in product((0, 1), repeat=len(free)):
         side = {**dict(enumerate(pinned)), **dict(zip(free, choice))}
-        near = tuple(k for k in side if side[k] == 0)
+        in_side = tuple(k for k in side if side[k] == 0)
         rest = tuple(k for k in side if side[k] == 1)
         beyond = {leg for k in rest for leg in terms[k]}
-        crossing = (leg for k in near for leg in terms[k] if leg in beyond and leg not in over)
+        crossing = (
+            leg for k in in_side for leg in terms[k] if leg in beyond and leg not in batch_modes
+        )
         bonds = tuple(dict.fromkeys(crossing))
-        cost = (math.prod(size[bond] for bond in bonds), len(near))
+        cost = (math.prod(size[bond] for bond in bonds), len(in_side))
         if best is None or cost < best[0]:
-            best = cost, Partition(near, rest, bonds)
+            best = cost, Partition(in_side, rest, bonds)
     assert best is not None
     return best[1]
 
@@ -240,16 +245,16 @@ class Side(NamedTuple):
 
     parameters: tuple[int, ...]
     path: Path
-    over: tuple[bool, ...]
+    batch_modes: tuple[bool, ...]
 
     def contract(self, tensors: Sequence[Tensor], tail: tuple[int, int]) -> Tensor:
         """(*over, *tail), with size 1 where nothing carries an axis."""
-        found = follow(self.path, [tensors[k] for k in self.parameters])
+        found = contract_along(self.path, [tensors[k] for k in self.parameters])
         lead = iter(found.shape)
-        return found.reshape(*(next(lead) if carried else 1 for carried in self.over), *tail)
+        return found.reshape(*(next(lead) if carried else 1 for carried in self.batch_modes), *tail)
 
 
-class Division(NamedTuple):
+class CutPlan(NamedTuple):
     """A network divided at its cheapest cut.
 
     Attributes:
@@ -261,26 +266,29 @@ class Division(NamedTuple):
 
     partition: Partition
     rank: int
-    near: Side | None
-    far: Side
+    in_side: Side | None
+    out_side: Side
 
 
-@_constant
-def divide(
-    terms: tuple[Names, ...], sizes: tuple[tuple[str, int], ...], far_modes: Names, over: Names
-) -> Division:
+@compile_constant
+def make_cut_plan(
+    terms: tuple[Names, ...],
+    sizes: tuple[tuple[str, int], ...],
+    out_modes: Names,
+    batch_modes: Names,
+) -> CutPlan:
     """The division of `cheapest_cut`, with the order of the contractions on either side."""
-    partition = cheapest_cut(terms, sizes, far_modes, over)
+    partition = cheapest_cut(terms, sizes, out_modes, batch_modes)
     size = dict(sizes)
 
     def side(positions: tuple[int, ...], rows: Names) -> Side:
         own = tuple(terms[k] for k in positions)
         carried = {leg for term in own for leg in term}
-        lead = tuple(mode for mode in over if mode in carried)
+        lead = tuple(mode for mode in batch_modes if mode in carried)
         path = contraction_path(own, (*lead, *rows), sizes)
-        return Side(positions, path, tuple(mode in carried for mode in over))
+        return Side(positions, path, tuple(mode in carried for mode in batch_modes))
 
-    near = side(partition.near, (*partition.bonds, "in")) if partition.near else None
+    in_side = side(partition.in_side, (*partition.bonds, "in")) if partition.in_side else None
     # The bonds lead in memory: products with B then run along rows of head*out.
-    far = side(partition.far, (*partition.bonds, *far_modes))
-    return Division(partition, math.prod(size[bond] for bond in partition.bonds), near, far)
+    out_side = side(partition.out_side, (*partition.bonds, *out_modes))
+    return CutPlan(partition, math.prod(size[bond] for bond in partition.bonds), in_side, out_side)

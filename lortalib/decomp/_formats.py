@@ -59,9 +59,9 @@ def network(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
-    if isinstance(legs, str) and _key(legs) in {**registry, **_ALIASES}:
+    if isinstance(legs, str) and _key(legs) in {**formats, **_ALIASES}:
         options = {"init": init, "generator": generator, "device": device, "dtype": dtype}
-        return format_of(legs)(shape, rank, **options)
+        return get_format(legs)(shape, rank, **options)
     legs = Legs.parse(legs) if isinstance(legs, str) else legs
     shape = shape if isinstance(shape, Shape) else Shape(shape)
     legs.check(shape.modes)
@@ -217,7 +217,7 @@ def _tt_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
 
 
 #: Every named format, by name. Entries are added with `register`.
-registry: dict[str, Format] = {}
+formats: dict[str, Format] = {}
 
 _ALIASES = {
     "lorta": "cp",
@@ -233,13 +233,13 @@ _ALIASES = {
 }
 
 
-def register(
+def register_format(
     name: str,
     line: str | Callable[[Shape], str],
     about: str = "",
     read: Callable[[Shape, Sequence[int]], Rank] | None = None,
 ) -> Format:
-    """Give a line of legs a name, under which `format_of` and ``lortalib.nn.apply`` find it.
+    """Give a line of legs a name, under which `get_format` and ``lortalib.nn.apply`` find it.
 
     Args:
         name: letters, digits and underscores; hyphens and capitals are read as such.
@@ -253,38 +253,38 @@ def register(
 
     Example:
         >>> _ = register("layerwise", "layer in r, layer matrix head out r", "A shared by q, k, v")
-        >>> format_of("layerwise")((2, 2, 4, 8, 4), 3).count()
+        >>> get_format("layerwise")((2, 2, 4, 8, 4), 3).count()
         240
         >>> del registry["layerwise"]
     """
     key = _key(name)
-    if key in registry or key in _ALIASES:
+    if key in formats or key in _ALIASES:
         raise ValueError(f"the format name {name!r} is taken; del registry[{key!r}] frees it")
     if isinstance(line, str):
         Legs.parse(line)
-    registry[key] = Format(key, about, line, read)
-    return registry[key]
+    formats[key] = Format(key, about, line, read)
+    return formats[key]
 
 
-def format_of(name: str) -> Format:
+def get_format(name: str) -> Format:
     """The format of this name, or, where a line of legs is given, a nameless one with that line.
 
     Raises:
         ValueError: neither a known name nor a line of legs.
 
     Example:
-        >>> format_of("LoRA-XS").name, format_of("in r, head out r, layer matrix r").name
+        >>> get_format("LoRA-XS").name, get_format("in r, head out r, layer matrix r").name
         ('lora_xs', '')
     """
     key = _key(name)
     key = _ALIASES.get(key, key)
-    if key in registry:
-        return registry[key]
+    if key in formats:
+        return formats[key]
     if "," in name or " " in name:
         Legs.parse(name)
         return Format("", "a line of legs", name)
-    known = ", ".join([*registry, *_ALIASES])
-    close = difflib.get_close_matches(key, [*registry, *_ALIASES], 1)
+    known = ", ".join([*formats, *_ALIASES])
+    close = difflib.get_close_matches(key, [*formats, *_ALIASES], 1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
         f"unknown decomposition {name!r}{hint}; the names are {known}. Or give a line of legs, "
@@ -296,40 +296,46 @@ def _key(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-register("cp", _cp_line, "CP (canonical polyadic); LoRTA, arXiv 2410.04060")
-register("cp_matrix", _cp_matrix_line, "CP of each slice T[matrix]: q, k, v and o share nothing")
-register("tucker", _tucker_line, "Tucker: a factor for each mode and one core", _tucker_ranks)
-register("tt", _tt_line, "tensor train in the order of MetaTT-5D, arXiv 2506.09105", _tt_ranks)
-register(
+register_format("cp", _cp_line, "CP (canonical polyadic); LoRTA, arXiv 2410.04060")
+register_format(
+    "cp_matrix", _cp_matrix_line, "CP of each slice T[matrix]: q, k, v and o share nothing"
+)
+register_format(
+    "tucker", _tucker_line, "Tucker: a factor for each mode and one core", _tucker_ranks
+)
+register_format(
+    "tt", _tt_line, "tensor train in the order of MetaTT-5D, arXiv 2506.09105", _tt_ranks
+)
+register_format(
     "metatt_4d",
     "in a, layer a b, matrix b c, head out c",
     "MetaTT-4D, arXiv 2506.09105: heads not treated apart",
 )
-register(
+register_format(
     "metatt_41d",
     "in a, layer a b, task b c, matrix c d, head out d",
     "MetaTT-(4+1)D, arXiv 2506.09105: several tasks",
 )
-register(
+register_format(
     "ring",
     "in e a, layer a b, matrix b c, head c d, out d e",
     "tensor ring: a train whose ends are joined",
 )
-register("lotr", "in p, layer matrix p q, head out q", "LoTR, arXiv 2402.01376; FacT-TT")
-register("fact_tk", "in p, head out q, layer matrix s, p q s", "FacT-TK, arXiv 2212.03145")
-register("cara", "in r, out r, head r, layer matrix r", "CaRA, its attention part")
-register("lora", "layer matrix in r, layer matrix head out r", "LoRA, arXiv 2106.09685")
-register(
+register_format("lotr", "in p, layer matrix p q, head out q", "LoTR, arXiv 2402.01376; FacT-TT")
+register_format("fact_tk", "in p, head out q, layer matrix s, p q s", "FacT-TK, arXiv 2212.03145")
+register_format("cara", "in r, out r, head r, layer matrix r", "CaRA, its attention part")
+register_format("lora", "layer matrix in r, layer matrix head out r", "LoRA, arXiv 2106.09685")
+register_format(
     "lora_xs",
     "layer matrix in p (frozen), layer matrix p q, layer matrix head out q (frozen)",
     "LoRA-XS, arXiv 2405.17604, its frozen sides random unless set",
 )
-register(
+register_format(
     "vera",
     "in r (frozen), head out r (frozen), layer matrix r",
     "VeRA, arXiv 2310.11454, without its output vector",
 )
-register(
+register_format(
     "block_term",
     "in p n, out q n, head s n, layer t n, matrix u n, p q s t u n",
     "block term: n Tucker tensors added up",
@@ -356,7 +362,7 @@ def cp(shape: ShapeLike, rank: int, **options: Any) -> Network:
         >>> cp((12, 12, 4, 768, 64), rank=4).count()
         3440
     """
-    return registry["cp"](shape, rank, **options)
+    return formats["cp"](shape, rank, **options)
 
 
 def tucker(shape: ShapeLike, rank: Rank, **options: Any) -> Network:
@@ -376,7 +382,7 @@ def tucker(shape: ShapeLike, rank: Rank, **options: Any) -> Network:
         >>> tucker((12, 12, 4, 768, 64), rank=(3, 2, 2, 8, 8)).ranks
         {'p': 8, 'q': 8, 's': 2, 't': 3, 'u': 2}
     """
-    return registry["tucker"](shape, rank, **options)
+    return formats["tucker"](shape, rank, **options)
 
 
 def tt(shape: ShapeLike, rank: Rank, **options: Any) -> Network:
@@ -395,4 +401,4 @@ def tt(shape: ShapeLike, rank: Rank, **options: Any) -> Network:
         >>> tt((12, 12, 2, 768, 64), rank=16).count()
         19968
     """
-    return registry["tt"](shape, rank, **options)
+    return formats["tt"](shape, rank, **options)

@@ -10,7 +10,7 @@ from typing import Union
 MODES = ("task", "layer", "expert", "head", "matrix", "in", "out")
 
 #: The modes of LoRTA's tensor T, in the order in which a bare tuple of sizes is read.
-T_MODES = ("layer", "head", "matrix", "in", "out")
+LORTA_MODES = ("layer", "head", "matrix", "in", "out")
 
 ShapeLike = Union["Shape", Mapping[str, int], Sequence[int]]
 
@@ -40,13 +40,13 @@ class Shape(Mapping[str, int]):
             named = dict(sizes)
         else:
             listed = tuple(sizes)
-            if len(listed) != len(T_MODES):
+            if len(listed) != len(LORTA_MODES):
                 raise ValueError(
-                    f"a shape given as a tuple has {len(T_MODES)} sizes, {T_MODES}; found "
+                    f"a shape given as a tuple has {len(LORTA_MODES)} sizes, {LORTA_MODES}; found "
                     f"{len(listed)}: {listed}. For other modes give a mapping from names to sizes, "
                     "for instance {'layer': 12, 'in': 768, 'out': 768}."
                 )
-            named = dict(zip(T_MODES, listed))
+            named = dict(zip(LORTA_MODES, listed))
         for mode, size in named.items():
             if isinstance(size, bool) or not hasattr(size, "__index__"):
                 raise TypeError(f"the size of mode {mode!r} must be an integer; found {size!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._contract import Division, contract, divide
+from ._contract import CutPlan, contract, make_cut_plan
 from ._legs import Legs, LegsError, Term
 from ._modes import Shape
 
@@ -32,15 +32,15 @@ class Cut(NamedTuple):
     B: Tensor
 
 
-def cut_along(division: Division, tensors: Sequence[Tensor]) -> Cut:
+def cut_along(plan: CutPlan, tensors: Sequence[Tensor]) -> Cut:
     """The cut of a network that was divided, with these tensors as parameters."""
-    rank, over = division.rank, len(division.far.over)
-    if division.near is None:
+    rank, batch_modes = plan.rank, len(plan.out_side.batch_modes)
+    if plan.in_side is None:
         a = torch.eye(rank, dtype=tensors[0].dtype, device=tensors[0].device)
-        a = a.reshape(*[1] * over, rank, rank)
+        a = a.reshape(*[1] * batch_modes, rank, rank)
     else:
-        a = division.near.contract(tensors, (rank, -1))
-    return Cut(a, division.far.contract(tensors, (rank, -1)).mT)
+        a = plan.in_side.contract(tensors, (rank, -1))
+    return Cut(a, plan.out_side.contract(tensors, (rank, -1)).mT)
 
 
 class TensorNetwork(ABC):
@@ -146,9 +146,9 @@ class TensorNetwork(ABC):
             for term, tensor in zip(self.legs.terms, self.tensors)
         ]
         legs = Legs(tuple(term.without(index) for term in self.legs.terms))
-        return View(legs, tensors, tuple(mode for mode in self.modes if mode not in index))
+        return NetworkView(legs, tensors, tuple(mode for mode in self.modes if mode not in index))
 
-    def take(self, mode: str, positions: Tensor) -> TensorNetwork:
+    def index_select(self, mode: str, positions: Tensor) -> TensorNetwork:
         """Keep some positions of a mode, in the order given; positions may repeat.
 
         Args:
@@ -165,14 +165,14 @@ class TensorNetwork(ABC):
         Example:
             >>> from lortalib.decomp import cp
             >>> net = cp({"layer": 6, "in": 64, "out": 16}, rank=2)
-            >>> net.take("layer", torch.tensor([5, 0])).shape
+            >>> net.index_select("layer", torch.tensor([5, 0])).shape
             Shape(layer=2, in=64, out=16)
         """
         if mode not in self.modes:
             raise KeyError(
                 f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
             )
-        return View(
+        return NetworkView(
             self.legs,
             [
                 tensor.index_select(term.legs.index(mode), positions)
@@ -224,13 +224,13 @@ class TensorNetwork(ABC):
             for term in self.legs.terms
         ]
         legs = Legs((*terms, Term((mode, bond), frozen=True)))
-        return View(legs, [*self.tensors, matrix], self.modes)
+        return NetworkView(legs, [*self.tensors, matrix], self.modes)
 
-    def cut(self, *over: str) -> Cut:
+    def cut(self, *batch_modes: str) -> Cut:
         """Split the network into ordinary low-rank pairs, exactly and differentiably.
 
         The network is divided where the bonds that cross have the smallest product p; A holds the
-        side of ``in``. Besides ``in``, ``out`` and perhaps ``head`` only the modes ``over`` may be
+        side of ``in``. Besides ``in``, ``out`` and perhaps ``head`` only the modes ``batch_modes`` may be
         left: all their slices are cut at once.
 
         Args:
@@ -238,11 +238,11 @@ class TensorNetwork(ABC):
 
         Returns:
             `Cut`: A ``(*over, p, in)`` and B ``(*over, head*out, p)``, with ``B @ A`` the slices as
-            (head*out, in) matrices. Where one side does not depend on a mode of ``over``, it has size
+            (head*out, in) matrices. Where one side does not depend on a mode of ``batch_modes``, it has size
             1 there and broadcasts.
 
         Raises:
-            LegsError: other modes are left, or ``in``, ``out`` or one of ``over`` is missing.
+            LegsError: other modes are left, or ``in``, ``out`` or one of ``batch_modes`` is missing.
 
         Example:
             >>> from lortalib.decomp import cp
@@ -250,37 +250,37 @@ class TensorNetwork(ABC):
             >>> a.shape, b.shape
             (torch.Size([1, 1, 2, 64]), torch.Size([6, 4, 128, 2]))
         """
-        return cut_along(self.divide(*over), self.tensors)
+        return cut_along(self.cut_plan(*batch_modes), self.tensors)
 
-    def divide(self, *over: str) -> Division:
+    def cut_plan(self, *batch_modes: str) -> CutPlan:
         """Where `cut` divides the network, and in which order it contracts the two sides.
 
         Args:
             over: as for `cut`.
 
         Returns:
-            `Division`; ``division.partition`` has the positions of the parameters on the side of
+            `CutPlan`; ``plan.partition`` has the positions of the parameters on the side of
             ``in``, of those on the other side, and the bonds that cross.
 
         Raises:
             LegsError: as `cut`.
         """
-        self._check_cut(over)
-        far = tuple(mode for mode in _FAR if mode in self.modes)
-        division: Division = divide(self._terms, tuple(self.sizes.items()), far, over)
-        return division
+        self._check_cut(batch_modes)
+        out_side = tuple(mode for mode in _FAR if mode in self.modes)
+        plan: CutPlan = make_cut_plan(self._terms, tuple(self.sizes.items()), out_side, batch_modes)
+        return plan
 
-    def _check_cut(self, over: tuple[str, ...]) -> None:
-        absent = [mode for mode in over if mode not in self.modes or mode in ("in", *_FAR)]
-        if absent or len(set(over)) < len(over):
+    def _check_cut(self, batch_modes: tuple[str, ...]) -> None:
+        absent = [mode for mode in batch_modes if mode not in self.modes or mode in ("in", *_FAR)]
+        if absent or len(set(batch_modes)) < len(batch_modes):
             raise LegsError(
-                f"cannot cut over {', '.join(map(repr, over))}: these are to be different modes of "
+                f"cannot cut over {', '.join(map(repr, batch_modes))}: these are to be different modes of "
                 f"the network, which has {', '.join(self.modes)}, other than in, head and out"
             )
-        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *over)]
+        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *batch_modes)]
         if others or "in" not in self.modes or "out" not in self.modes:
             names = ", ".join(f"{mode}=0" for mode in others)
-            every = ", ".join(repr(mode) for mode in (*over, *others))
+            every = ", ".join(repr(mode) for mode in (*batch_modes, *others))
             raise LegsError(
                 "a cut needs the modes in, out and optionally head, and no others; "
                 f"this network has {', '.join(self.modes)}."
@@ -310,7 +310,7 @@ class TensorNetwork(ABC):
         return "\n".join([head, *lines])
 
 
-class View(TensorNetwork):
+class NetworkView(TensorNetwork):
     """A network over slices of parameters that another network owns; see `Network.select`."""
 
     def __init__(self, legs: Legs, tensors: Sequence[Tensor], modes: tuple[str, ...]) -> None:

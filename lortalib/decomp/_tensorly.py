@@ -21,9 +21,9 @@ from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ._formats import Rank, format_of, train_line
+from ._formats import Rank, get_format, train_line
 from ._legs import Legs
-from ._modes import T_MODES, Shape
+from ._modes import LORTA_MODES, Shape
 from ._network import Network, TensorNetwork
 
 TensorLyObject = Union[CPTensor, TuckerTensor, TTTensor]
@@ -101,7 +101,7 @@ def _network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str])
         cores[-1] = cores[-1].squeeze(-1)
         tensors = cores
     else:
-        legs = format_of("cp" if isinstance(obj, CPTensor) else "tucker").legs(shape)
+        legs = get_format("cp" if isinstance(obj, CPTensor) else "tucker").legs(shape)
         if isinstance(obj, CPTensor):
             factors[names[0]] = factors[names[0]] * torch.as_tensor(obj.weights)
         tensors = [factors[term.legs[0]] for term in legs.terms if term.legs[0] in factors]
@@ -161,7 +161,7 @@ def decompose(
     names = _axis_names(modes, tuple(dense.shape))
     if len(names) < 2:
         raise ValueError(f"a tensor of one mode ({', '.join(names)}) has no decomposition")
-    kind = format_of(decomposition).name
+    kind = get_format(decomposition).name
     if kind not in ("cp", "tucker", "tt"):
         raise ValueError(
             f"TensorLy has no algorithm for {decomposition!r} here; choose 'cp', 'tucker' or 'tt'"
@@ -170,7 +170,7 @@ def decompose(
         raise ValueError("the tensor to decompose holds NaN or infinity")
     shape = Shape(dict(zip(names, dense.shape)))
     # The format itself checks and cuts the ranks, and says in which order the modes stand.
-    net = format_of(kind)(shape, rank, init="invariant", device=dense.device, dtype=dense.dtype)
+    net = get_format(kind)(shape, rank, init="invariant", device=dense.device, dtype=dense.dtype)
     norm = torch.linalg.vector_norm(dense.detach().double()).item()
     if norm == 0:  # TensorLy meets a singular matrix here; the zero network is exact
         return Fit(net, 0.0)
@@ -259,13 +259,13 @@ def _factors(net: TensorNetwork) -> dict[str, Tensor] | None:
 
 def _axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
     if modes is None:
-        if len(sizes) != len(T_MODES):
+        if len(sizes) != len(LORTA_MODES):
             raise ValueError(
                 f"the tensor has {len(sizes)} axes {sizes}; name them, for instance "
                 "modes='layer in out' (only five axes have default names: "
-                f"{', '.join(T_MODES)})"
+                f"{', '.join(LORTA_MODES)})"
             )
-        return T_MODES
+        return LORTA_MODES
     names = tuple(modes.split() if isinstance(modes, str) else modes)
     if len(names) != len(sizes) or len(set(names)) != len(names):
         raise ValueError(

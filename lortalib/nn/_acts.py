@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _SIZES = (0.01, 1.0, 100.0)
 
 
-def acts(adapter: Adapter, example_inputs: Any, *, tolerance: float = 0.0) -> dict[str, bool]:
+def check_effect(
+    adapter: Adapter, example_inputs: Any, *, tolerance: float = 0.0
+) -> dict[str, bool]:
     """Check that every network of an adapter changes what the model computes.
 
     In each network in turn the parameter that starts at zero is moved at random, a little at first,
@@ -47,7 +49,7 @@ def acts(adapter: Adapter, example_inputs: Any, *, tolerance: float = 0.0) -> di
         >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, vocab_size=50,
         ...                              num_attention_heads=4, intermediate_size=64))
         >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
-        >>> acts(adapter, torch.tensor([[3, 14, 15, 9]]))
+        >>> check_effect(adapter, torch.tensor([[3, 14, 15, 9]]))
         {'encoder': True}
     """
     if adapter.merged or not adapter.active:

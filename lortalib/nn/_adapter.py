@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..decomp import Cut, Network
-from ._beside import Beside
+from ._beside import TrainedModules
 from ._factors import Bundle, Factors
 from ._groups import Group
 from ._host import Host, host_of, require_host
 from ._lowrank import Reads
 from ._names import ATTRIBUTE
-from ._share import attach, dense_share, detach
+from ._share import as_stored, attach, detach
 from ._site import Site
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterConfig:
     """How an adapter was asked for; written to its file.
 
     Attributes:
@@ -67,17 +67,17 @@ class Adapter(nn.Module):
     def __init__(
         self,
         name: str,
-        settings: Settings,
+        settings: AdapterConfig,
         groups: tuple[Group, ...],
         networks: Mapping[str, Network],
-        beside: Beside,
+        beside: TrainedModules,
     ) -> None:
         super().__init__()
         self.name = name
-        self.settings = settings
+        self.config = settings
         self.groups = groups
         self.networks = nn.ModuleDict(networks)
-        self.beside = beside
+        self.trained_modules = beside
         self.active = False
         self.merged = False
         self._host: list[Host] = []
@@ -98,12 +98,12 @@ class Adapter(nn.Module):
     @property
     def scaling(self) -> float:
         """The factor of the tensor in the update."""
-        return self.settings.scaling
+        return self.config.scaling
 
     @property
     def dropout(self) -> float:
         """Probability of dropping an input feature of the adapter in training."""
-        return self.settings.dropout
+        return self.config.dropout
 
     def count(self, trainable_only: bool = True) -> int:
         """How many numbers the networks hold; modules trained beside them are not counted."""
@@ -166,7 +166,7 @@ class Adapter(nn.Module):
                 )
             site = found[0]
         group = self._group_of[site]
-        return dense_share(group.dense(self.network(group), site), site) * self.scaling
+        return as_stored(group.dense(self.network(group), site), site) * self.scaling
 
     # On and off
 
@@ -190,19 +190,19 @@ class Adapter(nn.Module):
             ValueError: a module trained beside it is in use by another active adapter.
         """
         if not self.active:
-            self.beside.enter(self.host.model, self._others(active=True))
+            self.trained_modules.enter(self.host.model, self._others(active=True))
             self.active = True
 
-    def _others(self, active: bool) -> list[Beside]:
+    def _others(self, active: bool) -> list[TrainedModules]:
         adapters = [adapter for adapter in self.host.adapters() if adapter is not self]
-        return [adapter.beside for adapter in adapters if adapter.active or not active]
+        return [adapter.trained_modules for adapter in adapters if adapter.active or not active]
 
     def disable(self) -> None:
         """Leave the forward: the model computes what its base does, bit for bit."""
         if self.merged:
             self.unmerge()
         if self.active:
-            self.beside.leave(self.host.model)
+            self.trained_modules.leave(self.host.model)
             self.active = False
 
     @contextmanager
@@ -272,8 +272,8 @@ class Adapter(nn.Module):
             host.settle(self)
         else:
             self.disable()
-        if not self.beside.conflict(self._others(active=False)):
-            self.beside.set_trainable(host.model, False)
+        if not self.trained_modules.conflict(self._others(active=False)):
+            self.trained_modules.set_trainable(host.model, False)
         self._thaw()
         detach(host.model, self)
         self.active = self.merged = False
@@ -335,7 +335,9 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
     """
     host = host_of(model)
     others = list(host.adapters()) if host else []
-    taken = adapter.beside.conflict(other.beside for other in others if other.active)
+    taken = adapter.trained_modules.conflict(
+        other.trained_modules for other in others if other.active
+    )
     if active and taken:
         raise ValueError(
             f"{taken!r} is trained by another active adapter and can hold only one's values; "
@@ -349,11 +351,11 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
                 parameter.requires_grad_(False)
                 adapter._frozen.append(parameter)
         for other in others:
-            other.beside.set_trainable(model, True)
+            other.trained_modules.set_trainable(model, True)
     host[adapter.name] = adapter
     adapter._host = [host]
     adapter.train(model.training)
-    adapter.beside.set_trainable(model, True)
+    adapter.trained_modules.set_trainable(model, True)
     attach(model, adapter)
     if active:
         adapter.enable()
@@ -361,7 +363,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
 
 def describe(adapter: Adapter) -> str:
     """What was patched, how many numbers, and how many LoRA would need."""
-    settings = adapter.settings
+    settings = adapter.config
     host = adapter._host[0] if adapter._host else None
     rows: list[tuple[Any, ...]] = [
         ("stack", "matrices", "layers", "heads", "in", "out", "legs", "ranks", "numbers")
@@ -411,8 +413,8 @@ def describe(adapter: Adapter) -> str:
         f"  {count:,} trainable numbers{share}; LoRA of rank {rank} on these {len(adapter.sites)} "
         f"projections has {rank * lora:,} ({rank * lora / max(1, count):.3g} times as many)"
     )
-    if adapter.beside.paths:
-        lines.append(f"  trained beside it: {', '.join(adapter.beside.paths)}")
+    if adapter.trained_modules.paths:
+        lines.append(f"  trained beside it: {', '.join(adapter.trained_modules.paths)}")
     return "\n".join(lines)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..decomp import network
-from ..decomp._along import along, upwards
+from ..decomp._along import start_along, upwards
 from ..decomp._initial import zero_parameter
 from ._adapter import Adapter, install
 from ._apply import adapters
-from ._beside import Beside
+from ._beside import TrainedModules
 
 
-def align(
+def align_to_gradient(
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -29,7 +29,7 @@ def align(
     """Point an adapter that has not been trained along the gradient of the loss.
 
     The gradient of the mean loss by T itself is found, one tensor for each network, and the network
-    starts along it (see `lortalib.decomp.along`): the update stays zero and every parameter keeps
+    starts along it (see `lortalib.decomp.start_along`): the update stays zero and every parameter keeps
     its size, but directions are no longer random. That is what LoRA-GA (arXiv 2407.05000) does for
     LoRA and, with frozen sides, what lets ``"lora_xs"`` do with r * r numbers for each matrix. A few
     batches suffice. While it runs, memory holds one float32 number for each weight that is adapted,
@@ -56,8 +56,8 @@ def align(
         ...     num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64))
         >>> adapter = lortalib.nn.apply(model, "lora_xs", rank=4)
         >>> batch = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}
-        >>> lortalib.nn.align(model, [batch])
-        >>> adapter.settings.init, adapter.delta(adapter.sites[0]).abs().max().item()
+        >>> lortalib.nn.align_to_gradient(model, [batch])
+        >>> adapter.config.init, adapter.delta(adapter.sites[0]).abs().max().item()
         ('gradient', 0.0)
     """
     known = adapters(model)
@@ -72,7 +72,7 @@ def align(
     for group in adapter.groups:
         net, gradient = adapter.network(group), gradients[group.name]
         try:
-            start = along(gradient, net.modes)
+            start = start_along(gradient, net.modes)
         except ValueError as error:
             raise ValueError(
                 f"the gradient by the tensor of {group.name!r} is zero or not finite: does the loss "
@@ -91,7 +91,7 @@ def align(
         for net, started in found:
             for own, tensor in zip(net.tensors, started.tensors):
                 own.copy_(tensor)
-    adapter.settings = replace(adapter.settings, init="gradient")
+    adapter.config = replace(adapter.config, init="gradient")
 
 
 def _check(adapter: Adapter) -> None:
@@ -161,8 +161,10 @@ def _whole(model: nn.Module, adapter: Adapter) -> Iterator[Adapter]:
         device = net.tensors[0].device
         line = " ".join(net.modes)
         networks[group.name] = network(line, net.shape, 1, device=device)
-    settings = replace(adapter.settings, dropout=0.0)
-    whole = Adapter(f"_{adapter.name}_gradient", settings, adapter.groups, networks, Beside())
+    settings = replace(adapter.config, dropout=0.0)
+    whole = Adapter(
+        f"_{adapter.name}_gradient", settings, adapter.groups, networks, TrainedModules()
+    )
     install(whole, model, active=True, freeze=False)
     try:
         yield whole

@@ -15,23 +15,30 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ._blocks import Block, BlockError, read_block
-from ._families import FAMILIES, Family
+from ._blocks import AttentionBlock, BlockError, read_block
+from ._families import RULES, BlockRule
 from ._mlp import read_mlps
-from ._names import is_attention, is_mixer, is_projection, leaves, role_of, stored
-from ._site import ROLES, Rows, Site
+from ._names import (
+    is_attention,
+    is_mixer,
+    is_projection,
+    original_weight,
+    projection_children,
+    role_of,
+)
+from ._site import ROLES, FeatureRows, Site
 
 
-class AnatomyError(ValueError):
+class UnsupportedModelError(ValueError):
     """A model whose attention projections were not, or not all, found."""
 
 
-def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteList:
+def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> SiteList:
     """Every attention projection of a transformers model.
 
     Args:
         model: any transformers model; also on the meta device.
-        family: rows that say what the rules cannot read off, for remote-code models; they go before
+        rules: rows that say what the rules cannot read off, for remote-code models; they go before
             the library's own.
 
     Returns:
@@ -50,35 +57,35 @@ def sites(model: nn.Module, *, family: Family | Sequence[Family] = ()) -> SiteLi
         ('o', 'encoder.layer.0.attention.output.dense', 4, 8, True)
     """
     check_model(model)
-    families = ((family,) if isinstance(family, Family) else tuple(family)) + FAMILIES
-    found, refused = _read(model, families)
+    rules = ((rules,) if isinstance(rules, BlockRule) else tuple(rules)) + RULES
+    found, refused = _read(model, rules)
     if refused or not found:
-        raise AnatomyError(_complaint(model, len(found), refused))
+        raise UnsupportedModelError(_refusal_text(model, len(found), refused))
     return _listed(model, found)
 
 
-def understood(model: nn.Module) -> SiteList:
+def understood_sites(model: nn.Module) -> SiteList:
     """The projections of those attention blocks that are understood, however many are not.
 
     For callers that say themselves which modules they want, such as PEFT.
     """
-    found, refused = _read(model, FAMILIES)
+    found, refused = _read(model, RULES)
     return _listed(model, {k: v for k, v in found.items() if k.partition(" ")[0] not in refused})
 
 
 def _read(
-    model: nn.Module, families: Sequence[Family]
+    model: nn.Module, rules: Sequence[BlockRule]
 ) -> tuple[dict[str, list[Site]], dict[str, str]]:
     """Sites by name of their block, and why by path of the blocks that were not understood."""
     modules = dict(model.named_modules())
     found: dict[str, list[Site]] = {}
     refused: dict[str, str] = {}
-    for block in _blocks(modules, families):
+    for block in _blocks(modules, rules):
         try:
             found[block.name] = read_block(block, modules)
         except BlockError as error:
             refused[block.path] = str(error)
-    refused |= _overlooked(modules, found, refused, families)
+    refused |= _overlooked(modules, found, refused, rules)
     refused |= _claimed_twice(found)
     return found, refused
 
@@ -115,7 +122,7 @@ class SiteList(list[Site]):
                 (
                     site.stack,
                     str(len(members)),
-                    site.role + (" (weight)" if site.bypassed else ""),
+                    site.role + (" (weight)" if site.weight_read_directly else ""),
                     str(site.heads),
                     str(site.head_dim),
                     f"{site.width:,}",
@@ -147,7 +154,7 @@ def mlp_sites(model: nn.Module) -> SiteList:
     check_model(model)
     found = read_mlps(dict(model.named_modules()))
     if not found:
-        raise AnatomyError(
+        raise UnsupportedModelError(
             f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
             "down-projection (gate_proj/up_proj/down_proj, fc1/fc2, intermediate/output.dense, ...) "
             "of widths that fit each other, or packed experts"
@@ -155,23 +162,23 @@ def mlp_sites(model: nn.Module) -> SiteList:
     return _listed(model, found)
 
 
-def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterator[Block]:
+def _blocks(modules: dict[str, nn.Module], rules: Sequence[BlockRule]) -> Iterator[AttentionBlock]:
     first = {id(module): path for path, module in reversed(modules.items())}
     for path, module in modules.items():
-        row = next((row for row in families if row.fits(module)), Family(""))
+        row = next((row for row in rules if row.fits(module)), BlockRule(""))
         if row.skip or is_mixer(module):
             continue
         if isinstance(module, nn.MultiheadAttention):
-            yield Block(path, (), {}, row)
+            yield AttentionBlock(path, (), {}, row)
             continue
         sets: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         declared = {
-            f"{path}.{below}" if path else below: role for role, below in row.leaves.items()
+            f"{path}.{below}" if path else below: role for role, below in row.projections.items()
         }
         for full, role in declared.items():
             if full in modules:
                 sets[()][role].append(full)
-        for name, below in leaves(module):
+        for name, below in projection_children(module):
             full = first[id(module.get_submodule(below))]  # a module can hang in two places
             role, extra = role_of(name) or ("", ())
             if full in declared:
@@ -189,9 +196,11 @@ def _blocks(modules: dict[str, nn.Module], families: Sequence[Family]) -> Iterat
             if not _is_block(set(held), module, bool(extra)):
                 continue
             output = _output(path, extra, outputs, modules)
-            borrowed = output in taken  # a second set that shares the output of the first
+            shares_output = output in taken  # a second set that shares the output of the first
             taken.add(output or "")
-            yield Block(path, extra, held | ({"o": output} if output else {}), row, borrowed)
+            yield AttentionBlock(
+                path, extra, held | ({"o": output} if output else {}), row, shares_output
+            )
 
 
 def _is_block(roles: set[str], module: nn.Module, second: bool) -> bool:
@@ -243,7 +252,7 @@ def _overlooked(
     modules: dict[str, nn.Module],
     found: dict[str, list[Site]],
     refused: dict[str, str],
-    families: Sequence[Family],
+    rules: Sequence[BlockRule],
 ) -> dict[str, str]:
     """Modules that call themselves attention and hold weights, but took no part in any block."""
     claimed = {site.path for members in found.values() for site in members}
@@ -254,7 +263,7 @@ def _overlooked(
     for path, module in modules.items():
         if not is_attention(module) or path in inside or path in claimed:
             continue
-        if any(row.skip and row.fits(module) for row in families):
+        if any(row.skip and row.fits(module) for row in rules):
             continue
         if any(_within(path, other) for other in (*known, *overlooked, *parents)):
             continue
@@ -288,7 +297,7 @@ def _within(path: str, other: str) -> bool:
     return path == other or not other or path.startswith(f"{other}.")
 
 
-def _complaint(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
+def _refusal_text(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
     name = type(model).__name__
     if not refused:
         return (
@@ -307,7 +316,7 @@ def _complaint(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
     if len(refused) > len(shown):
         lines.append(f"  ... and {len(refused) - len(shown)} more")
     lines.append(
-        "A row family=lortalib.nn.Family(...) tells what cannot be read off; see docs/models.md"
+        "A row rules=lortalib.nn.BlockRule(...) tells what cannot be read off; see docs/models.md"
     )
     return "\n".join(lines)
 
@@ -343,17 +352,19 @@ _CONTAINERS = frozenset(
 
 def _tie(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
     """Let modules that hold the same parameter be one site: what is tied in the base stays tied."""
-    first: dict[tuple[int, str, Rows | None], tuple[str, int]] = {}
+    first: dict[tuple[int, str, FeatureRows | None], tuple[str, int]] = {}
     tied: dict[str, list[Site]] = {name: [] for name in found}
     for name, members in found.items():
         for site in members:
-            weight = stored(modules[site.path], site.parameter)
+            weight = original_weight(modules[site.path], site.parameter)
             key = (id(weight), site.role, site.rows)
             if key in first:
                 owner, position = first[key]
                 known = tied[owner][position]
                 if site.path != known.path:
-                    tied[owner][position] = replace(known, also=(*known.also, site.path))
+                    tied[owner][position] = replace(
+                        known, tied_paths=(*known.tied_paths, site.path)
+                    )
             else:
                 first[key] = name, len(tied[name])
                 tied[name].append(site)

@@ -11,18 +11,18 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from ..decomp import Network, Shape, format_of
+from ..decomp import Network, Shape, get_format
 from ..decomp._formats import Rank
 from ..decomp._initial import StartLike, as_start, zero_parameter
-from ._adapter import Adapter, Settings, install
-from ._anatomy import AnatomyError, check_model, mlp_sites, sites
-from ._beside import Beside, find_modules
-from ._families import Family
-from ._groups import Group, Targets, choose, group_sites, tie_residual
+from ._adapter import Adapter, AdapterConfig, install
+from ._anatomy import UnsupportedModelError, check_model, mlp_sites, sites
+from ._beside import TrainedModules, find_modules
+from ._families import BlockRule
+from ._groups import Group, Targets, choose, group_sites, share_input_factor
 from ._host import Host, host_of
 from ._mlp import check_experts
 from ._probe import verify as probe
-from ._share import stored_weight
+from ._share import site_weight
 from ._site import MLP_ROLES, Site
 
 Decomposition = Union[str, Callable[..., Network]]
@@ -42,8 +42,8 @@ def apply(
     name: str = "default",
     train_also: Sequence[str] = (),
     share_residual: bool = False,
-    family: Family | Sequence[Family] = (),
-    verify: Mapping[str, Any] | None = None,
+    rules: BlockRule | Sequence[BlockRule] = (),
+    verify_with: Mapping[str, Any] | None = None,
     freeze: bool = True,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
@@ -73,8 +73,8 @@ def apply(
         train_also: modules that train as a whole beside it and are saved with it.
         share_residual: let the networks of one stack with equal width and rank have one factor for
             ``in``, the residual stream: attention and MLP then share it.
-        family: rows that explain a remote-code model; see `sites`.
-        verify: example inputs of the model; the plan is held against one forward of the live model
+        rules: rows that explain a remote-code model; see `sites`.
+        verify_with: example inputs of the model; the plan is held against one forward of the live model
             before anything is changed (see `lortalib.nn.verify`).
         freeze: whether all else of the model stops requiring gradients.
         generator: source of randomness for the start.
@@ -105,19 +105,19 @@ def apply(
         targets=targets,
         layers=layers,
         gqa=gqa,
-        family=family,
+        rules=rules,
         options={"init": init, "generator": generator, "dtype": dtype},
         share_residual=share_residual,
     )
     chosen = [site for group in groups for site in group.sites]
     paths = find_modules(model, train_also, (site.path for site in chosen))
-    if verify is not None:
+    if verify_with is not None:
         attention = [site for site in chosen if site.role not in MLP_ROLES]
-        probe(model, verify, sites=attention).raise_for_disagreement()
+        probe(model, verify_with, sites=attention).raise_for_disagreement()
     settings = make_settings(
         decomposition, networks, alpha, dropout, gqa, init, share_residual=share_residual
     )
-    adapter = Adapter(name, settings, tuple(groups), networks, Beside(paths))
+    adapter = Adapter(name, settings, tuple(groups), networks, TrainedModules(paths))
     install(adapter, model, active=True, freeze=freeze)
     return adapter
 
@@ -143,9 +143,9 @@ def make_settings(
     gqa: str,
     init: StartLike,
     share_residual: bool = False,
-) -> Settings:
+) -> AdapterConfig:
     """The settings of an adapter with these networks."""
-    return Settings(
+    return AdapterConfig(
         decomposition=_name_of(decomposition),
         alpha=float(alpha),
         scaling=float(alpha) / (_published_rank(networks) if init == "lorta" else 1),
@@ -164,24 +164,24 @@ def plan(
     targets: Targets,
     layers: int | Iterable[int] | None,
     gqa: str,
-    family: Family | Sequence[Family],
+    rules: BlockRule | Sequence[BlockRule],
     options: dict[str, Any],
     share_residual: bool,
 ) -> tuple[list[Group], dict[str, Network]]:
     """The groups of the chosen sites and a network for each, by name; changes nothing."""
-    chosen = choose(candidates(model, targets, family), targets, layers)
+    chosen = choose(candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
-    check_whole(model, {site.path: stored_weight(model, site) for site in chosen})
+    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     groups = group_sites(chosen, gqa)
     networks: dict[str, Network] = {}
     for group in groups:
-        weight = stored_weight(model, group.sites[0])
+        weight = site_weight(model, group.sites[0])
         device = weight.device if isinstance(weight, torch.Tensor) else None
         networks[group.name] = make_network(
             decomposition, group, rank, {**options, "device": device}
         )
     if share_residual:
-        tie_residual(groups, networks)
+        share_input_factor(groups, networks)
     return groups, networks
 
 
@@ -206,18 +206,20 @@ def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
         )
 
 
-def candidates(model: nn.Module, targets: Targets, family: Family | Sequence[Family]) -> list[Site]:
+def candidates(
+    model: nn.Module, targets: Targets, rules: BlockRule | Sequence[BlockRule]
+) -> list[Site]:
     """The sites that targets of this kind choose from."""
     if targets == "mlp":
         return mlp_sites(model)
-    attention = sites(model, family=family)
+    attention = sites(model, rules=rules)
     if targets == "all":
         return attention + mlp_sites(model)
     if isinstance(targets, str) or callable(targets):
         return attention
     try:
         return attention + mlp_sites(model)
-    except AnatomyError:
+    except UnsupportedModelError:
         return attention
 
 
@@ -227,7 +229,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {adapter.name: adapter for adapter in host.adapters()} if host else {}
 
 
-def activate(model: nn.Module, names: str | Iterable[str]) -> None:
+def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
     """Let exactly these adapters take part in the forward; their updates add up.
 
     The cost does not depend on the size of the model.
@@ -245,7 +247,7 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
         >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
         ...                              num_attention_heads=4, intermediate_size=64))
         >>> one, two = (apply(model, "cp", rank=2, name=name) for name in ("one", "two"))
-        >>> activate(model, "two")
+        >>> set_active(model, "two")
         >>> [name for name, adapter in adapters(model).items() if adapter.active]
         ['two']
     """
@@ -258,7 +260,9 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> None:
             f"{', '.join(map(repr, known)) or 'none'}"
         )
     for position, name in enumerate(wanted):
-        taken = known[name].beside.conflict(known[other].beside for other in wanted[:position])
+        taken = known[name].trained_modules.conflict(
+            known[other].trained_modules for other in wanted[:position]
+        )
         if taken:
             raise ValueError(
                 f"the adapters {wanted} cannot be active together: both train {taken!r}"
@@ -286,7 +290,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def _name_of(decomposition: Decomposition) -> str:
     if isinstance(decomposition, str):
-        return format_of(decomposition).name or decomposition
+        return get_format(decomposition).name or decomposition
     name = getattr(decomposition, "name", "") or getattr(decomposition, "__name__", "")
     return name or type(decomposition).__name__
 
@@ -297,7 +301,7 @@ def make_network(
     """The network of a group, checked against the group's shape."""
     shape = group.shape
     if isinstance(decomposition, str):
-        return format_of(decomposition)(shape, rank, **options)
+        return get_format(decomposition)(shape, rank, **options)
     if not callable(decomposition):
         raise ValueError(
             f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"

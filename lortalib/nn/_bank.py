@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..decomp import Network
 from ..decomp._formats import Rank
 from ..decomp._legs import Legs, Term
-from ..decomp._network import View
+from ..decomp._network import NetworkView
 from ._adapter import Adapter
 from ._apply import Decomposition, plan
 from ._factors import Bundle, Factors
-from ._families import Family
+from ._families import BlockRule
 from ._groups import Group, Targets
 from ._lowrank import Reads
 from ._rows import BatchSize, Rows, RowShare
@@ -89,7 +89,7 @@ class Bank:
                 tensor[0] = 0
             legs = Legs(tuple(Term((ADAPTER, *term.legs)) for term in network.legs.terms))
             zeros = [torch.zeros(1).expand(2, *tensor.shape) for tensor in network.tensors]
-            like = View(legs, zeros, (ADAPTER, *network.modes))
+            like = NetworkView(legs, zeros, (ADAPTER, *network.modes))
             self._factors.append(Factors(group, like, 1.0, self.reads, (ADAPTER,)))
         self._model = model
         model.register_forward_pre_hook(BatchSize(self), with_kwargs=True)
@@ -312,10 +312,10 @@ class Bank:
         return tensors
 
     def _of_adapter(self, name: Hashable, adapter: Adapter) -> dict[str, list[Tensor]]:
-        if adapter.beside.paths:
+        if adapter.trained_modules.paths:
             raise ValueError(
-                f"adapter {name!r} trains {', '.join(adapter.beside.paths)} beside it, which the rows of "
-                "one batch cannot have different values of"
+                f"adapter {name!r} trains whole modules ({', '.join(adapter.trained_modules.paths)}), of "
+                "which the rows of one batch cannot have different values"
             )
         own = {group.name: group for group in self.groups}
         tensors = {}
@@ -351,7 +351,7 @@ def bank(
     layers: int | Iterable[int] | None = None,
     gqa: str = "pool",
     share_residual: bool = False,
-    family: Family | Sequence[Family] = (),
+    rules: BlockRule | Sequence[BlockRule] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Bank:
@@ -367,7 +367,7 @@ def bank(
         layers: as for `apply`.
         gqa: as for `apply`.
         share_residual: as for `apply`; every network then stores the shared factor.
-        family: as for `apply`.
+        rules: as for `apply`.
         dtype: in which the numbers are kept; computation follows the model's.
         device: where they are kept, by default with the model's weights. What a batch gathers moves to
             the model, so a bank can lie in main memory beside a model on a GPU.
@@ -406,14 +406,14 @@ def bank(
         targets=targets,
         layers=layers,
         gqa=gqa,
-        family=family,
+        rules=rules,
         options={"init": "invariant", "generator": None, "dtype": torch.float32},
         share_residual=share_residual,
     )
     for group in groups:
         for site in group.sites:
             owner = type(model.get_submodule(site.path.rpartition(".")[0])).__name__
-            if site.experts or site.bypassed or owner in _TIME_FIRST:
+            if site.experts or site.weight_read_directly or owner in _TIME_FIRST:
                 why = "packs experts" if site.experts else "does not see the batch as rows"
                 raise ValueError(
                     f"{site.path} {why}, so the rows of a batch cannot have adapters of their own "

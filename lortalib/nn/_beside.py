@@ -12,7 +12,7 @@ from ._names import ATTRIBUTE
 Values = dict[str, dict[str, Tensor]]
 
 
-class Beside:
+class TrainedModules:
     """Whole modules that an adapter trains in place, owns and takes with it.
 
     While the adapter is active the modules hold its values, and else those of the base. So a
@@ -34,12 +34,12 @@ class Beside:
             return self._read(model)
         return self._other
 
-    def conflict(self, others: Iterable[Beside]) -> str | None:
+    def conflict(self, others: Iterable[TrainedModules]) -> str | None:
         """A module that is also in use by one of ``others``."""
         taken = {path for other in others for path in other.paths}
         return next((path for path in self.paths if path in taken), None)
 
-    def enter(self, model: nn.Module, others: Iterable[Beside]) -> None:
+    def enter(self, model: nn.Module, others: Iterable[TrainedModules]) -> None:
         """Put the adapter's values into the modules and keep the base's.
 
         Raises:

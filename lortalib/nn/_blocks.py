@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ._families import LAYOUTS, Family
-from ._site import WRITERS, Rows, Site, part
+from ._families import LAYOUTS, BlockRule
+from ._site import WRITERS, FeatureRows, Site, feature_rows
 
 _HEAD_COUNTS = [
     "num_attention_heads",
@@ -43,7 +43,7 @@ class BlockError(ValueError):
 
 
 @dataclass(frozen=True)
-class Block:
+class AttentionBlock:
     """A module that holds the projections of one attention.
 
     Attributes:
@@ -58,8 +58,8 @@ class Block:
     path: str
     extra: tuple[str, ...]
     leaves: dict[str, str]
-    row: Family
-    borrowed: bool = False
+    row: BlockRule
+    shares_output: bool = False
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
-def read_block(block: Block, modules: dict[str, nn.Module]) -> list[Site]:
+def read_block(block: AttentionBlock, modules: dict[str, nn.Module]) -> list[Site]:
     """The sites of a block, widths checked against each other; stack and layer come later.
 
     Raises:
@@ -102,21 +102,24 @@ def read_block(block: Block, modules: dict[str, nn.Module]) -> list[Site]:
             "no output projection was recognised beside "
             + ", ".join(path.rpartition(".")[2] for path in block.leaves.values())
         )
-    reader = _Reader(block, modules, width)
+    reader = BlockReader(block, modules, width)
     if "kv_b" in width:
         sites = reader.latent()
     elif "qkv" in width:
         sites = reader.fused()
     else:
         sites = reader.apart()
-    return [site for site in sites if not (block.borrowed and site.role == "o")]
+    return [site for site in sites if not (block.shares_output and site.role == "o")]
 
 
-class _Reader:
+class BlockReader:
     """Works out the shape of a block and makes its sites."""
 
     def __init__(
-        self, block: Block, modules: dict[str, nn.Module], width: dict[str, tuple[int, int]]
+        self,
+        block: AttentionBlock,
+        modules: dict[str, nn.Module],
+        width: dict[str, tuple[int, int]],
     ) -> None:
         self.block, self.modules, self.width = block, modules, width
         self.module = modules[block.path]
@@ -135,10 +138,10 @@ class _Reader:
                 f"its queries are {q_out} wide, which {self.heads} heads do not divide"
             )
         qk = q_out // self.heads
-        rows: dict[str, Rows] = {}
+        rows: dict[str, FeatureRows] = {}
         if self.head_dim and qk == 2 * self.head_dim and o_in == self.heads * self.head_dim:
             qk = self.head_dim  # each head holds its query, then its gate
-            rows["q"] = part(0, (self.heads, 2 * qk), (qk, 1))
+            rows["q"] = feature_rows(0, (self.heads, 2 * qk), (qk, 1))
         elif self.head_dim and qk != self.head_dim:
             raise BlockError(
                 f"its queries are {q_out} wide, which is not {self.heads} heads of {self.head_dim} "
@@ -198,7 +201,7 @@ class _Reader:
         qk = own = q_out // heads
         if self.head_dim and own == self.head_dim + v:
             qk = self.head_dim  # each head holds its query, then a gate for its values
-        q_rows = part(0, (heads, own), (qk, 1)) if qk != own else None
+        q_rows = feature_rows(0, (heads, own), (qk, 1)) if qk != own else None
         nope = unit - v
         if nope < 1 or nope > qk:
             raise BlockError(f"keys and values of {unit} components do not fit values of {v}")
@@ -206,9 +209,12 @@ class _Reader:
         sites = [
             self._site("q", q, shape, q_rows),
             self._site(
-                "k", "kv_b", _Shape(heads, heads, nope, v), part(0, (heads, unit), (nope, 1))
+                "k",
+                "kv_b",
+                _Shape(heads, heads, nope, v),
+                feature_rows(0, (heads, unit), (nope, 1)),
             ),
-            self._site("v", "kv_b", shape, part(nope, (heads, unit), (v, 1))),
+            self._site("v", "kv_b", shape, feature_rows(nope, (heads, unit), (v, 1))),
             self._site("o", "o", shape, None),
         ]
         for role in ("q_a", "kv_a"):
@@ -217,7 +223,7 @@ class _Reader:
                 sites.append(self._site(role, role, one, None))
         return sites
 
-    def _fused_kv(self, qk: int, rows: dict[str, Rows]) -> list[Site]:
+    def _fused_kv(self, qk: int, rows: dict[str, FeatureRows]) -> list[Site]:
         total, o_in = self.width["kv"][1], self.width["o"][0]
         per_head = self._layout() == "per_head"
         kv_heads = self.heads if per_head else total // (2 * qk)
@@ -228,8 +234,14 @@ class _Reader:
             )
         shape = _Shape(self.heads, kv_heads, qk, v)
         outer = (kv_heads, qk + v)
-        k_rows = part(0, outer, (qk, 1)) if per_head else part(0, (kv_heads * qk, 1))
-        v_rows = part(qk, outer, (v, 1)) if per_head else part(kv_heads * qk, (kv_heads * v, 1))
+        k_rows = (
+            feature_rows(0, outer, (qk, 1)) if per_head else feature_rows(0, (kv_heads * qk, 1))
+        )
+        v_rows = (
+            feature_rows(qk, outer, (v, 1))
+            if per_head
+            else feature_rows(kv_heads * qk, (kv_heads * v, 1))
+        )
         return [
             self._site("q", "q", shape, rows.get("q")),
             self._site("k", "kv", shape, k_rows),
@@ -245,7 +257,7 @@ class _Reader:
             if not self._is_known():
                 raise BlockError(
                     "it has a fused q, k, v projection, whose layout cannot be read off; declare it "
-                    f"with family=Family({type(self.module).__name__!r}, fused=...), one of "
+                    f"with rules=BlockRule({type(self.module).__name__!r}, fused=...), one of "
                     f"{', '.join(map(repr, LAYOUTS))}"
                 )
             name = "contiguous"
@@ -253,7 +265,7 @@ class _Reader:
             raise BlockError(f"unknown layout {name!r}; choose {', '.join(map(repr, LAYOUTS))}")
         return name
 
-    def _site(self, role: str, leaf: str, shape: _Shape, rows: Rows | None) -> Site:
+    def _site(self, role: str, leaf: str, shape: _Shape, rows: FeatureRows | None) -> Site:
         path = self.block.leaves[leaf]
         n_in, n_out = self.width[leaf]
         writer = role in WRITERS
@@ -272,7 +284,7 @@ class _Reader:
             transposed=type(self.modules[path]).__name__ == "Conv1D",
             rows=rows,
             fused=n_out if rows is not None else None,
-            bypassed=self._is_bypassed(path),
+            weight_read_directly=self._is_bypassed(path),
         )
 
     def _head_count(self) -> int:
@@ -299,15 +311,19 @@ class _Reader:
         return None
 
     def _is_bypassed(self, path: str) -> bool:
-        bypassed = self.block.row.bypassed
-        if bypassed is not None:
-            return bypassed(self.module) if callable(bypassed) else bypassed
+        weight_read_directly = self.block.row.weight_read_directly
+        if weight_read_directly is not None:
+            return (
+                weight_read_directly(self.module)
+                if callable(weight_read_directly)
+                else weight_read_directly
+            )
         leaf = path.removeprefix(f"{self.block.path}.").partition(".")[0]
-        return leaf in weights_read(type(self.module))  # type: ignore[arg-type]
+        return leaf in children_read_directly(type(self.module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)
-def weights_read(cls: Any) -> frozenset[str]:
+def children_read_directly(cls: Any) -> frozenset[str]:
     """Children whose weight the class's own code reads as a tensor, so that hooks would be passed by.
 
     ``self.q_proj.weight.dtype`` does not count: nothing is computed with it.
@@ -326,18 +342,19 @@ def weights_read(cls: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def _read_torch(block: Block, module: nn.MultiheadAttention) -> list[Site]:
+def _read_torch(block: AttentionBlock, module: nn.MultiheadAttention) -> list[Site]:
     """torch.nn.MultiheadAttention: its weights are read directly, so hooks would be passed by."""
     heads, dim, width = module.num_heads, module.head_dim, module.embed_dim
     common: dict[str, Any] = {
-        "stack": "", "layer": 0, "heads": heads, "query_heads": heads, "head_dim": dim, "bypassed": True
+        "stack": "", "layer": 0, "heads": heads, "query_heads": heads, "head_dim": dim,
+        "weight_read_directly": True,
     }  # fmt: skip
     sites = []
     for k, role in enumerate("qkv"):
         if module.in_proj_weight is not None:
             sites.append(
                 Site(role=role, path=block.path, width=width, writer=False, parameter="in_proj_weight",
-                     rows=part(k * width, (width, 1)), fused=3 * width, **common)
+                     rows=feature_rows(k * width, (width, 1)), fused=3 * width, **common)
             )  # fmt: skip
         else:
             name = f"{role}_proj_weight"

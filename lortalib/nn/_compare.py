@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._site import Site
-from ._trace import Trace, leaf
+from ._trace import Trace, weight_name
 
 WORDS = {"q": "queries", "k": "keys", "v": "values", "o": "output"}
 _LATENT = {"q": "q_a", "k": "kv_a", "v": "kv_a"}
@@ -23,7 +23,7 @@ Block = tuple[str, int]
 
 
 @dataclass
-class Match:
+class CallFindings:
     """What one call says of the plan.
 
     Attributes:
@@ -49,7 +49,7 @@ class Match:
             self.states |= {(site.role, head): "wrong" for head in range(site.heads)}
 
 
-class Plan:
+class PlannedBlocks:
     """Planned sites by block and by the weight they lie in."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
@@ -57,14 +57,14 @@ class Plan:
         self.owners: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
             self.blocks[site.stack, site.layer][site.role] = site
-            self.owners[leaf(site)].append(site)
+            self.owners[weight_name(site)].append(site)
 
-    def compare(self, trace: Trace) -> Match | None:
+    def compare(self, trace: Trace) -> CallFindings | None:
         """Compare a trace with the block it belongs to; None if no planned site takes part."""
         block = self._block_of(trace)
         if block is None:
             return None
-        match = Match(block, max(site.query_heads for site in self.blocks[block].values()))
+        match = CallFindings(block, max(site.query_heads for site in self.blocks[block].values()))
         readings = {role: self._read(role, trace.sources[role], match) for role in "qkv"}
         readings["o"] = self._read_output(trace.sinks, match)
         _compare_heads(readings, match)
@@ -83,14 +83,14 @@ class Plan:
         votes = {block: (len(roles), "o" in roles, "q" in roles) for block, roles in taking.items()}
         return max(votes, key=votes.__getitem__, default=None)
 
-    def _read(self, role: str, fed: Mapping[str, Tensor], match: Match) -> list[_Reading]:
+    def _read(self, role: str, fed: Mapping[str, Tensor], match: CallFindings) -> list[_Reading]:
         """Which heads of which sites feed the queries, keys or values; first those of the block."""
         word, own = WORDS[role], self.blocks[match.block].get(role)
         if not fed:
             if not own:  # else another call of the block can be fed by it, as in VITS
                 match.missed.append(f"its {word} come from no planned projection")
             return []
-        lit = {name: _lit(signal).any(0) for name, signal in fed.items()}
+        lit = {name: _nonzero(signal).any(0) for name, signal in fed.items()}
         others = [
             site
             for name in lit
@@ -107,7 +107,7 @@ class Plan:
         for name, some in lit.items():
             stray = some.clone()
             for site in (*sites, *latents):
-                if site and leaf(site) == name:
+                if site and weight_name(site) == name:
                     stray[features(site)] = False
             if stray.any():
                 text = f"its {word} come from {self._describe(name, stray)}"
@@ -120,9 +120,11 @@ class Plan:
                 match.refute(own, f"its {word} do not come from {_name(site)}")
         if own and (role, 0) in match.states:
             return []  # what is there was refuted
-        return [_Reading.of(site, fed[leaf(site)], match) for site in sites if _feeds(site, lit)]
+        return [
+            _Reading.of(site, fed[weight_name(site)], match) for site in sites if _feeds(site, lit)
+        ]
 
-    def _read_output(self, sinks: Mapping[str, Tensor], match: Match) -> list[_Reading]:
+    def _read_output(self, sinks: Mapping[str, Tensor], match: CallFindings) -> list[_Reading]:
         """Which heads of the output projection read the call; two blocks can have one in common."""
         own = self.blocks[match.block].get("o")
         writers = {s.path: s for block in self.blocks.values() for s in block.values() if s.writer}
@@ -158,10 +160,10 @@ class _Reading:
     sound: bool
 
     @classmethod
-    def of(cls, site: Site, signal: Tensor, match: Match) -> _Reading:
+    def of(cls, site: Site, signal: Tensor, match: CallFindings) -> _Reading:
         """Read the heads off a signal (units, features of the module)."""
         shape = site.heads, site.head_dim
-        lit = _lit(signal)[:, features(site)].unflatten(1, shape)
+        lit = _nonzero(signal)[:, features(site)].unflatten(1, shape)
         relative = signal / signal.amax(1, keepdim=True).clamp(min=torch.finfo(signal.dtype).tiny)
         energy = relative[:, features(site)].unflatten(1, shape).square().sum(2)
         best, heads = energy.max(1)
@@ -170,8 +172,8 @@ class _Reading:
         alone = lit.any(2).sum(1) == 1
         second = energy.scatter(1, heads[:, None], 0).amax(1)
         coupled = lit.any(2).all(1) & (best > _DOMINANCE * second) & ~alone
-        dark = ~lit.flatten(1).any(1)
-        sound = dark | (filled & (alone | coupled))
+        unreached = ~lit.flatten(1).any(1)
+        sound = unreached | (filled & (alone | coupled))
         if not sound.all():
             index = lit[int(sound.int().argmin())].flatten().nonzero().flatten().tolist()
             match.refute(
@@ -179,11 +181,11 @@ class _Reading:
                 f"its {WORDS[site.role]}: one head has the components {_ranges(index)} of {_name(site)}, "
                 f"planned are heads of {site.head_dim} components",
             )
-        heads = heads.masked_fill(dark, -1)
+        heads = heads.masked_fill(unreached, -1)
         return cls(site, heads.tolist(), coupled.tolist(), bool(sound.all()))
 
 
-def _compare_heads(readings: Mapping[str, list[_Reading]], match: Match) -> None:
+def _compare_heads(readings: Mapping[str, list[_Reading]], match: CallFindings) -> None:
     """Compare the heads of keys, values and output with those of the queries."""
     base = next(iter((*readings["q"], *readings["o"])), None)
     if base is None:
@@ -222,14 +224,14 @@ def features(site: Site) -> Tensor:
     return site.rows.index() if site.rows else torch.arange(site.features)
 
 
-def _lit(signal: Tensor) -> Tensor:
+def _nonzero(signal: Tensor) -> Tensor:
     """Which features have a gradient, (units, features)."""
     return signal > _FLOOR * signal.amax(1, keepdim=True)
 
 
 def _feeds(site: Site, lit: Mapping[str, Tensor]) -> bool:
     """Whether some feature of a site is lit."""
-    return leaf(site) in lit and bool(lit[leaf(site)][features(site)].any())
+    return weight_name(site) in lit and bool(lit[weight_name(site)][features(site)].any())
 
 
 def _name(site: Site) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..decomp import Cut, TensorNetwork
-from ..decomp._contract import Division, exactly, plain
-from ..decomp._network import View, cut_along
+from ..decomp._contract import CutPlan, is_tracing, without_autocast
+from ..decomp._network import NetworkView, cut_along
 from ._groups import Group
 from ._lowrank import Reads
 from ._made import Made, Pair
@@ -113,7 +113,7 @@ class _Recipe:
     roles: tuple[str, ...]
     takes: list[tuple[int, int, Tensor]]
     constants: list[Tensor]
-    division: Division
+    plan: CutPlan
     reads: tuple[int, ...] | None
 
     def cut(self, tensors: Sequence[Tensor]) -> Cuts:
@@ -121,7 +121,7 @@ class _Recipe:
         own = [*tensors, *self.constants]
         for parameter, axis, at in self.takes:
             own[parameter] = own[parameter].index_select(axis, at)
-        return Cuts(self.roles, cut_along(self.division, own), self.reads)
+        return Cuts(self.roles, cut_along(self.plan, own), self.reads)
 
 
 class Factors:
@@ -181,7 +181,7 @@ class Factors:
             The pair. Modules of a layer that read through the same rows get the very same first.
         """
         device = self.network.tensors[0].device if device is None else device
-        if plain():
+        if is_tracing():
             return self._alone(kind, layer, dtype, device)
         made = self._made.get((dtype, device))
         now = self._now()
@@ -254,7 +254,7 @@ class Factors:
             layer: a layer, to select first; without, the cuts are over the layers too.
         """
         cuts = {}
-        with exactly(tensors[0].device.type):
+        with without_autocast(tensors[0].device.type):
             for heads in dict.fromkeys(s.heads for kind in self.kinds for s in kind.sites):
                 recipe = self._recipe(heads, layer is None, tensors[0])
                 cuts[heads] = recipe.cut(tensors if layer is None else self._at(layer))
@@ -265,8 +265,8 @@ class Factors:
         if len(layers) == len(self.group.layers):
             return tensors
         at = torch.tensor(layers, device=tensors[0].device)
-        network = View(self.network.legs, tensors, self.network.modes)
-        return network.take("layer", at).tensors
+        network = NetworkView(self.network.legs, tensors, self.network.modes)
+        return network.index_select("layer", at).tensors
 
     def _at(self, layer: int) -> Sequence[Tensor]:
         return self.network.select(layer=layer).tensors
@@ -298,14 +298,14 @@ class Factors:
             at = torch.tensor([group.roles.index(role) for role in roles], device=like.device)
             legs = [term.legs for term in network.legs.terms]
             takes = [(k, t.index("matrix"), at) for k, t in enumerate(legs) if "matrix" in t]
-            network = network.take("matrix", at)
+            network = network.index_select("matrix", at)
         if heads != group.heads:
             constants = [_means(heads, group.heads, like)]
             network = network.mode_dot(constants[0], "head")
-        division = network.divide(*over)
-        alike = division.near is None or not division.near.over[-1]
-        reads = division.partition.near if alike else None
-        return _Recipe(roles, takes, constants, division, reads)
+        plan = network.cut_plan(*over)
+        alike = plan.in_side is None or not plan.in_side.batch_modes[-1]
+        reads = plan.partition.in_side if alike else None
+        return _Recipe(roles, takes, constants, plan, reads)
 
     def _alone(self, kind: int, layer: int, dtype: torch.dtype, device: torch.device) -> Pair:
         """The pair of one module by itself, in plain differentiable operations."""

@@ -1,7 +1,7 @@
 """What the rules cannot read off names and widths: exceptions, as rows of data.
 
 A row names block classes by a regular expression on the class name. Users pass rows of their own for
-remote-code models: ``sites(model, family=Family("MyAttention", fused="per_head"))``.
+remote-code models: ``sites(model, rules=BlockRule("MyAttention", fused="per_head"))``.
 """
 
 from __future__ import annotations
@@ -12,47 +12,51 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
 
-from ._site import Rows, part
+from ._site import FeatureRows, feature_rows
 
 #: From query heads, key/value heads, and the components of a query and of a value.
-Layout = Callable[[int, int, int, int], dict[str, Rows]]
+Layout = Callable[[int, int, int, int], dict[str, FeatureRows]]
 
 
-def contiguous(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, Rows]:
+def contiguous(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
     """All queries, then all keys, then all values."""
     q, k = heads * qk, kv_heads * qk
-    return {"q": part(0, (q, 1)), "k": part(q, (k, 1)), "v": part(q + k, (kv_heads * v, 1))}
-
-
-def per_head(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, Rows]:
-    """For each head its query, key and value."""
-    outer = (heads, 2 * qk + v)
     return {
-        "q": part(0, outer, (qk, 1)),
-        "k": part(qk, outer, (qk, 1)),
-        "v": part(2 * qk, outer, (v, 1)),
+        "q": feature_rows(0, (q, 1)),
+        "k": feature_rows(q, (k, 1)),
+        "v": feature_rows(q + k, (kv_heads * v, 1)),
     }
 
 
-def per_group(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, Rows]:
+def per_head(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
+    """For each head its query, key and value."""
+    outer = (heads, 2 * qk + v)
+    return {
+        "q": feature_rows(0, outer, (qk, 1)),
+        "k": feature_rows(qk, outer, (qk, 1)),
+        "v": feature_rows(2 * qk, outer, (v, 1)),
+    }
+
+
+def per_group(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
     """For each key/value head the queries of its group, its key and its value."""
     queries = heads // kv_heads * qk
     outer = (kv_heads, queries + qk + v)
     return {
-        "q": part(0, outer, (queries, 1)),
-        "k": part(queries, outer, (qk, 1)),
-        "v": part(queries + qk, outer, (v, 1)),
+        "q": feature_rows(0, outer, (queries, 1)),
+        "k": feature_rows(queries, outer, (qk, 1)),
+        "v": feature_rows(queries + qk, outer, (v, 1)),
     }
 
 
-def four_blocks_qvk(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, Rows]:
+def four_blocks_qvk(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
     """Four blocks, each with the queries, the values and the keys of a quarter of the heads."""
     q, values = heads // 4 * qk, heads // 4 * v
     outer = (4, 2 * q + values)
     return {
-        "q": part(0, outer, (q, 1)),
-        "v": part(q, outer, (values, 1)),
-        "k": part(q + values, outer, (q, 1)),
+        "q": feature_rows(0, outer, (q, 1)),
+        "v": feature_rows(q, outer, (values, 1)),
+        "k": feature_rows(q + values, outer, (q, 1)),
     }
 
 
@@ -67,29 +71,29 @@ Fused = Union[str, Callable[[Any], str], None]
 
 
 @dataclass(frozen=True)
-class Family:
+class BlockRule:
     """A row: what holds for the blocks whose class name matches.
 
     Attributes:
         match: regular expression for the whole class name of a block.
         fused: layout of a fused q, k, v (or k, v) projection, one of ``LAYOUTS`` or a function from
             the block to one.
-        leaves: role to child path, where the names mislead.
+        projections: role to child path, where the names mislead.
         skip: leave such modules out: they hold no softmax attention over projections.
-        bypassed: whether the projections' weights are read directly, their forward not called, or a
-            function from the block to that; found from the source where it is at hand.
+        weight_read_directly: whether the projections' weights are read directly and their forward is
+            not called, or a function from the block to that; found from the source where it is at hand.
         refuse: why such a block is not supported.
 
     Example:
-        >>> Family(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
+        >>> BlockRule(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
         True
     """
 
     match: str
     fused: Fused = None
-    leaves: Mapping[str, str] = field(default_factory=dict)
+    projections: Mapping[str, str] = field(default_factory=dict)
     skip: bool = False
-    bypassed: bool | Callable[[Any], bool] | None = None
+    weight_read_directly: bool | Callable[[Any], bool] | None = None
     refuse: str = ""
 
     @cached_property
@@ -111,26 +115,26 @@ def _bigcode(block: Any) -> str:
     return "contiguous" if block.multi_query else "per_head"
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(r"GPTNeoX\w*Attention|(Persimmon|Fuyu)\w*Attention", fused="per_head"),
-    Family(
+RULES: tuple[BlockRule, ...] = (
+    BlockRule(r"GPTNeoX\w*Attention|(Persimmon|Fuyu)\w*Attention", fused="per_head"),
+    BlockRule(
         r"Bloom\w*Attention",
         fused="per_head",
-        bypassed=lambda block: block.pretraining_tp > 1 and block.slow_but_exact,
+        weight_read_directly=lambda block: block.pretraining_tp > 1 and block.slow_but_exact,
     ),
-    Family(r"DisentangledSelfAttention|Levit\w*Attention\w*", fused="per_head"),
-    Family(r"Falcon\w*Attention\w*", fused=_falcon),
-    Family(r"GPTBigCode\w*Attention\w*", fused=_bigcode),
-    Family(r"CodeGen\w*Attention", fused="four_blocks_qvk"),
-    Family(r"\w*VQ\w*AttnBlock", skip=True),  # convolutions inside an image tokeniser
-    Family(r"Florence2VisionChannelAttention", skip=True),  # between channels, not tokens
-    Family(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # no softmax over keys
-    Family(r"AriaCrossAttention", skip=True),  # its projections feed an inner MultiheadAttention
-    Family(
+    BlockRule(r"DisentangledSelfAttention|Levit\w*Attention\w*", fused="per_head"),
+    BlockRule(r"Falcon\w*Attention\w*", fused=_falcon),
+    BlockRule(r"GPTBigCode\w*Attention\w*", fused=_bigcode),
+    BlockRule(r"CodeGen\w*Attention", fused="four_blocks_qvk"),
+    BlockRule(r"\w*VQ\w*AttnBlock", skip=True),  # convolutions inside an image tokeniser
+    BlockRule(r"Florence2VisionChannelAttention", skip=True),  # between channels, not tokens
+    BlockRule(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # no softmax over keys
+    BlockRule(r"AriaCrossAttention", skip=True),  # its projections feed an inner MultiheadAttention
+    BlockRule(
         r"DiffLlama\w*Attention",
         refuse="its value heads are paired and subtracted, so heads of v and o are not those of q",
     ),
-    Family(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
-    Family(r"AXK2Attention", leaves={"q_b": "q_gate_proj"}),
-    Family(r"NeoMMEAttention", leaves={"o": "output_projection.o_proj"}),
+    BlockRule(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
+    BlockRule(r"AXK2Attention", projections={"q_b": "q_gate_proj"}),
+    BlockRule(r"NeoMMEAttention", projections={"o": "output_projection.o_proj"}),
 )

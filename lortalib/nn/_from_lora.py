@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..decomp import Network, format_of
-from ._adapter import Adapter, Settings, install
-from ._anatomy import AnatomyError, mlp_sites, sites
+from ..decomp import Network, get_format
+from ._adapter import Adapter, AdapterConfig, install
+from ._anatomy import UnsupportedModelError, mlp_sites, sites
 from ._apply import check_name
-from ._beside import Beside, Values, find_modules
-from ._families import Family
+from ._beside import TrainedModules, Values, find_modules
+from ._families import BlockRule
 from ._groups import Group, group_sites
 from ._linear import linear_sites
 from ._lora import CONFIG, WEIGHTS
@@ -52,14 +52,14 @@ class LowRank(NamedTuple):
     b: Tensor
 
 
-def from_lora(
+def load_lora(
     model: nn.Module,
     folder: str | PathLike[str],
     *,
     name: str = "default",
     active: bool = True,
     freeze: bool = True,
-    family: Family | Sequence[Family] = (),
+    rules: BlockRule | Sequence[BlockRule] = (),
 ) -> Adapter:
     """Put an existing LoRA of PEFT on a model, exactly, as an adapter of the format ``lora``.
 
@@ -73,7 +73,7 @@ def from_lora(
         name: name of the adapter on the model.
         active: whether it takes part in the forward at once.
         freeze: whether all else of the model stops requiring gradients.
-        family: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+        rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Returns:
         The `Adapter`.
@@ -90,7 +90,7 @@ def from_lora(
         >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
         ...                              num_attention_heads=4, intermediate_size=64))
         >>> folder = lortalib.nn.apply(model, "cp", rank=2).export_lora(tempfile.mkdtemp())
-        >>> str(from_lora(model, folder, name="again").networks["encoder"].legs)
+        >>> str(load_lora(model, folder, name="again").networks["encoder"].legs)
         'layer matrix in r, layer matrix head out r'
     """
     check_name(model, name)
@@ -98,9 +98,11 @@ def from_lora(
     modules = dict(model.named_modules())
     _check_fit(modules, pairs)
     beside = _beside(model, config.get("modules_to_save") or [], rest)
-    groups = group_sites(_sites(model, modules, pairs, family), gqa="split")
+    groups = group_sites(_sites(model, modules, pairs, rules), gqa="split")
     networks = {group.name: _network(group, pairs, modules) for group in groups}
-    settings = Settings("lora", 1.0, 1.0, float(config.get("lora_dropout") or 0), "split", "lora")
+    settings = AdapterConfig(
+        "lora", 1.0, 1.0, float(config.get("lora_dropout") or 0), "split", "lora"
+    )
     adapter = Adapter(name, settings, tuple(groups), networks, beside)
     install(adapter, model, active=active, freeze=freeze)
     return adapter
@@ -184,18 +186,18 @@ def _sites(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     pairs: Mapping[str, LowRank],
-    family: Family | Sequence[Family],
+    rules: BlockRule | Sequence[BlockRule],
 ) -> list[Site]:
     """The sites of the adapted modules."""
     known: list[Site] = []
-    for find in (lambda: sites(model, family=family), lambda: mlp_sites(model)):
+    for find in (lambda: sites(model, rules=rules), lambda: mlp_sites(model)):
         try:
             known += find()
-        except AnatomyError:
+        except UnsupportedModelError:
             continue
     parts: dict[str, list[Site]] = defaultdict(list)
     for site in known:
-        if not (site.experts or site.bypassed or site.also):
+        if not (site.experts or site.weight_read_directly or site.tied_paths):
             parts[site.path].append(site)
     own, others = [], {}
     for path in pairs:
@@ -215,7 +217,7 @@ def _network(
 ) -> Network:
     """The network of a group, with zeros where a layer lacks a matrix or a pair is of lower rank."""
     rank = max(len(pairs[site.path].a) for site in group.sites)
-    legs = format_of("lora").legs(group.shape)
+    legs = get_format("lora").legs(group.shape)
     sizes = {**group.shape, "r": rank}
     tensors = [torch.zeros([sizes[leg] for leg in term.legs]) for term in legs.terms]
     for site in group.sites:
@@ -232,7 +234,7 @@ def _network(
     return network.to(weight.device)
 
 
-def _beside(model: nn.Module, names: Sequence[str], rest: dict[str, Tensor]) -> Beside:
+def _beside(model: nn.Module, names: Sequence[str], rest: dict[str, Tensor]) -> TrainedModules:
     """The modules that were trained as a whole."""
     values: Values = {}
     for path, module in model.named_modules():
@@ -255,4 +257,4 @@ def _beside(model: nn.Module, names: Sequence[str], rest: dict[str, Tensor]) -> 
             f"{', '.join(sorted(rest)[:4])}"
         )
     find_modules(model, list(values), ())
-    return Beside(tuple(values), values)
+    return TrainedModules(tuple(values), values)

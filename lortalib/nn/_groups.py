@@ -121,7 +121,7 @@ def _order(role: str) -> int:
     return ROLES.index(role) if role in ROLES else len(ROLES)
 
 
-def tie_residual(groups: Sequence[Group], networks: dict[str, Network]) -> None:
+def share_input_factor(groups: Sequence[Group], networks: dict[str, Network]) -> None:
     """Give the networks of one stack one parameter for ``in``, where it has the same legs and size."""
     owners: dict[tuple[object, ...], nn.Parameter] = {}
     for group in groups:

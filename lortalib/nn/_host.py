@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._names import ATTRIBUTE
-from ._share import stored_weight
+from ._share import site_weight
 from ._site import Site
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Host(nn.ModuleDict):
         return merged
 
     def _weight(self, site: Site) -> nn.Parameter:
-        weight = stored_weight(self.model, site)
+        weight = site_weight(self.model, site)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
                 f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "

@@ -76,7 +76,7 @@ def _check(adapter: Adapter) -> None:
             what = "packs experts; a LoRA file has no pair for it"
         elif last == "out_proj" and owner in around:
             what = "is torch.nn.MultiheadAttention's, to which PEFT 0.21 adds a pair twice"
-        elif site.bypassed and site.path not in around:
+        elif site.weight_read_directly and site.path not in around:
             what = "is read without its module being called; a LoRA file has no pair for it"
         else:
             continue
@@ -139,7 +139,7 @@ def export_lora(
         tensors[f"{name}.lora_A.weight"] = _fill(a, rank).cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = _fill(b.mT, rank).mT.cpu().contiguous()
     if beside is None:
-        beside = adapter.beside.values(model) if adapter.beside.paths else {}
+        beside = adapter.trained_modules.values(model) if adapter.trained_modules.paths else {}
     config = getattr(model, "config", None)
     for path, values in beside.items():
         tensors |= {f"{_PREFIX}{path}.{k}": v.cpu().contiguous() for k, v in values.items()}

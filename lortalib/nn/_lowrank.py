@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ..decomp._contract import plain
+from ..decomp._contract import is_tracing
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -73,7 +73,7 @@ class Reads:
             readers: how many projections share x and first.
             p: probability of dropping a feature of x; one mask for all that share x.
         """
-        if readers == 1 or self.around is None or plain() or x.is_inference():
+        if readers == 1 or self.around is None or is_tracing() or x.is_inference():
             return project(x, first, p)  # inference tensors count no changes
         kept = self._kept
         mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, self.backwards
@@ -111,7 +111,7 @@ def add(y: Tensor, h: Tensor, second: Tensor, own: bool) -> Tensor:
     """
     if second.dim() == 3:
         return _add_by_row(y, h, second, own)
-    if not own or plain() or not y.is_contiguous():
+    if not own or is_tracing() or not y.is_contiguous():
         return y + h @ second
     if not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), second)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ._blocks import widths
 from ._names import is_projection
-from ._site import WRITERS, Rows, Site, part
+from ._site import WRITERS, FeatureRows, Site, feature_rows
 
 
 class _Names(NamedTuple):
@@ -91,7 +91,7 @@ def _plain(path: str, modules: dict[str, nn.Module], names: _Names) -> Iterator[
         return
     for role in held:
         for k, name in enumerate(("gate", "up") if role == "fused" else (role,)):
-            rows = part(k * inner, (inner, 1)) if role == "fused" else None
+            rows = feature_rows(k * inner, (inner, 1)) if role == "fused" else None
             module = modules[held[role]]
             yield _site(
                 name,
@@ -120,7 +120,9 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
     for k, role in enumerate(("gate", "up") if module.has_gate else ("up",)):
         rows, fused = None, None
         if module.has_gate:
-            rows = part(k * inner, (inner, 1)) if concatenated else part(k, (inner, 2))
+            rows = (
+                feature_rows(k * inner, (inner, 1)) if concatenated else feature_rows(k, (inner, 2))
+            )
             fused = 2 * inner
         sites.append(_site(role, path, inner, residual, rows, fused, transposed, reader, count))
     return [
@@ -136,7 +138,7 @@ def _router(block: str, modules: dict[str, nn.Module]) -> Site | None:
         weight = getattr(modules.get(path), "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             site = _site("router", path, weight.shape[0], weight.shape[1], None, None)
-            return replace(site, bypassed=not is_projection(modules[path]))
+            return replace(site, weight_read_directly=not is_projection(modules[path]))
     return None
 
 
@@ -145,7 +147,7 @@ def _site(
     path: str,
     inner: int,
     residual: int,
-    rows: Rows | None,
+    rows: FeatureRows | None,
     fused: int | None,
     transposed: bool = False,
     parameter: str = "weight",
@@ -165,7 +167,7 @@ def _site(
         parameter=parameter,
         rows=rows,
         fused=fused,
-        bypassed=experts > 0,
+        weight_read_directly=experts > 0,
         experts=int(experts),
     )
 

@@ -76,7 +76,7 @@ def role_of(name: str) -> tuple[str, tuple[str, ...]] | None:
     return None
 
 
-def leaves(module: nn.Module) -> Iterator[tuple[str, str]]:
+def projection_children(module: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, path below the module) of its projections, seen through one level of wrapping."""
     for name, child in module.named_children():
         if is_projection(child):
@@ -87,7 +87,7 @@ def leaves(module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield name, f"{name}.{inner[0]}"
 
 
-def stored(module: nn.Module, name: str) -> Any:
+def original_weight(module: nn.Module, name: str) -> Any:
     """A weight as it is stored: the original, where it is parametrized."""
     if is_parametrized(module, name):
         return module.parametrizations[name].original  # type: ignore[index, union-attr]

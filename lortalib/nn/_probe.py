@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._anatomy import AnatomyError
+from ._anatomy import UnsupportedModelError
 from ._anatomy import sites as find_sites
-from ._compare import WORDS, Match, Plan, features
+from ._compare import WORDS, CallFindings, PlannedBlocks, features
 from ._site import Site
-from ._trace import Forward, leaf, run, single_queries, trace, whole_units
+from ._trace import Forward, record_forward, single_queries, trace_heads, weight_name, whole_units
 
 _ROLES = ("q", "k", "v", "o", "q_a", "kv_a")
 #: How many single queries are followed where a call as a whole does not fit the plan.
@@ -64,7 +64,7 @@ class Report:
         stacks: one entry for each planned stack.
         unplanned: attention calls that no planned site takes part in.
         uncalled: paths of planned projections that were not called: they were not needed for these
-            inputs, or their weights are read directly, and the plan does not know (``bypassed``).
+            inputs, or their weights are read directly, and the plan does not know (``weight_read_directly``).
     """
 
     model: str
@@ -95,9 +95,9 @@ class Report:
         """
         if not self.ok:
             seen = "" if self.disagreements else " No attention call of a planned site was seen."
-            raise AnatomyError(
+            raise UnsupportedModelError(
                 f"the plan of sites is not what {self.model} computes.{seen}\n{self}\n"
-                "A row family=lortalib.nn.Family(...) corrects the plan; see docs/models.md"
+                "A row rules=lortalib.nn.BlockRule(...) corrects the plan; see docs/models.md"
             )
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("a model on the meta device cannot be run, so nothing can be verified")
     with torch.enable_grad():
-        forward = run(model, example_inputs, planned)
+        forward = record_forward(model, example_inputs, planned)
         return _report(model, planned, forward)
 
 
@@ -178,7 +178,7 @@ class _Findings:
         self.missed: dict[str, None] = {}
         self.wrong: dict[str, None] = {}
 
-    def add(self, match: Match) -> None:
+    def add(self, match: CallFindings) -> None:
         """Take in one call."""
         layer = match.block[1]
         self.calls += 1
@@ -221,16 +221,16 @@ def _check_widths(planned: Sequence[Site], forward: Forward) -> None:
     widths |= {f"{path}.weight": probe.shape[-1] for f in forward.flows for path, probe, _ in f}
     for site in planned:
         last = int(features(site).max())
-        if last >= widths.get(leaf(site), last + 1):
-            raise AnatomyError(
+        if last >= widths.get(weight_name(site), last + 1):
+            raise UnsupportedModelError(
                 f"the plan does not fit: the {site.role} of {site.path} has feature {last}, but the "
-                f"projection has only {widths[leaf(site)]} features"
+                f"projection has only {widths[weight_name(site)]} features"
             )
 
 
 def _report(model: nn.Module, planned: Sequence[Site], forward: Forward) -> Report:
     _check_widths(planned, forward)
-    plan = Plan(planned)
+    plan = PlannedBlocks(planned)
     findings: dict[str, _Findings] = defaultdict(_Findings)
     unplanned: dict[str, None] = {}
     most = max((site.query_heads for site in planned), default=1)
@@ -238,9 +238,11 @@ def _report(model: nn.Module, planned: Sequence[Site], forward: Forward) -> Repo
         units, queries, keys = call.weights.shape
         where = f"in {call.where or type(model).__name__}, {units} x {queries} queries, {keys} keys"
         try:
-            match = plan.compare(trace(forward, number, *whole_units(call, most)))
+            match = plan.compare(trace_heads(forward, number, *whole_units(call, most)))
             if match and (match.wrong or len(set(match.heads)) < match.planned):
-                closer = plan.compare(trace(forward, number, *single_queries(call, _MOST_SINGLE)))
+                closer = plan.compare(
+                    trace_heads(forward, number, *single_queries(call, _MOST_SINGLE))
+                )
                 match = closer if closer and not closer.wrong else match
         except RuntimeError as error:
             unplanned[f"{where}, could not be differentiated: {error}"] = None
@@ -254,5 +256,5 @@ def _report(model: nn.Module, planned: Sequence[Site], forward: Forward) -> Repo
         by_stack[site.stack].append(site)
     stacks = tuple(findings[stack].report(stack, sites) for stack, sites in by_stack.items())
     called = {*forward.leaves, *(f"{path}.weight" for path in forward.written)}
-    uncalled = dict.fromkeys(site.path for site in planned if leaf(site) not in called)
+    uncalled = dict.fromkeys(site.path for site in planned if weight_name(site) not in called)
     return Report(type(model).__name__, stacks, tuple(unplanned), tuple(uncalled))

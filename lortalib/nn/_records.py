@@ -10,9 +10,9 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..decomp import Legs, Network
-from ._adapter import Settings
+from ._adapter import AdapterConfig
 from ._groups import Group
-from ._site import Rows, Site
+from ._site import FeatureRows, Site
 
 Record = TypeVar("Record")
 #: A group as it was saved, with its line and the sizes of its modes.
@@ -33,13 +33,13 @@ def group_to_json(group: Group, network: Network, shared: Mapping[str, str]) -> 
     }
 
 
-def settings_from_json(entry: Any) -> Settings:
+def settings_from_json(entry: Any) -> AdapterConfig:
     """Settings, checked.
 
     Raises:
         ValueError: a value that is missing, of the wrong type or out of range.
     """
-    settings = _record(Settings, entry)
+    settings = _record(AdapterConfig, entry)
     if not (math.isfinite(settings.alpha) and math.isfinite(settings.scaling)):
         raise ValueError("alpha or scaling is not finite")
     if not 0 <= settings.dropout < 1:
@@ -106,7 +106,7 @@ def _site(entry: Mapping[str, Any]) -> Site:
     if rows is not None:
         try:
             dims = tuple((int(size), int(stride)) for size, stride in rows["dims"])
-            entry["rows"] = Rows(int(rows["offset"]), dims)
+            entry["rows"] = FeatureRows(int(rows["offset"]), dims)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the rows of a site are {rows!r}") from error
     site = _record(Site, entry)

@@ -18,10 +18,10 @@ from torch.nn.utils.parametrize import (
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ..decomp._contract import plain
+from ..decomp._contract import is_tracing
 from ._groups import Group
 from ._lowrank import Reads, add
-from ._names import stored
+from ._names import original_weight
 from ._site import Site
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _FRESH = (nn.Linear, Conv1D)
 
 
-def dense_share(dense: Tensor, site: Site) -> Tensor:
+def as_stored(dense: Tensor, site: Site) -> Tensor:
     """dW of one site in the shape in which its module's whole weight is stored; rows of other sites
     are zero.
 
@@ -104,7 +104,7 @@ def take_share(adapter: Adapter, parts: Iterable[Part], x: Tensor, y: Tensor, ow
         y: its output.
         own: whether nobody else holds y, so that it can be added to in place.
     """
-    if adapter.reads.around is None and not plain():
+    if adapter.reads.around is None and not is_tracing():
         adapter.doubt()
     p = adapter.dropout if adapter.training else 0.0
     for factors, kind, layer in parts:
@@ -149,7 +149,7 @@ class Enter:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Torch's forward pre-hook."""
-        if not plain() and self.owner.reads.enter(module):
+        if not is_tracing() and self.owner.reads.enter(module):
             self.owner.doubt()
 
 
@@ -161,7 +161,7 @@ class Leave:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Torch's forward hook."""
-        if not plain():
+        if not is_tracing():
             self.owner.reads.leave(module)
 
 
@@ -185,9 +185,9 @@ class WeightShare(nn.Module):
         return weight
 
 
-def stored_weight(model: nn.Module, site: Site) -> Any:
+def site_weight(model: nn.Module, site: Site) -> Any:
     """The weight of a site's module as it is stored, without a parametrization."""
-    return stored(model.get_submodule(site.path), site.parameter)
+    return original_weight(model.get_submodule(site.path), site.parameter)
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
@@ -195,7 +195,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     surround(model, adapter, adapter.groups)
     for path, sites in by_module(adapter.sites):
         module = model.get_submodule(path)
-        if not sites[0].bypassed:
+        if not sites[0].weight_read_directly:
             _free_number(module._forward_hooks)
             module.register_forward_hook(Share(adapter, sites))
             continue
@@ -213,7 +213,7 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
         module = model.get_submodule(path)
         _drop(module._forward_hooks, adapter)
         for site in sites:
-            if not site.bypassed or not is_parametrized(module, site.parameter):
+            if not site.weight_read_directly or not is_parametrized(module, site.parameter):
                 continue
             share = _weight_share(module, site)
             share.shares = [(owner, part) for owner, part in share.shares if owner is not adapter]
@@ -228,7 +228,7 @@ def by_module(sites: Iterable[Site]) -> Iterator[tuple[str, list[Site]]]:
     """Every module that takes shares, by path, with its sites."""
     members: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
-        for path in (site.path, *site.also):
+        for path in (site.path, *site.tied_paths):
             members[path].append(site)
     yield from members.items()
 
@@ -273,7 +273,7 @@ def _around(model: nn.Module, groups: Iterable[Group]) -> list[nn.Module]:
     """The modules that hold all sites of a group, the model first, and the parent of each site."""
     paths: dict[str, None] = {}
     for group in groups:
-        parents = [path.rpartition(".")[0] for s in group.sites for path in (s.path, *s.also)]
+        parents = [path.rpartition(".")[0] for s in group.sites for path in (s.path, *s.tied_paths)]
         names = zip(*(parent.split(".") for parent in parents))
         shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, names)]
         paths |= dict.fromkeys(".".join(shared[:depth]) for depth in range(len(shared) + 1))

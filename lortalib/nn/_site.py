@@ -17,7 +17,7 @@ WRITERS = frozenset(("o", "down"))
 
 
 @dataclass(frozen=True)
-class Rows:
+class FeatureRows:
     """The features of one site on the output axis of a fused projection.
 
     Attributes:
@@ -25,7 +25,7 @@ class Rows:
         dims: (size, stride) pairs, outermost first; their sizes multiply to the site's features.
 
     Example:
-        >>> Rows(2, ((2, 6), (2, 1))).index().tolist()
+        >>> FeatureRows(2, ((2, 6), (2, 1))).index().tolist()
         [2, 3, 8, 9]
     """
 
@@ -80,10 +80,10 @@ class Site:
     writer: bool
     transposed: bool = False
     parameter: str = "weight"
-    rows: Rows | None = None
+    rows: FeatureRows | None = None
     fused: int | None = None
-    bypassed: bool = False
-    also: tuple[str, ...] = ()
+    weight_read_directly: bool = False
+    tied_paths: tuple[str, ...] = ()
     experts: int = 0
 
     @property
@@ -104,7 +104,7 @@ class Site:
         return (self.experts, *matrix) if self.experts else matrix
 
 
-def part(offset: int, *dims: tuple[int, int]) -> Rows:
+def feature_rows(offset: int, *dims: tuple[int, int]) -> FeatureRows:
     """Rows without outer dimensions of one entry and with neighbours joined where they touch."""
     kept: list[tuple[int, int]] = []
     for size, stride in dims:
@@ -114,6 +114,6 @@ def part(offset: int, *dims: tuple[int, int]) -> Rows:
             kept[-1] = kept[-1][0] * size, stride
         else:
             kept.append((size, stride))
-    rows = Rows(offset, tuple(kept) or ((1, 1),))
+    rows = FeatureRows(offset, tuple(kept) or ((1, 1),))
     assert math.prod(size for size, _ in rows.dims) == math.prod(size for size, _ in dims)
     return rows

@@ -27,12 +27,12 @@ from ..decomp import Legs, LegsError, Network
 from ._adapter import Adapter, install
 from ._anatomy import mlp_sites, sites
 from ._apply import check_name
-from ._beside import Beside, Values, find_modules
-from ._families import Family
-from ._groups import Group, tie_residual
+from ._beside import TrainedModules, Values, find_modules
+from ._families import BlockRule
+from ._groups import Group, share_input_factor
 from ._linear import linear_sites
 from ._records import Saved, group_from_json, group_to_json, settings_from_json, shared_from_json
-from ._share import stored_weight
+from ._share import site_weight
 from ._site import MLP_ROLES, ROLES, Site
 
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
             else:
                 shared[group.name][name] = owned[id(tensor)]
     model = adapter.host.model
-    for path, values in adapter.beside.values(model).items():
+    for path, values in adapter.trained_modules.values(model).items():
         tensors |= {f"beside.{path}:{k}": v.cpu().contiguous() for k, v in values.items()}
     config = getattr(model, "config", None)
     description = {
@@ -70,8 +70,8 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
         "format_version": FORMAT_VERSION,
         "lortalib_version": __version__,
         "name": adapter.name,
-        "settings": asdict(adapter.settings),
-        "trained_beside": list(adapter.beside.paths),
+        "settings": asdict(adapter.config),
+        "trained_beside": list(adapter.trained_modules.paths),
         "base_model": {
             "class": type(model).__name__,
             "model_type": getattr(config, "model_type", None),
@@ -129,7 +129,7 @@ def load(
     name: str | None = None,
     active: bool = True,
     freeze: bool = True,
-    family: Family | Sequence[Family] = (),
+    rules: BlockRule | Sequence[BlockRule] = (),
 ) -> Adapter:
     """Put a saved adapter on a model.
 
@@ -139,7 +139,7 @@ def load(
         name: name on the model; the saved one by default.
         active: whether it takes part in the forward at once.
         freeze: whether all else of the model stops requiring gradients.
-        family: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+        rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Returns:
         The `Adapter`.
@@ -162,7 +162,7 @@ def load(
     """
     description = read_description(Path(folder))
     check_name(model, description["name"] if name is None else name)
-    adapter = read_adapter(model, folder, name=name, family=family)
+    adapter = read_adapter(model, folder, name=name, rules=rules)
     install(adapter, model, active=active, freeze=freeze)
     return adapter
 
@@ -172,13 +172,13 @@ def read_adapter(
     folder: str | PathLike[str],
     *,
     name: str | None = None,
-    family: Family | Sequence[Family] = (),
+    rules: BlockRule | Sequence[BlockRule] = (),
 ) -> Adapter:
     """The adapter of a folder, fitted to a model but not put on it; see `load`."""
     folder = Path(folder)
     file = _File(folder)
     beside = _beside_values(model, file.paths, file.tensors, folder)
-    found = {site.key: site for site in _candidates(model, file.saved, family)}
+    found = {site.key: site for site in _candidates(model, file.saved, rules)}
     _check_fit(model, file.saved, found, file.description)
     groups = []
     for group, *_ in file.saved:
@@ -186,10 +186,10 @@ def read_adapter(
         groups.append(Group(group.name, group.heads, fitted, group.layers, group.roles))
     networks = file.networks()
     for group in groups:
-        weight = stored_weight(model, group.sites[0])
+        weight = site_weight(model, group.sites[0])
         if not weight.is_meta:
             networks[group.name].to(weight.device)
-    return file.adapter(name, groups, networks, Beside(file.paths, beside))
+    return file.adapter(name, groups, networks, TrainedModules(file.paths, beside))
 
 
 def file_adapter(folder: str | PathLike[str]) -> Adapter:
@@ -208,7 +208,7 @@ def file_adapter(folder: str | PathLike[str]) -> Adapter:
             raise AdapterFileError(f"{folder / TENSORS} holds the unknown tensor {key!r}")
         values[path][name] = file.tensors.pop(key)
     groups = [group for group, *_ in file.saved]
-    return file.adapter(None, groups, file.networks(), Beside(file.paths, values))
+    return file.adapter(None, groups, file.networks(), TrainedModules(file.paths, values))
 
 
 class _File:
@@ -227,7 +227,7 @@ class _File:
         self.tensors = read_tensors(folder)
         self.paths = self.description["trained_beside"]
         try:
-            self.settings = settings_from_json(self.description["settings"])
+            self.config = settings_from_json(self.description["settings"])
             self.saved = [group_from_json(entry) for entry in self.description["groups"]]
             shares = [shared_from_json(entry) for entry in self.description["groups"]]
         except ValueError as error:
@@ -255,26 +255,26 @@ class _File:
         name: str | None,
         groups: Sequence[Group],
         networks: dict[str, Network],
-        beside: Beside,
+        beside: TrainedModules,
     ) -> Adapter:
         """The adapter, under its saved name by default."""
-        if self.settings.share_residual:
-            tie_residual(groups, networks)
+        if self.config.share_residual:
+            share_input_factor(groups, networks)
         name = self.description["name"] if name is None else name
-        return Adapter(name, self.settings, tuple(groups), networks, beside)
+        return Adapter(name, self.config, tuple(groups), networks, beside)
 
 
 def _candidates(
     model: nn.Module,
     saved: list[Saved],
-    family: Family | Sequence[Family],
+    rules: BlockRule | Sequence[BlockRule],
 ) -> list[Site]:
     """The sites of the model, of the kinds that the file speaks of."""
     asked = [site for group, *_ in saved for site in group.sites]
     roles = {site.role for site in asked}
     found: list[Site] = []
     if roles & set(ROLES) - set(MLP_ROLES):
-        found += sites(model, family=family)
+        found += sites(model, rules=rules)
     if roles & set(MLP_ROLES):
         found += mlp_sites(model)
     modules = dict(model.named_modules())
@@ -292,7 +292,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"no {DESCRIPTION} in {folder}; a saved adapter is a folder with {DESCRIPTION} and "
             f"{TENSORS}, as Adapter.save writes it"
             + ". It holds an adapter of PEFT: open it with peft.PeftModel.from_pretrained, or a LoRA "
-            "with lortalib.nn.from_lora" * theirs
+            "with lortalib.nn.load_lora" * theirs
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ _multi_head_attention = FunctionType(
 
 
 @dataclass(eq=False, frozen=True)
-class Pair:
+class ScoreOperands:
     """Two activations whose product is part of the scores.
 
     Attributes:
@@ -55,7 +55,7 @@ class Pair:
 
 
 @dataclass(eq=False, frozen=True)
-class Call:
+class AttentionCall:
     """One product of attention weights with values.
 
     Attributes:
@@ -72,10 +72,10 @@ class Call:
     weights: Tensor
     mixed: Tensor
     gate: Tensor
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ScoreOperands, ...]
 
 
-class Taps(TorchFunctionMode):
+class AttentionRecorder(TorchFunctionMode):
     """A mode that collects the attention calls of a forward and cuts the graph behind each.
 
     Args:
@@ -86,13 +86,13 @@ class Taps(TorchFunctionMode):
 
     def __init__(self, names: Mapping[nn.Module, str], writers: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[AttentionCall] = []
         self.written: list[tuple[str, Tensor]] = []
         self._names = names
         self._writers = {id(weight): path for path, weight in writers.items()}
         # With each id the tensor itself is kept, so that no id is used twice.
-        self._scores: dict[int, tuple[Tensor, tuple[Pair, ...]]] = {}
-        self._weights: dict[int, tuple[Tensor, tuple[Pair, ...]]] = {}
+        self._scores: dict[int, tuple[Tensor, tuple[ScoreOperands, ...]]] = {}
+        self._weights: dict[int, tuple[Tensor, tuple[ScoreOperands, ...]]] = {}
 
     def __torch_function__(
         self,
@@ -143,7 +143,7 @@ class Taps(TorchFunctionMode):
                 return self._call(product, flipped, self._weights[id(weights)][1])
         out = product.run(product.left, product.right)
         if not (_is_parameter(product.left) or _is_parameter(product.right)):
-            self._scores[id(out)] = out, (Pair(product.left, product.right),)
+            self._scores[id(out)] = out, (ScoreOperands(product.left, product.right),)
         return out
 
     def _attend(
@@ -158,7 +158,7 @@ class Taps(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """scaled_dot_product_attention, written out."""
-        pair = Pair(query, key, ordered=True)
+        pair = ScoreOperands(query, key, ordered=True)
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -172,7 +172,7 @@ class Taps(TorchFunctionMode):
         weights = _straight_through(scores, torch.nan_to_num(scores.softmax(-1)))
         return self._call(_Product.matmul(weights, value), False, (pair,))
 
-    def _call(self, product: _Product, flipped: bool, pairs: tuple[Pair, ...]) -> Tensor:
+    def _call(self, product: _Product, flipped: bool, pairs: tuple[ScoreOperands, ...]) -> Tensor:
         """Note the call; its output for what follows."""
         weights, values = product.left, product.right
         axes, other, out = product.axes
@@ -194,7 +194,7 @@ class Taps(TorchFunctionMode):
             return tensor.permute(order).reshape(flat)
 
         gate = mixed.new_ones(flat[:2], requires_grad=True)
-        call = Call(
+        call = AttentionCall(
             where=self._where(),
             weights=arranged(weights, axes, keys),
             mixed=arranged(mixed, out, inner),

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from ._site import Site
-from ._taps import Call, Taps
+from ._taps import AttentionCall, AttentionRecorder
 
 #: The most numbers in a gradient of the attention weights that are computed at once.
 _MOST_NUMBERS = 2**26
@@ -26,14 +26,14 @@ class Forward:
 
     Attributes:
         calls: the attention calls, in order.
-        leaves: for each projection that reads the residual stream, by `leaf`, a zero added to each of
+        leaves: for each projection that reads the residual stream, by `weight_name`, a zero added to each of
             its output features.
         flows: for each call the paths of the projections that read its output, with a pair of
             tensors that tells which of their input features depend on which head.
         written: paths of the output projections that were called.
     """
 
-    calls: list[Call]
+    calls: list[AttentionCall]
     leaves: dict[str, Tensor]
     flows: list[list[tuple[str, Tensor, Tensor]]]
     written: set[str]
@@ -54,12 +54,12 @@ class Trace:
     sinks: dict[str, Tensor]
 
 
-def leaf(site: Site) -> str:
+def weight_name(site: Site) -> str:
     """Name of the weight of a site; sites of one fused projection have one in common."""
     return f"{site.path}.{site.parameter}"
 
 
-def run(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
+def record_forward(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
     """One forward of the live model, tapped. The model is afterwards what it was before.
 
     Args:
@@ -78,19 +78,23 @@ def run(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
             stack.enter_context(context)
         direct: dict[str, Tensor] = {}
         replaced: dict[str, Tensor] = {}
-        for site in {leaf(site): site for site in sites}.values():
-            owners = (model.get_submodule(path) for path in (site.path, *site.also))
+        for site in {weight_name(site): site for site in sites}.values():
+            owners = (model.get_submodule(path) for path in (site.path, *site.tied_paths))
             modules = list(dict.fromkeys(owners))
-            if not site.bypassed:
-                hook = _Reader(site.path, written) if site.writer else _Source(leaf(site), leaves)
+            if not site.weight_read_directly:
+                hook = (
+                    CaptureInputHook(site.path, written)
+                    if site.writer
+                    else AddLeafHook(weight_name(site), leaves)
+                )
                 for module in modules:
                     stack.callback(module.register_forward_hook(hook).remove)
             elif site.writer:
                 direct[site.path] = getattr(modules[0], site.parameter)
             else:
                 name, weight = _stored(modules[0], site)
-                leaves[leaf(site)], replaced[name] = _with_leaf(weight, site.transposed)
-        taps = Taps({module: path for path, module in model.named_modules()}, direct)
+                leaves[weight_name(site)], replaced[name] = _with_leaf(weight, site.transposed)
+        taps = AttentionRecorder({module: path for path, module in model.named_modules()}, direct)
         args, kwargs = arguments(inputs)
         with taps:
             functional_call(model, replaced, args, kwargs)
@@ -99,11 +103,11 @@ def run(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
     return Forward(taps.calls, leaves, flows, {path for path, _ in written})
 
 
-def trace(forward: Forward, number: int, units: Tensor, queries: Tensor) -> Trace:
+def trace_heads(forward: Forward, number: int, units: Tensor, queries: Tensor) -> Trace:
     """Follow some heads of a call to the projections.
 
     Args:
-        forward: what `run` returned.
+        forward: what `record_forward` returned.
         number: which call.
         units: (n,), the units of the call to follow.
         queries: (n, queries), how strongly through each query.
@@ -112,7 +116,7 @@ def trace(forward: Forward, number: int, units: Tensor, queries: Tensor) -> Trac
         RuntimeError: torch cannot differentiate what the model did.
     """
     call = forward.calls[number]
-    back = _Back(max(1, _MOST_NUMBERS // call.weights.numel()), forward.leaves)
+    back = BatchedGradients(max(1, _MOST_NUMBERS // call.weights.numel()), forward.leaves)
     units = units.to(call.gate.device)
     mix = queries.to(call.gate.device, call.weights.dtype)[:, :, None]
     sources: dict[str, dict[str, Tensor]] = {"q": {}, "k": {}, "v": {}}
@@ -133,13 +137,13 @@ def trace(forward: Forward, number: int, units: Tensor, queries: Tensor) -> Trac
     return Trace(sources, sinks)
 
 
-def whole_units(call: Call, most: int) -> tuple[Tensor, Tensor]:
+def whole_units(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
     """The first units, through all of their queries: arguments of `trace`."""
     n_units, n_queries = call.gate.shape
     return torch.arange(min(n_units, most)), _random(n_queries).expand(min(n_units, most), -1)
 
 
-def single_queries(call: Call, most: int) -> tuple[Tensor, Tensor]:
+def single_queries(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
     """Every unit through every query by itself, as heads can hide among the queries."""
     n_units, n_queries = call.gate.shape
     pairs = torch.cartesian_prod(torch.arange(n_queries), torch.arange(n_units))[:most]
@@ -149,7 +153,7 @@ def single_queries(call: Call, most: int) -> tuple[Tensor, Tensor]:
 # The forward
 
 
-class _Source:
+class AddLeafHook:
     """A forward hook that adds a leaf to the output features of a projection, times a random number
     for each token: what is the same for all keys would not change a softmax."""
 
@@ -161,12 +165,12 @@ class _Source:
             return (self(module, args, output[0]), *output[1:])
         if self.name not in self.leaves:
             self.leaves[self.name] = _zeros(output, output.shape[-1])
-        leaf = self.leaves[self.name]
-        noise = torch.randn(output.shape[:-1], dtype=leaf.dtype, device=leaf.device)
-        return (output + leaf * noise[..., None]).to(output.dtype)
+        weight_name = self.leaves[self.name]
+        noise = torch.randn(output.shape[:-1], dtype=weight_name.dtype, device=weight_name.device)
+        return (output + weight_name * noise[..., None]).to(output.dtype)
 
 
-class _Reader:
+class CaptureInputHook:
     """A forward hook that collects the input of an output projection and cuts the graph behind it."""
 
     def __init__(self, path: str, written: list[tuple[str, Tensor]]) -> None:
@@ -260,7 +264,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _flows(
-    calls: Sequence[Call], written: Iterable[tuple[str, Tensor]]
+    calls: Sequence[AttentionCall], written: Iterable[tuple[str, Tensor]]
 ) -> list[list[tuple[str, Tensor, Tensor]]]:
     """For each call who reads it. The gradient of ``<probe, x>`` with respect to the gates is linear in
     the probe; differentiated once more, it gives the features of x that each gate reaches."""
@@ -282,7 +286,7 @@ def _flows(
 # The way back
 
 
-def _operands(call: Call) -> list[tuple[Tensor, str]]:
+def _operands(call: AttentionCall) -> list[tuple[Tensor, str]]:
     """What the scores were made of, each with the role ``"q"`` or ``"k"``."""
     operands: dict[int, tuple[Tensor, str]] = {}
     for pair in call.pairs:
@@ -294,7 +298,7 @@ def _operands(call: Call) -> list[tuple[Tensor, str]]:
     return list(operands.values())
 
 
-def _is_flipped(call: Call, one: Tensor, other: Tensor) -> bool:
+def _is_flipped(call: AttentionCall, one: Tensor, other: Tensor) -> bool:
     """Whether the second operand holds the queries.
 
     Two queries have different vectors in the operand of queries, and the same in that of keys; a
@@ -304,7 +308,7 @@ def _is_flipped(call: Call, one: Tensor, other: Tensor) -> bool:
     if not chosen or not call.weights.requires_grad:
         return False
     n_queries = call.weights.shape[1]
-    back = _Back(2, {})
+    back = BatchedGradients(2, {})
     shared = [0] * len(chosen)
     for query in {1 % n_queries, n_queries // 2, n_queries - 1}:
         weights = call.weights[0, [query - 1, query] if n_queries > 1 else [query]]
@@ -316,7 +320,7 @@ def _is_flipped(call: Call, one: Tensor, other: Tensor) -> bool:
     return n_queries > 1 and (chosen[0] is one) == (shared[0] > 0)
 
 
-class _Back:
+class BatchedGradients:
     """Gradients, so many at once where torch can do that."""
 
     def __init__(self, at_once: int, leaves: Mapping[str, Tensor]) -> None:

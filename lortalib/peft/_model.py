@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..decomp import Network, direct_sum
 from ..nn import Adapter, export_lora
 from ..nn._apply import check_whole, make_network, make_settings
-from ..nn._beside import Beside, Values
+from ..nn._beside import TrainedModules, Values
 from ..nn._groups import Group, group_sites
 from ..nn._share import by_module, release, surround
 from ..nn._site import MLP_ROLES
@@ -53,8 +53,8 @@ class LortaModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.target_modules is None:
             attention = [site for site in self._known if site.role not in MLP_ROLES]
-            own = (site for site in attention if not site.bypassed)
-            paths = {path for site in own for path in (site.path, *site.also)}
+            own = (site for site in attention if not site.weight_read_directly)
+            paths = {path for site in own for path in (site.path, *site.tied_paths)}
             if not paths:
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = self._short(paths)  # type: ignore[assignment]
@@ -126,7 +126,7 @@ class LortaModel(BaseTuner):
         if isinstance(target, LortaLayer):
             self._targets[current_key] = target
             return
-        if any(site.bypassed for site in self._known if site.path == current_key):
+        if any(site.weight_read_directly for site in self._known if site.path == current_key):
             raise ValueError(
                 f"{current_key}: the model reads its weight without calling it, so a wrapper around "
                 "it would do nothing. Leave it out of target_modules, or use lortalib.nn.apply"
@@ -152,14 +152,14 @@ class LortaModel(BaseTuner):
         weights = {path: layer.weight for path, layer in self._targets.items()}
         networks = {}
         for group in groups:
-            paths = (path for site in group.sites for path in (site.path, *site.also))
+            paths = (path for site in group.sites for path in (site.path, *site.tied_paths))
             device = next(weights[path].device for path in paths if path in weights)
             options["device"] = torch.device("meta") if meta else device
             networks[group.name] = _network(config, group, options)
         settings = make_settings(
             config.decomposition, networks, config.alpha, config.dropout, config.gqa, config.start
         )
-        return Adapter(name, settings, tuple(groups), networks, Beside())
+        return Adapter(name, settings, tuple(groups), networks, TrainedModules())
 
     def _share(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
         """Let the targeted modules take their shares."""

@@ -9,23 +9,23 @@ from typing import Any
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from ..nn import AnatomyError, Site, mlp_sites
-from ..nn._anatomy import understood
+from ..nn import Site, UnsupportedModelError, mlp_sites
+from ..nn._anatomy import understood_sites
 from ..nn._linear import linear_sites
 
 
 def known_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that lortalib knows the role of; none where it understands none."""
-    found: list[Site] = [*understood(model)]
-    with suppress(AnatomyError):  # a model without an MLP
+    found: list[Site] = [*understood_sites(model)]
+    with suppress(UnsupportedModelError):  # a model without an MLP
         found += mlp_sites(model)
     return [site for site in found if not site.experts]
 
 
 def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
     """The sites of these modules: known ones, and a matrix each for the others."""
-    own = [site for site in known if {site.path, *site.also} & set(modules)]
-    named = {path for site in own for path in (site.path, *site.also)}
+    own = [site for site in known if {site.path, *site.tied_paths} & set(modules)]
+    named = {path for site in own for path in (site.path, *site.tied_paths)}
     others = {path: module for path, module in modules.items() if path not in named}
     sizes: dict[str, Any] = {p: _get_in_out_features(module) for p, module in others.items()}
     return own + linear_sites(others, sizes)

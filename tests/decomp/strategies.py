@@ -14,9 +14,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from lortalib.decomp import MODES, T_MODES, Legs, LegsError, Network, Shape, registry
+from lortalib.decomp import LORTA_MODES, MODES, Legs, LegsError, Network, Shape, formats
 
-FORMATS = sorted(registry)
+FORMATS = sorted(formats)
 KINDS = [*FORMATS, "random"]
 
 _INNER = tuple(mode for mode in MODES if mode not in ("in", "out"))
@@ -43,7 +43,7 @@ def mode_sets(name):
         for inner in combinations(_INNER, number):
             shape = Shape(dict.fromkeys((*inner, "in", "out"), 2))
             try:
-                registry[name].legs(shape).check(shape.modes)
+                formats[name].legs(shape).check(shape.modes)
             except LegsError:
                 continue
             found.append(shape.modes)
@@ -52,7 +52,7 @@ def mode_sets(name):
 
 def usual_modes(name):
     """The modes of T, and those that a format needs beside them."""
-    return max(mode_sets(name), key=lambda modes: (len({*modes} & {*T_MODES}), -len(modes)))
+    return max(mode_sets(name), key=lambda modes: (len({*modes} & {*LORTA_MODES}), -len(modes)))
 
 
 @st.composite
@@ -82,7 +82,7 @@ def build(name, shape, rank, **options):
     options = {"init": "normal", "dtype": torch.float64, "generator": generator(), **options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ranks larger than the modes can fill")
-        return registry[name](shape, rank, **options)
+        return formats[name](shape, rank, **options)
 
 
 def small(name, rank=2, **options):
@@ -99,7 +99,7 @@ def registered_shapes(name):
 def registered(draw, name, **options):
     """A network of this format, with any modes that the format allows."""
     shape = draw(registered_shapes(name))
-    rank = draw(ranks(registry[name].legs(shape).bonds(shape.modes)))
+    rank = draw(ranks(formats[name].legs(shape).bonds(shape.modes)))
     return build(name, shape, rank, generator=generator(draw(seeds)), **options)
 
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FORMATS, build, examples, generator, random_networks, registered, usual_modes
 
-from lortalib.decomp import Legs, along, network
-from lortalib.decomp._along import leading, upwards
+from lortalib.decomp import Legs, network, start_along
+from lortalib.decomp._along import leading_left_vectors, upwards
 from lortalib.decomp._initial import zero_parameter
 
 #: Their bonds make a loop, or join more than two parameters.
@@ -22,7 +22,12 @@ over_trees = pytest.mark.parametrize("name", TREES)
 def again(net, dense, **options):
     """A network of the same legs and ranks that starts along a tensor."""
     return network(
-        net.legs, net.shape, net.ranks, init=along(dense, net.modes), dtype=dense.dtype, **options
+        net.legs,
+        net.shape,
+        net.ranks,
+        init=start_along(dense, net.modes),
+        dtype=dense.dtype,
+        **options,
     )
 
 
@@ -91,7 +96,9 @@ def test_what_tucker_misses_is_bounded_by_the_discarded_singular_values():
     shape = {"layer": 4, "head": 5, "in": 7, "out": 6}
     ranks = {"p": 3, "h": 2, "q": 2, "l": 2}
     dense = torch.randn(4, 5, 7, 6, generator=generator(), dtype=torch.float64)
-    net = network(line, shape, ranks, init=along(dense, "layer head in out"), dtype=torch.float64)
+    net = network(
+        line, shape, ranks, init=start_along(dense, "layer head in out"), dtype=torch.float64
+    )
     bonds = {"layer": "l", "head": "h", "in": "p", "out": "q"}
     tails = 0.0
     for axis, mode in enumerate(shape):
@@ -108,7 +115,7 @@ def test_leading_vectors_are_those_of_the_svd(size):
     a = torch.randn(size, generator=generator(), dtype=torch.float64)
     u, values, v = torch.linalg.svd(a, full_matrices=False)
     matrix = (u * 0.5 ** torch.arange(values.shape[-1], dtype=torch.float64)[:, None].mT) @ v
-    found = leading(matrix, 3, lambda shape: torch.randn(shape, generator=generator()))
+    found = leading_left_vectors(matrix, 3, lambda shape: torch.randn(shape, generator=generator()))
     assert torch.allclose((found.mT @ u[..., :3]).abs(), torch.eye(3).double(), atol=1e-6)
 
 
@@ -117,7 +124,7 @@ def test_a_shared_mode_gives_every_slice_directions_of_its_own():
     dense[0, 1, 0] = dense[1, 3, 2] = 1
     line = "layer in p (frozen), layer p q (zero), layer out q (frozen)"
     shape = {"layer": 2, "in": 4, "out": 3}
-    net = network(line, shape, 1, init=along(dense, "layer in out"))
+    net = network(line, shape, 1, init=start_along(dense, "layer in out"))
     assert net.tensors[0].abs().argmax(1).flatten().tolist() == [1, 3]
     assert net.tensors[2].abs().argmax(1).flatten().tolist() == [0, 2]
 
@@ -125,7 +132,10 @@ def test_a_shared_mode_gives_every_slice_directions_of_its_own():
 def test_the_axes_may_stand_in_any_order():
     dense = torch.randn(5, 2, 4, generator=generator())
     line, shape = "in p, layer p q (zero), out q", {"layer": 2, "in": 4, "out": 5}
-    starts = along(dense, "out layer in"), along(dense.permute(1, 2, 0), ["layer", "in", "out"])
+    starts = (
+        start_along(dense, "out layer in"),
+        start_along(dense.permute(1, 2, 0), ["layer", "in", "out"]),
+    )
     one, other = (network(line, shape, 2, init=s, generator=generator()) for s in starts)
     for tensor, same in zip(one.tensors, other.tensors):
         assert torch.allclose(tensor.abs(), same.abs(), atol=1e-5)
@@ -143,18 +153,18 @@ def test_the_axes_may_stand_in_any_order():
 )
 def test_a_tensor_without_directions_is_refused(dense, modes, says):
     with pytest.raises(ValueError, match=says):
-        along(dense, modes)
+        start_along(dense, modes)
 
 
 def test_another_shape_a_line_without_a_tree_and_a_rank_without_room_are_refused():
-    start = along(torch.ones(3, 4), "in out")
+    start = start_along(torch.ones(3, 4), "in out")
     with pytest.raises(ValueError, match="shape"):
         network("in p, out p", {"in": 4, "out": 4}, 1, init=start)
     with pytest.raises(ValueError, match="tree"):
         network("in p q, out p q", {"in": 3, "out": 4}, 1, init=start)
     with pytest.raises(ValueError, match="not every parameter"):
         network("in, out", {"in": 3, "out": 4}, 1, init=start)
-    three = along(torch.ones(3, 2, 4), "layer in out")
+    three = start_along(torch.ones(3, 2, 4), "layer in out")
     with pytest.raises(ValueError, match="room for 2"):
         network(
             "layer in p, p q, layer out q (zero)", {"layer": 3, "in": 2, "out": 4}, 3, init=three

@@ -10,7 +10,7 @@ import torch
 from reference import on
 from strategies import build
 
-from lortalib.decomp import decompose, format_of, from_tensorly, tucker
+from lortalib.decomp import decompose, from_tensorly, get_format, tucker
 
 SHAPE = (3, 2, 2, 5, 4)
 
@@ -44,7 +44,7 @@ def fail():
     with pytest.raises(ValueError, match="NaN"):
         decompose(torch.full(SHAPE, torch.nan), "tt", 2)
     with pytest.raises(ValueError, match="only CP"):
-        format_of("ring")(SHAPE, 2).to_tensorly()
+        get_format("ring")(SHAPE, 2).to_tensorly()
 
 
 @pytest.mark.parametrize("use", [succeed, fail])

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
 from lortalib.decomp import Cut, LegsError, Network
-from lortalib.decomp._contract import _PASS, contract, contraction_path, follow
+from lortalib.decomp._contract import COST_OF_ONE_PASS, contract, contract_along, contraction_path
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 ENDS = ("in", "head", "out")
@@ -107,7 +107,7 @@ def test_each_slice_of_a_cut_is_a_matrix_of_the_dense_tensor(kind, data):
 @given(data=st.data())
 def test_a_side_that_does_not_carry_a_mode_has_size_one_there(kind, data):
     _, view, over = data.draw(cuttable(kind))
-    division, cut = view.divide(*over), view.cut(*over)
+    division, cut = view.cut_plan(*over), view.cut(*over)
     for positions, side in zip(division.partition, cut):
         legs = {leg for k in positions for leg in view.legs.terms[k].legs}
         wide = [view.sizes[mode] if mode in legs else 1 for mode in over]
@@ -119,14 +119,14 @@ def test_a_side_that_does_not_carry_a_mode_has_size_one_there(kind, data):
 @given(data=st.data())
 def test_a_division_has_every_parameter_on_one_side(kind, data):
     _, view, over = data.draw(cuttable(kind))
-    division = view.divide(*over)
-    near, far, bonds = division.partition
-    assert sorted(near + far) == list(range(len(view.tensors)))
+    division = view.cut_plan(*over)
+    in_side, out_side, bonds = division.partition
+    assert sorted(in_side + out_side) == list(range(len(view.tensors)))
     assert division.rank == view.cut(*over).A.shape[-2]
     assert division.rank == math.prod(view.sizes[bond] for bond in bonds)
-    legs = [{leg for k in side for leg in view.legs.terms[k].legs} for side in (near, far)]
+    legs = [{leg for k in side for leg in view.legs.terms[k].legs} for side in (in_side, out_side)]
     assert legs[1] >= {mode for mode in ("head", "out") if mode in view.modes}
-    if near:
+    if in_side:
         assert "in" in legs[0] - legs[1]
         assert legs[0] & legs[1] - {*over} == {*bonds}
     else:
@@ -161,7 +161,7 @@ def slices(net):
 
 def changed(net):
     """The slices of a network whose heads are mixed and whose matrices are chosen."""
-    return slices(net.mode_dot(MIX, "head").take("matrix", torch.tensor([1, 0, 1])))
+    return slices(net.mode_dot(MIX, "head").index_select("matrix", torch.tensor([1, 0, 1])))
 
 
 MIX = normal(3, 2)
@@ -188,7 +188,7 @@ def test_cut_refuses_modes_that_it_cannot_cut_over():
         ["task"], ["r"], ["layer", "layer"], ["in"], ["head"], ["out"], ["layer", "matrix", "in"]
     ):  # fmt: skip
         names = ", ".join(map(repr, over))
-        for act in (net.cut, net.divide):
+        for act in (net.cut, net.cut_plan):
             with pytest.raises(LegsError, match=rf"cannot cut over {names}: these are to be diff"):
                 act(*over)
     with pytest.raises(LegsError, match="cannot cut over 'layer'"):
@@ -219,8 +219,8 @@ def taken(draw, kind):
 @given(data=st.data())
 def test_take_keeps_those_positions_of_the_dense_tensor(kind, data):
     net, mode, at = data.draw(taken(kind))
-    view, axis = net.take(mode, at), net.modes.index(mode)
-    expected = reference.dense(net).take(at.numpy(), axis)
+    view, axis = net.index_select(mode, at), net.modes.index(mode)
+    expected = reference.dense(net).index_select(at.numpy(), axis)
     assert view.modes == net.modes
     assert tuple(view.shape.values()) == expected.shape
     close(view.dense(), expected)
@@ -234,10 +234,10 @@ def test_take_refuses_what_it_cannot_find():
     net = small("cp")
     for mode in ("task", "r"):
         with pytest.raises(KeyError, match=rf"cannot take from '{mode}': the modes .* layer, head"):
-            net.take(mode, torch.tensor([0]))
+            net.index_select(mode, torch.tensor([0]))
     for position in (2, -1):
         with pytest.raises(IndexError):
-            net.take("layer", torch.tensor([0, position]))
+            net.index_select("layer", torch.tensor([0, position]))
 
 
 # --- mode_dot -------------------------------------------------------------------------------------
@@ -287,9 +287,9 @@ def test_slices_of_a_product_are_cut_like_any_other(kind, data):
     for place, _, expected in each(view, over):
         close(products[place], expected)
     same_gradients(products, dense_matrices(view, over), [*trainable(net), matrix])
-    before, rank = net.divide(*over), view.divide(*over).rank
+    before, rank = net.cut_plan(*over), view.cut_plan(*over).rank
     assert rank == reference.smallest_crossing(view.select(**dict.fromkeys(over, 0)))
-    if before.near:
+    if before.in_side:
         assert rank <= before.rank * (1 if mode in ENDS else net.sizes[mode])
 
 
@@ -352,7 +352,7 @@ def cost_of_path(path, tensors):
         size = {leg: n for word, t in zip(words, pair) for leg, n in zip(word, t.shape)}
         values.append(torch.einsum(equation, *pair))
         moved = sum(tensor.numel() for tensor in (*pair, values[-1]))
-        total += (math.prod(size.values()) + _PASS * moved) * (i != j)
+        total += (math.prod(size.values()) + COST_OF_ONE_PASS * moved) * (i != j)
     return total
 
 
@@ -365,7 +365,7 @@ def cost_of(order, terms, output, sizes):
         left = [term for k, term in enumerate(left) if k not in pair]
         left.append(joined & set(output).union(*left))
         moved = sum(math.prod(sizes[leg] for leg in term) for term in (*both, left[-1]))
-        total += math.prod(sizes[leg] for leg in joined) + _PASS * moved
+        total += math.prod(sizes[leg] for leg in joined) + COST_OF_ONE_PASS * moved
     return total
 
 
@@ -384,7 +384,7 @@ def test_no_order_of_up_to_six_tensors_costs_less(case, data):
     terms, output, sizes = case
     tensors = tensors_of(terms, sizes)
     path = contraction_path(terms, output, tuple(sizes.items()))
-    close(follow(path, tensors), whole(terms, tensors, output))
+    close(contract_along(path, tensors), whole(terms, tensors, output))
     cost = cost_of_path(path, tensors)
     if len(terms) <= 4:
         assert cost == min(cost_of(order, terms, output, sizes) for order in orders(len(terms)))

@@ -14,10 +14,10 @@ from lortalib.decomp import (
     LegsError,
     Shape,
     cp,
-    format_of,
+    formats,
+    get_format,
     network,
-    register,
-    registry,
+    register_format,
     tt,
     tucker,
 )
@@ -70,7 +70,7 @@ def test_published_parameter_counts(name, shape, rank, count):
     shapes = shape if isinstance(shape, list) else [shape]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none of these ranks is too large
-        nets = [format_of(name)(each, rank, device="meta") for each in shapes]
+        nets = [get_format(name)(each, rank, device="meta") for each in shapes]
     assert sum(net.count() for net in nets) == count
 
 
@@ -79,8 +79,8 @@ def test_published_parameter_counts(name, shape, rank, count):
 
 def test_the_registry_holds_the_published_formats():
     listed = "cp cp_matrix tucker tt ring lotr fact_tk cara lora lora_xs vera block_term metatt_4d metatt_41d"
-    assert set(listed.split()) <= set(registry)
-    for name, entry in registry.items():
+    assert set(listed.split()) <= set(formats)
+    for name, entry in formats.items():
         assert isinstance(entry, Format)
         assert entry.name == name
         assert entry.about
@@ -131,28 +131,28 @@ def test_a_format_is_its_line(name, line):
     ],
 )
 def test_aliases_hyphens_and_capitals(alias, name):
-    assert format_of(alias) is registry[name]
+    assert get_format(alias) is formats[name]
 
 
 def test_an_unknown_name_has_a_hint():
     with pytest.raises(
         ValueError, match=r"unknown decomposition 'tuker' \(did you mean 'tucker'\?\)"
     ):
-        format_of("tuker")
+        get_format("tuker")
     with pytest.raises(
         ValueError, match=r"the names are .*cp, .* Or give a line of legs"
     ) as caught:
-        format_of("zzz")
+        get_format("zzz")
     assert "did you mean" not in str(caught.value)
 
 
 def test_a_line_stands_for_a_format():
     line = "in p, layer matrix p q, out head q"
-    named, nameless = format_of("lotr"), format_of(line)
+    named, nameless = get_format("lotr"), get_format(line)
     assert (nameless.name, nameless.line) == ("", line)
     assert nameless(SHAPE, 2).count() == named(SHAPE, 2).count()
     with pytest.raises(LegsError, match="'r' stands twice"):
-        format_of("in r r, out r")
+        get_format("in r r, out r")
 
 
 @pytest.mark.parametrize(
@@ -165,27 +165,29 @@ def test_a_line_stands_for_a_format():
 )
 def test_heads_are_left_out_of_a_line_where_the_tensor_has_none(name, line):
     shape = {"layer": 2, "matrix": 2, "in": 4, "out": 4}
-    assert str(registry[name](shape, 2).legs) == line
+    assert str(formats[name](shape, 2).legs) == line
 
 
 @pytest.mark.parametrize("taken", ["cp", "LoRTA", "Lora-XS", "Block-Term"])
 def test_a_taken_name_is_refused(taken):
     with pytest.raises(ValueError, match=f"the format name '{taken}' is taken"):
-        register(taken, "in r, out r")
+        register_format(taken, "in r, out r")
 
 
 def test_register_and_unregister():
     with pytest.raises(LegsError, match="a parameter without legs"):
-        register("broken", "in r,, out r")
-    assert "broken" not in registry
-    entry = register("Test-Layerwise", "layer in r, layer matrix head out r", "one A per layer")
+        register_format("broken", "in r,, out r")
+    assert "broken" not in formats
+    entry = register_format(
+        "Test-Layerwise", "layer in r, layer matrix head out r", "one A per layer"
+    )
     try:
-        assert format_of("test_layerwise") is entry is registry["test_layerwise"]
+        assert get_format("test_layerwise") is entry is formats["test_layerwise"]
         assert entry(SHAPE, 2).count() == 3 * 6 * 2 + 3 * 4 * 2 * 5 * 2
     finally:
-        del registry["test_layerwise"]
+        del formats["test_layerwise"]
     with pytest.raises(ValueError, match="unknown decomposition"):
-        format_of("test-layerwise")
+        get_format("test-layerwise")
 
 
 def test_modes_beyond_the_reserved_ones():
@@ -277,7 +279,7 @@ def test_the_name_of_a_format_stands_for_its_line(name):
     shape = (3, 2, 2, 8, 4)
     made = [
         make(shape, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        for make in (format_of(name), lambda *args, **more: network(name, *args, **more))
+        for make in (get_format(name), lambda *args, **more: network(name, *args, **more))
     ]
     assert str(made[0].legs) == str(made[1].legs)
     for one, two in zip(*(net.parameters() for net in made)):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FORMATS, build, examples, generator, registered, usual_modes
 
-from lortalib.decomp import Shape, format_of, network, registry
+from lortalib.decomp import Shape, formats, get_format, network
 
 over_formats = pytest.mark.parametrize("name", FORMATS)
 
@@ -53,7 +53,7 @@ def test_normal_has_no_zero_parameter():
 
 def test_lorta_draws_from_the_published_distributions():
     r = 16
-    net = format_of("lorta")((600, 700, 4, 800, 8), r, init="lorta", generator=generator())
+    net = get_format("lorta")((600, 700, 4, 800, 8), r, init="lorta", generator=generator())
     for factor, bound in ((net.in_r, r**-0.5), (net.head_r, (6 / r) ** 0.5)):
         assert factor.abs().max() <= bound
         ordered = (factor.detach().flatten() / bound).sort().values
@@ -91,7 +91,7 @@ def first_step(name, rank, seed, init, scale):
     source = generator(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ranks larger than the modes can fill")
-        net = registry[name](SHAPE, rank, init=init, generator=source)
+        net = formats[name](SHAPE, rank, init=init, generator=source)
     inputs, unseen = torch.randn(2, len(SITES), TOKENS, IN, generator=source)
     upstream = torch.randn(len(SITES), TOKENS, HEADS * OUT, generator=source)
     zero = next(tensor for tensor in net.tensors if not tensor.any())
@@ -118,8 +118,8 @@ def test_the_first_step_is_the_same_at_every_rank(name):
 
 @pytest.mark.parametrize("name", ["cp", "tucker", "tt"])
 def test_a_step_of_size_h_moves_the_output_by_h(name):
-    signs, along, _ = first_steps(name, RANKS)
-    for change in (signs, along):
+    signs, start_along, _ = first_steps(name, RANKS)
+    for change in (signs, start_along):
         assert 1 / 1.5 < change.min() <= change.max() < 1.5
 
 

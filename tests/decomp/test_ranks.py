@@ -23,7 +23,7 @@ from strategies import (
 from tensorly.decomposition import tensor_train
 from tensorly.tt_tensor import validate_tt_rank
 
-from lortalib.decomp import Legs, Network, Shape, cp, registry, tt, tucker
+from lortalib.decomp import Legs, Network, Shape, cp, formats, tt, tucker
 
 SHAPE = Shape((3, 2, 4, 6, 5))
 
@@ -65,12 +65,12 @@ def test_a_tuple_of_tucker_ranks_is_in_the_order_of_the_modes():
 @pytest.mark.parametrize("bad", [0, -1, True, 2.0, "2", None])
 def test_a_rank_is_a_positive_integer(name, bad):
     shape = dict.fromkeys(usual_modes(name), 3)
-    bonds = registry[name].legs(shape).bonds(shape)
+    bonds = formats[name].legs(shape).bonds(shape)
     for rank in (bad, {**dict.fromkeys(bonds, 1), bonds[-1]: bad}):
         with pytest.raises(
             ValueError, match=r"rank of bond '\w+' must be an integer >= 1|ranks were"
         ):
-            registry[name](shape, rank)
+            formats[name](shape, rank)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_train_limits_are_those_of_successive_svds(data):
 @given(data=st.data())
 def test_tucker_limits_are_tight(data):
     shape = data.draw(registered_shapes("tucker"))
-    bonds = registry["tucker"].legs(shape).bonds(shape)
+    bonds = formats["tucker"].legs(shape).bonds(shape)
     net = build("tucker", shape, data.draw(sized(bonds, lambda _: 9, 600)))
     with torch.no_grad():
         for parameter in net.parameters():

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, build, examples, generator, ranks, registered_shapes, seeds, small
 
-from lortalib.decomp import Network, direct_sum, registry
+from lortalib.decomp import Network, direct_sum, formats
 
-FORMATS = [kind for kind in KINDS if kind in registry]
+FORMATS = [kind for kind in KINDS if kind in formats]
 WEIGHTS = st.lists(st.floats(-3, 3, allow_nan=False), min_size=1, max_size=3)
 
 
@@ -17,7 +17,7 @@ WEIGHTS = st.lists(st.floats(-3, 3, allow_nan=False), min_size=1, max_size=3)
 @examples(15)
 def test_the_sum_is_the_sum(name, data):
     shape = data.draw(registered_shapes(name))
-    bonds = registry[name].legs(shape).bonds(shape.modes)
+    bonds = formats[name].legs(shape).bonds(shape.modes)
     weights = data.draw(WEIGHTS)
     parts = [
         build(name, shape, data.draw(ranks(bonds)), generator=generator(data.draw(seeds)))

@@ -15,14 +15,14 @@ def _fits_models(name):
     """Whether the format can be made over the modes of an adapter's tensor."""
     shape = decomp.Shape((2, 2, 2, 4, 4))
     try:
-        decomp.registry[name].legs(shape).check(shape.modes)
+        decomp.formats[name].legs(shape).check(shape.modes)
     except decomp.LegsError:
         return False
     return True
 
 
 #: Every registered format that an adapter can have; a new one is tested by joining.
-FORMATS = sorted(filter(_fits_models, decomp.registry))
+FORMATS = sorted(filter(_fits_models, decomp.formats))
 
 each_format = pytest.mark.parametrize("decomposition", FORMATS)
 

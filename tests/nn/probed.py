@@ -10,7 +10,7 @@ from models import BART, BERT, CLIP, IMAGE, LLAMA, T5, both_sides, image, image_
 
 from lortalib.nn import sites
 from lortalib.nn._probe import verify
-from lortalib.nn._site import Rows
+from lortalib.nn._site import FeatureRows
 
 GPT2 = {"vocab_size": 64, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
 CODEGEN = {**GPT2, "n_embd": 32, "n_head": 8, "rotary_dim": 4}
@@ -118,7 +118,7 @@ def check(name, change=list):
 # Ways to spoil a plan
 
 
-class Shuffled(Rows):
+class Shuffled(FeatureRows):
     """The same features, heads 0 and 1 exchanged."""
 
     heads = 4
@@ -140,7 +140,7 @@ def exchanged(one, other):
 def shuffled(roles, rows=Shuffled):
     def change(plan):
         for site in plan:
-            known = site.rows or Rows(0, ((site.features, 1),))
+            known = site.rows or FeatureRows(0, ((site.features, 1),))
             moved = replace(site, rows=rows(known.offset, known.dims), fused=site.fused or 16)
             yield moved if site.role in roles else site
 

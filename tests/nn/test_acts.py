@@ -9,7 +9,7 @@ from harness import output, put, unchanged
 from models import BERT, CLIP, FAMILIES, image, image_and_words, words
 
 from lortalib.nn import apply
-from lortalib.nn._acts import acts
+from lortalib.nn._acts import check_effect
 from lortalib.nn._share import detach
 
 SIGLIP = CLIP | {"text_config": {**BERT, "projection_size": 16}}
@@ -27,33 +27,33 @@ def test_every_network_acts(name, init):
     family = FAMILIES[name]
     adapter = put(family.model(), init=init)
     with unchanged(adapter.host.model):
-        found = acts(adapter, family.inputs())
+        found = check_effect(adapter, family.inputs())
     assert found == dict.fromkeys((group.name for group in adapter.groups), True)
 
 
 def test_networks_on_weights_that_are_read_directly_act():
     adapter = put(siglip())
-    assert set(acts(adapter, image_and_words()).values()) == {True}
+    assert set(check_effect(adapter, image_and_words()).values()) == {True}
 
 
 @pytest.mark.parametrize("decomposition", ["cp", "tucker", "tt", "lora"])
 def test_any_format(decomposition):
     family = FAMILIES["T5"]
     adapter = apply(family.model(), decomposition, 2)
-    assert set(acts(adapter, family.inputs()).values()) == {True}
+    assert set(check_effect(adapter, family.inputs()).values()) == {True}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_precision(dtype):
     model = FAMILIES["Bert"].model().to(dtype)
-    assert acts(put(model, init="invariant"), words()) == {"encoder": True}
+    assert check_effect(put(model, init="invariant"), words()) == {"encoder": True}
 
 
 def test_shares_that_are_lost_are_noticed():
     adapter = put(FAMILIES["Bert"].model())
     detach(adapter.host.model, adapter)
     with unchanged(adapter.host.model):
-        assert acts(adapter, words()) == {"encoder": False}
+        assert check_effect(adapter, words()) == {"encoder": False}
 
 
 def test_networks_that_the_inputs_do_not_reach_are_named():
@@ -63,21 +63,26 @@ def test_networks_that_the_inputs_do_not_reach_are_named():
 
     model = Sight(transformers.CLIPConfig(**CLIP))
     adapter = apply(model, "cp", 2)
-    assert acts(adapter, image()) == {
+    assert check_effect(adapter, image()) == {
         group.name: group.name.startswith("vision") for group in adapter.groups
     }
 
 
 def test_the_tolerance_is_what_an_entry_has_to_change():
     adapter = put(FAMILIES["Bert"].model())
-    assert acts(adapter, words(), tolerance=0.1) == {"encoder": True}
-    assert acts(adapter, words(), tolerance=math.inf) == {"encoder": False}
+    assert check_effect(adapter, words(), tolerance=0.1) == {"encoder": True}
+    assert check_effect(adapter, words(), tolerance=math.inf) == {"encoder": False}
 
 
 def test_inputs_can_be_positional():
     adapter = put(FAMILIES["Conv1D"].model())
     x = torch.randn(2, 5, 10)
-    assert acts(adapter, x) == acts(adapter, (x,)) == acts(adapter, [x]) == {"layers": True}
+    assert (
+        check_effect(adapter, x)
+        == check_effect(adapter, (x,))
+        == check_effect(adapter, [x])
+        == {"layers": True}
+    )
 
 
 def test_random_models_are_compared_under_the_same_random_numbers():
@@ -86,7 +91,7 @@ def test_random_models_are_compared_under_the_same_random_numbers():
     adapter = put(model)
     detach(model, adapter)
     state = torch.get_rng_state()
-    assert acts(adapter, words()) == {"encoder": False}
+    assert check_effect(adapter, words()) == {"encoder": False}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -94,10 +99,10 @@ def test_a_model_in_training_is_given_back_as_it_was():
     model = FAMILIES["Bert"].model().train()
     adapter = put(model)
     with unchanged(model):
-        acts(adapter, words())
+        check_effect(adapter, words())
     model.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with unchanged(model), pytest.raises(ZeroDivisionError):
-        acts(adapter, words())
+        check_effect(adapter, words())
 
 
 def test_an_error_while_perturbed_restores_every_bit():
@@ -112,7 +117,7 @@ def test_an_error_while_perturbed_restores_every_bit():
 
     model.register_forward_pre_hook(fail_the_second_time)
     with unchanged(model), pytest.raises(ZeroDivisionError):
-        acts(adapter, words())
+        check_effect(adapter, words())
 
 
 def test_merged_and_inactive_adapters_are_refused():
@@ -120,10 +125,10 @@ def test_merged_and_inactive_adapters_are_refused():
     before = output(adapter.host.model, words())
     adapter.merge()
     with pytest.raises(ValueError, match=r"is merged.*call adapter\.unmerge\(\) first"):
-        acts(adapter, words())
+        check_effect(adapter, words())
     adapter.disable()
     with pytest.raises(ValueError, match=r"is not active.*call adapter\.enable\(\) first"):
-        acts(adapter, words())
+        check_effect(adapter, words())
     adapter.enable()
-    assert acts(adapter, words()) == {"encoder": True}
+    assert check_effect(adapter, words()) == {"encoder": True}
     assert torch.equal(output(adapter.host.model, words()), before)

@@ -12,7 +12,7 @@ from models import each_family
 from torch.utils.hooks import RemovableHandle
 
 import lortalib
-from lortalib.nn import activate, adapters, sites
+from lortalib.nn import adapters, set_active, sites
 
 # A fresh or disabled adapter changes no output bit
 
@@ -117,10 +117,10 @@ def test_active_adapters_add_up(llama, inputs):
     assert list(adapters(llama)) == ["a", "b", "c"]
     for number in range(4):
         for chosen in combinations(three, number):
-            activate(llama, [adapter.name for adapter in chosen])
+            set_active(llama, [adapter.name for adapter in chosen])
             assert [adapter.active for adapter in three] == [a in chosen for a in three]
             found = output(llama, inputs)
-            activate(llama, [])
+            set_active(llama, [])
             assert same_bits(output(llama, inputs), before)
             assert close(found, _by_hand(llama, inputs, chosen))
 
@@ -138,16 +138,16 @@ def test_activate_takes_one_name_and_unmerges_the_others(llama, inputs):
     put(llama, name="a")
     alone = output(llama, inputs)
     put(llama, name="b", seed=1).merge()
-    activate(llama, "a")
+    set_active(llama, "a")
     assert same_bits(output(llama, inputs), alone)
-    activate(llama, ["b", "a", "b"])
+    set_active(llama, ["b", "a", "b"])
     assert all(adapter.active for adapter in adapters(llama).values())
 
 
 def test_activate_of_an_unknown_name_changes_nothing(llama):
     put(llama, name="a")
     with unchanged(llama), pytest.raises(KeyError, match="called 'x', 'y'; the model has 'a'"):
-        activate(llama, ["x", "a", "y"])
+        set_active(llama, ["x", "a", "y"])
 
 
 def test_switching_does_not_touch_the_weights(llama):
@@ -156,7 +156,7 @@ def test_switching_does_not_touch_the_weights(llama):
     versions = [p._version for p in llama.parameters()]
     hooks = [list(module._forward_hooks) for module in llama.modules()]
     for names in ("a", "b", [], ["a", "b"]):
-        activate(llama, names)
+        set_active(llama, names)
     assert [p._version for p in llama.parameters()] == versions
     assert [list(module._forward_hooks) for module in llama.modules()] == hooks
 
@@ -272,7 +272,7 @@ def test_delta_is_scaled(llama):
 
 def test_the_published_start_divides_by_the_rank(llama):
     adapter = lortalib.nn.apply(llama, "cp", rank=4, alpha=8, init="lorta")
-    assert adapter.scaling == adapter.settings.scaling == 2
+    assert adapter.scaling == adapter.config.scaling == 2
     assert lortalib.nn.apply(llama, "cp", rank=4, alpha=8, name="b").scaling == 8
 
 

@@ -6,7 +6,7 @@ from harness import FORMATS, close, each_format, generator, output, put, same_bi
 from models import FAMILIES, each_family
 
 import lortalib
-from lortalib.nn import align
+from lortalib.nn import align_to_gradient
 from lortalib.nn._align import _gradients
 
 #: Formats whose bonds make no tree.
@@ -65,9 +65,9 @@ def test_the_update_stays_zero_and_the_first_gradient_grows(decomposition, llama
         return sum(g.square().sum() for g in found if g is not None).item()
 
     random = steepness()
-    align(llama, [inputs], loss=loss, generator=generator())
+    align_to_gradient(llama, [inputs], loss=loss, generator=generator())
     assert same_bits(output(llama, inputs), before)
-    assert adapter.settings.init == "gradient"
+    assert adapter.config.init == "gradient"
     assert steepness() > 1.5 * random
 
 
@@ -97,7 +97,7 @@ def test_nothing_but_the_factors_changes(llama, inputs):
     start = [tensor.detach().clone() for tensor in adapter.parameters()]
     flags = [p.requires_grad for p in llama.parameters()]
     llama.lm_head.weight.grad = torch.ones_like(llama.lm_head.weight)
-    align(llama, [inputs], loss=squares(llama), generator=generator())
+    align_to_gradient(llama, [inputs], loss=squares(llama), generator=generator())
     assert [p.requires_grad for p in llama.parameters()] == flags
     assert all(p.grad is None for p in adapter.parameters())
     assert torch.equal(llama.lm_head.weight.grad, torch.ones_like(llama.lm_head.weight))
@@ -110,7 +110,7 @@ def test_the_same_generator_gives_the_same_start(llama, inputs):
     starts = []
     for _ in range(2):
         adapter = fresh(llama, "lotr")
-        align(llama, [inputs], loss=squares(llama), generator=generator(3))
+        align_to_gradient(llama, [inputs], loss=squares(llama), generator=generator(3))
         starts.append([tensor.detach().clone() for tensor in adapter.parameters()])
         adapter.remove()
     assert all(same_bits(one, two) for one, two in zip(*starts))
@@ -120,7 +120,7 @@ def test_networks_of_several_shapes_and_the_loss_of_the_model(inputs):
     llama = FAMILIES["Llama"].model("ForCausalLM")
     adapter = fresh(llama, "lora", targets="all", gqa="split")
     assert len(adapter.groups) > 2
-    align(llama, [{**inputs, "labels": inputs["input_ids"]}])
+    align_to_gradient(llama, [{**inputs, "labels": inputs["input_ids"]}])
     for group in adapter.groups:
         assert not adapter.network(group).dense().any()
 
@@ -128,14 +128,14 @@ def test_networks_of_several_shapes_and_the_loss_of_the_model(inputs):
 def test_a_model_in_bfloat16_and_factors_in_it(inputs):
     llama = FAMILIES["Llama"].model("ForCausalLM").to(torch.bfloat16)
     adapter = fresh(llama, "lotr", dtype=torch.bfloat16)
-    align(llama, [inputs], loss=squares(llama))
+    align_to_gradient(llama, [inputs], loss=squares(llama))
     assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in adapter.parameters())
 
 
 def test_frozen_directions_are_saved_and_loaded(llama, inputs, tmp_path):
     adapter = fresh(llama, "lora_xs")
-    align(llama, [inputs], loss=squares(llama))
+    align_to_gradient(llama, [inputs], loss=squares(llama))
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.requires_grad:
@@ -145,13 +145,13 @@ def test_frozen_directions_are_saved_and_loaded(llama, inputs, tmp_path):
     adapter.remove()
     loaded = lortalib.nn.load(llama, tmp_path)
     assert same_bits(output(llama, inputs), trained)
-    assert loaded.settings.init == "gradient"
+    assert loaded.config.init == "gradient"
 
 
 def test_it_trains_from_there(llama, inputs):
     adapter = fresh(llama, "lora_xs")
     loss = squares(llama)
-    align(llama, [inputs], loss=loss)
+    align_to_gradient(llama, [inputs], loss=loss)
     before = loss(inputs).item()
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, 3e-2)
@@ -173,7 +173,9 @@ def refused(model, says, kind=ValueError, batches=None, **options):
         return squares(model)(batch)
 
     with unchanged(model), pytest.raises(kind, match=says):
-        align(model, batches or [FAMILIES["Llama"].inputs()], **{"loss": loss, **options})
+        align_to_gradient(
+            model, batches or [FAMILIES["Llama"].inputs()], **{"loss": loss, **options}
+        )
     return calls
 
 
@@ -204,7 +206,7 @@ def test_an_unknown_name_and_a_shared_parameter_are_refused(llama):
 def test_no_batch_no_gradient_and_a_failing_loss_are_refused(llama, inputs):
     fresh(llama, "lotr")
     with unchanged(llama), pytest.raises(ValueError, match="no batch"):
-        align(llama, [], loss=squares(llama))
+        align_to_gradient(llama, [], loss=squares(llama))
     refused(llama, "does not depend", loss=lambda batch: torch.ones(()))
     refused(llama, "zero or not finite", loss=lambda batch: 0 * squares(llama)(batch))
     refused(llama, "zero or not finite", loss=lambda batch: squares(llama)(batch) * torch.nan)

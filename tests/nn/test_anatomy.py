@@ -6,7 +6,7 @@ import transformers
 from models import BERT, FAMILIES, Attention, each_family
 from torch import nn
 
-from lortalib.nn import AnatomyError, apply, sites
+from lortalib.nn import UnsupportedModelError, apply, sites
 from lortalib.nn._names import role_of
 
 
@@ -172,13 +172,15 @@ def _with(module, **attributes):
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_say_what_was_looked_for_and_seen(case):
     make, message = REFUSED[case]
-    with pytest.raises(AnatomyError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         sites(make())
 
 
 def test_a_model_that_is_understood_in_part_is_refused_whole():
     model = nn.ModuleDict({"good": Attention(), "bad": Attention(heads=3)})
-    with pytest.raises(AnatomyError, match=r"of 2 attention blocks .*, 1 were not(.|\n)*  bad \("):
+    with pytest.raises(
+        UnsupportedModelError, match=r"of 2 attention blocks .*, 1 were not(.|\n)*  bad \("
+    ):
         apply(model)
     assert not hasattr(model, "lortalib")
 
@@ -187,7 +189,7 @@ def test_a_long_list_of_refusals_is_cut():
     many = fused(
         "SqueezeBert", **{**BERT, "num_hidden_layers": 8, "embedding_size": BERT["hidden_size"]}
     )
-    with pytest.raises(AnatomyError, match=r"\.\.\. and 3 more"):
+    with pytest.raises(UnsupportedModelError, match=r"\.\.\. and 3 more"):
         sites(many)
 
 
@@ -205,6 +207,6 @@ def test_a_projection_cannot_have_two_roles():
     assert len(sites(model)) == 7  # one module that hangs in two places is one site
     model["two"].q_proj = model["one"].v_proj
     with pytest.raises(
-        AnatomyError, match=r"two \(Attention\): one\.v_proj would have the roles v, q"
+        UnsupportedModelError, match=r"two \(Attention\): one\.v_proj would have the roles v, q"
     ):
         sites(model)

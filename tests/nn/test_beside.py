@@ -7,7 +7,7 @@ import torch
 from harness import bits, changes, output, picture, put, same_bits, unchanged
 from models import FAMILIES
 
-from lortalib.nn import activate, load
+from lortalib.nn import load, set_active
 
 FAMILY = FAMILIES["Bert"]
 
@@ -44,18 +44,18 @@ def test_it_trains_and_all_else_is_frozen(model):
 def test_a_name_is_a_path_or_the_end_of_one(model):
     adapter = put(model, train_also=["LayerNorm", "pooler", "classifier"], targets="q")
     norms = [path for path, _ in model.named_modules() if path.endswith("LayerNorm")]
-    assert set(adapter.beside.paths) == {*norms, "bert.pooler", "classifier"}
+    assert set(adapter.trained_modules.paths) == {*norms, "bert.pooler", "classifier"}
     assert len(norms) == 5
     assert all(model.get_submodule(path).weight.requires_grad for path in norms)
 
 
 def test_a_module_inside_another_is_named_once(model):
     adapter = put(model, train_also=["bert.pooler", "bert.pooler.dense", "pooler"])
-    assert adapter.beside.paths == ("bert.pooler",)
+    assert adapter.trained_modules.paths == ("bert.pooler",)
 
 
 def test_it_is_a_string_too(model):
-    assert put(model, train_also="classifier").beside.paths == ("classifier",)
+    assert put(model, train_also="classifier").trained_modules.paths == ("classifier",)
 
 
 @pytest.mark.parametrize("leave", ["disable", "remove", "activate", "disabled"])
@@ -72,7 +72,7 @@ def test_the_base_comes_back(model, leave):
         assert same_bits(output(model, FAMILY.inputs()), trained)
         adapter.disable()
     elif leave == "activate":
-        activate(model, [])
+        set_active(model, [])
     else:
         getattr(adapter, leave)()
     assert same(values(model.classifier), before)
@@ -86,7 +86,7 @@ def test_the_base_comes_back(model, leave):
 
 def test_a_name_given_twice_to_activate_counts_once(model):
     adapter = put(model, train_also=["classifier"])
-    activate(model, ["default", "default"])
+    set_active(model, ["default", "default"])
     assert adapter.active
 
 
@@ -137,18 +137,18 @@ def test_two_with_one_head_take_turns(model):
     with unchanged(model), pytest.raises(ValueError, match="disable that adapter first"):
         first.enable()
     with unchanged(model), pytest.raises(ValueError, match="cannot be active together"):
-        activate(model, ["a", "b"])
+        set_active(model, ["a", "b"])
     with unchanged(model), pytest.raises(ValueError, match="disable that adapter first"):
         first.merge()
 
     for name, expected in (("a", of_first), ("b", of_second), ("a", of_first)):
-        activate(model, name)
+        set_active(model, name)
         assert same(values(model.classifier), expected)
-    activate(model, [])
+    set_active(model, [])
     assert same(values(model.classifier), base)
     assert all(p.requires_grad for p in model.classifier.parameters())
 
-    activate(model, "a")
+    set_active(model, "a")
     second.remove()
     assert same(values(model.classifier), of_first)
     assert model.classifier.weight.requires_grad
@@ -199,8 +199,8 @@ def test_loading_it_beside_an_active_one_needs_active_false(model, tmp_path):
     with unchanged(model), pytest.raises(ValueError, match="or pass active=False"):
         load(model, tmp_path, name="b")
     load(model, tmp_path, name="b", active=False)
-    assert not adapter.beside.conflict([])
-    activate(model, "b")
+    assert not adapter.trained_modules.conflict([])
+    set_active(model, "b")
 
 
 def test_a_copied_model_keeps_its_own_head(model):
@@ -208,7 +208,7 @@ def test_a_copied_model_keeps_its_own_head(model):
     shift(model.classifier)
     trained = values(model.classifier)
     twin = copy.deepcopy(model)
-    activate(model, [])
+    set_active(model, [])
     assert same(values(twin.classifier), trained)
-    activate(twin, [])
+    set_active(twin, [])
     assert same(values(twin.classifier), values(model.classifier))

@@ -9,7 +9,7 @@ from models import FAMILIES
 
 import lortalib
 from lortalib import decomp
-from lortalib.nn import AnatomyError, adapters, apply
+from lortalib.nn import UnsupportedModelError, adapters, apply
 
 LINE = "in p, layer matrix p q, head out q"
 
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_understood():
     model.encoder.layer[1].attention.self.num_attention_heads = 3
     with (
         unchanged(model),
-        pytest.raises(AnatomyError, match=r"layer\.1\.attention\.self \(BertSelf"),
+        pytest.raises(UnsupportedModelError, match=r"layer\.1\.attention\.self \(BertSelf"),
     ):
         apply(model)
 

@@ -18,7 +18,7 @@ import torch
 from harness import close, examples, generator, output, put, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, LLAMA, TEXT, Attention, Family, both_sides, words
+from models import FAMILIES, LLAMA, TEXT, Attention, BlockRule, both_sides, words
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -28,13 +28,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import lortalib
-from lortalib.nn import activate, adapters
+from lortalib.nn import adapters, set_active
 
 MODELS = {
     "Llama": lambda **sizes: FAMILIES["Llama"].model("ForCausalLM", **sizes),
     "Bert": FAMILIES["Bert"].model,
-    "GPT2": Family("GPT2", {**TEXT, "n_embd": 16, "n_head": 4, "n_layer": 2}, {}).model,
-    "Phi3": Family("Phi3", {**LLAMA, "bos_token_id": 1, "eos_token_id": 2}, {}).model,
+    "GPT2": BlockRule("GPT2", {**TEXT, "n_embd": 16, "n_head": 4, "n_layer": 2}, {}).model,
+    "Phi3": BlockRule("Phi3", {**LLAMA, "bos_token_id": 1, "eos_token_id": 2}, {}).model,
     "T5": lambda: FAMILIES["T5"].model("ForConditionalGeneration"),
 }
 FORMATS = ["cp", "tucker", "tt", "lora"]
@@ -172,7 +172,7 @@ def test_two_adapters_at_once(name):
     model, _ = made(name, name="one")
     put(model, "tucker", name="two", seed=1, dtype=torch.float64)
     for names in (["one", "two"], "two", "one", ["two", "one"]):
-        activate(model, names)
+        set_active(model, names)
         assert right(model, fed(name))
         assert right_output(model, fed(name))
 
@@ -404,13 +404,15 @@ ACTS = {
 @given(
     name=st.sampled_from(["Llama", "Bert", "GPT2", "Phi3"]),
     decomposition=st.sampled_from(FORMATS),
-    acts=st.lists(st.sampled_from(list(ACTS)), min_size=2, max_size=8),
+    check_effect=st.lists(st.sampled_from(list(ACTS)), min_size=2, max_size=8),
     dull=st.booleans(),
 )
-def test_whatever_happens_the_pairs_are_those_of_the_factors(name, decomposition, acts, dull):
+def test_whatever_happens_the_pairs_are_those_of_the_factors(
+    name, decomposition, check_effect, dull
+):
     """``dull`` looks at outputs without gradients only, so that no backward raises a doubt."""
     model, _ = made(name, decomposition)
-    for act in acts:
+    for act in check_effect:
         twin = ACTS[act](model)
         model = twin if isinstance(twin, nn.Module) else model
         if dull:
@@ -735,10 +737,10 @@ def test_a_forward_that_is_repeated_saves_what_it_saved_at_first(name):
 def test_of_the_pairs_only_small_tensors_are_saved(name):
     """Beyond what the base saves: the inputs it has anyway, products of length p, and the pairs."""
     model, _ = made(name)
-    activate(model, [])
+    set_active(model, [])
     model.get_input_embeddings().requires_grad_(True)
     base = saved_in(lambda: model(**words()))
-    activate(model, "default")
+    set_active(model, "default")
     beyond = saved_in(lambda: model(**words())) - base
     assert beyond
     assert all(2 in shape or shape[-1] == 16 for shape in beyond)
@@ -1082,8 +1084,8 @@ def test_in_bfloat16_the_shared_factor_gathers_all_of_its_gradient(name, how):
         noise = torch.randn(y.shape, generator=generator(k + 50)).bfloat16()
         little = 0.004 if k else 1.0  # of the first, which bfloat16 would not notice
         total = total + little * (y.float() * noise.float()).sum()
-        exactly = (exact.get_submodule(path)(x.double()) * noise.double()).sum()
-        expected = expected + little * exactly
+        without_autocast = (exact.get_submodule(path)(x.double()) * noise.double()).sum()
+        expected = expected + little * without_autocast
     total.backward()
     expected.backward()
     pairs = zip(adapter.named_parameters(), adapters(exact)["default"].parameters())

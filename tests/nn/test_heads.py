@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import FAMILIES
 
 from lortalib.nn import Site, sites
-from lortalib.nn._share import dense_share
+from lortalib.nn._share import as_stored
 
 
 @cache
@@ -87,7 +87,7 @@ def test_delta_is_the_dense_tensor_entry_by_entry(name, gqa, decomposition):
     adapter = adapted(name, decomposition, gqa)
     for site in adapter.sites:
         group = group_of(adapter, site)
-        dense = adapter.network(group).dense() * adapter.settings.alpha
+        dense = adapter.network(group).dense() * adapter.config.alpha
         tensor = dense[group.layers.index(site.layer), :, group.roles.index(site.role)].tolist()
         share = group.heads // site.heads
         expected = torch.full((site.heads * site.head_dim, site.width), float("nan"))
@@ -108,7 +108,7 @@ def test_dense_share_of_a_square_site(role, transposed):
     """Two heads of two at width 4: every axis could be mistaken for another."""
     site = Site("s", 0, role, "p", 2, 2, 2, 4, writer=role == "o", transposed=transposed)
     a, b = torch.randn(3, 4, generator=generator(1)), torch.randn(4, 3, generator=generator(2))
-    dense = dense_share(b @ a, site)
+    dense = as_stored(b @ a, site)
     for row in range(4):
         for column in range(4):
             entry = sum(b[row, p] * a[p, column] for p in range(3))

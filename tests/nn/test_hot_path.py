@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 from harness import output, put
-from models import BERT, LLAMA, TEXT, Family
+from models import BERT, LLAMA, TEXT, BlockRule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lortalib.decomp import TensorNetwork
-from lortalib.nn import activate
+from lortalib.nn import set_active
 from lortalib.nn._adapter import Adapter
 from lortalib.nn._groups import Group
 
@@ -31,7 +31,7 @@ _APART = ("Llama", "Bert")
 
 
 def wide(name, layers=2):
-    return Family(name, {**SIZES[name], "num_hidden_layers": layers}, {}).model()
+    return BlockRule(name, {**SIZES[name], "num_hidden_layers": layers}, {}).model()
 
 
 def token():
@@ -81,9 +81,9 @@ def extra(model):
     """What a forward with the adapter does beyond one without, once its pairs are there."""
     inferring(model)()
     on = operations(inferring(model))
-    activate(model, [])
+    set_active(model, [])
     off = operations(inferring(model))
-    activate(model, "default")
+    set_active(model, "default")
     return beyond(on, off)
 
 
@@ -140,7 +140,7 @@ def test_no_dense_update_is_formed(name, decomposition, monkeypatch):
     for call in (inferring(model), training(model)):
         found = []
         for names in ("default", "default", []):
-            activate(model, names)
+            set_active(model, names)
             model.zero_grad()
             sizes = operations(call)
             found.append(Counter({k: n for k, n in sizes.items() if k[1] >= least}))
@@ -198,10 +198,10 @@ def test_to_switch_adapters_touches_no_tensor_and_keeps_their_pairs(name):
     inferring(model)()
     warm = {}
     for own in "ab":
-        activate(model, own)
+        set_active(model, own)
         warm[own] = operations(inferring(model))
     for names in ("a", "b", [], ["a", "b"], "a", "b"):
-        assert operations(lambda names=names: activate(model, names)) == Counter()
+        assert operations(lambda names=names: set_active(model, names)) == Counter()
         if names in ("a", "b"):
             assert operations(inferring(model)) == warm[names]
 

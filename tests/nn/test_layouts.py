@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lortalib import decomp
-from lortalib.nn._adapter import Adapter, Settings
-from lortalib.nn._beside import Beside
-from lortalib.nn._families import LAYOUTS, Family
+from lortalib.nn._adapter import Adapter, AdapterConfig
+from lortalib.nn._beside import TrainedModules
+from lortalib.nn._families import LAYOUTS, BlockRule
 from lortalib.nn._groups import Group
-from lortalib.nn._share import Share, dense_share
-from lortalib.nn._site import Rows, Site, part
+from lortalib.nn._share import Share, as_stored
+from lortalib.nn._site import FeatureRows, Site, feature_rows
 
 HEADS_OF = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
 
@@ -60,10 +60,10 @@ def test_a_head_of_the_tensor_is_that_head_of_the_fused_weight(block, data):
     net = decomp.cp(group.shape, 2, init="normal", dtype=torch.float64)
     head = data.draw(st.integers(0, heads - 1))
     site = data.draw(st.sampled_from(sites))
-    before = dense_share(group.dense(net, site), site).detach()
+    before = as_stored(group.dense(net, site), site).detach()
     with torch.no_grad():
         net.head_r[head] += 1
-    moved = dense_share(group.dense(net, site), site).detach() - before
+    moved = as_stored(group.dense(net, site), site).detach() - before
     moved = moved.mT if site.transposed else moved
     own = head if site.heads == heads else head // (heads // kv_heads)
     expected = {row(layout, site.role, own, j, heads, kv_heads, dim) for j in range(dim)}
@@ -93,21 +93,21 @@ def test_the_hook_adds_what_the_dense_update_would(block, some):
     chosen = sites[::2] if some else sites
     x = torch.randn(5, width, dtype=torch.float64)
     y = torch.randn(5, sites[0].fused, dtype=torch.float64)
-    dense = sum(dense_share(group.dense(net, site), site) for site in chosen) * 1.5
+    dense = sum(as_stored(group.dense(net, site), site) for site in chosen) * 1.5
     dense = dense.mT if sites[0].transposed else dense
     model = torch.nn.Module()
     model.m = torch.nn.Identity()
-    plan = Settings("tucker", 1.5, 1.5, 0.0, "pool", "normal")
-    adapter = Adapter("a", plan, (group,), {"g": net}, Beside())
+    plan = AdapterConfig("tucker", 1.5, 1.5, 0.0, "pool", "normal")
+    adapter = Adapter("a", plan, (group,), {"g": net}, TrainedModules())
     adapter.active = True
     added = Share(adapter, chosen)(model.m, (x,), y) - y
     torch.testing.assert_close(added, x @ dense.mT)
 
 
 def test_rows_join_dimensions_that_touch():
-    assert part(3, (4, 2), (2, 1)) == Rows(3, ((8, 1),))
-    assert part(0, (1, 7), (5, 1)) == Rows(0, ((5, 1),))
-    assert Rows(1, ((2, 6), (3, 1))).index().tolist() == [1, 2, 3, 7, 8, 9]
+    assert feature_rows(3, (4, 2), (2, 1)) == FeatureRows(3, ((8, 1),))
+    assert feature_rows(0, (1, 7), (5, 1)) == FeatureRows(0, ((5, 1),))
+    assert FeatureRows(1, ((2, 6), (3, 1))).index().tolist() == [1, 2, 3, 7, 8, 9]
 
 
 class MyAttention(torch.nn.Module):
@@ -121,14 +121,14 @@ class MyAttention(torch.nn.Module):
 
 
 def test_an_unknown_fused_layout_is_refused_until_it_is_declared():
-    from lortalib.nn import AnatomyError, sites
+    from lortalib.nn import UnsupportedModelError, sites
 
     model = torch.nn.Sequential(MyAttention())
-    with pytest.raises(AnatomyError, match=r"Family\('MyAttention', fused="):
+    with pytest.raises(UnsupportedModelError, match=r"Family\('MyAttention', fused="):
         sites(model)
-    found = sites(model, family=Family("MyAttention", fused="per_head"))
+    found = sites(model, rules=BlockRule("MyAttention", fused="per_head"))
     assert [site.rows.index().tolist()[:5] for site in found[:3]] == [
         [0, 1, 2, 3, 12], [4, 5, 6, 7, 16], [8, 9, 10, 11, 20],
     ]  # fmt: skip
-    with pytest.raises(AnatomyError, match="unknown layout"):
-        sites(model, family=Family("MyAttention", fused="by_magic"))
+    with pytest.raises(UnsupportedModelError, match="unknown layout"):
+        sites(model, rules=BlockRule("MyAttention", fused="by_magic"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lortalib
-from lortalib.nn import AdapterFileError, adapters, export_lora, from_lora, load
+from lortalib.nn import AdapterFileError, adapters, export_lora, load, load_lora
 
 # The ranks that vLLM 0.33 allows, read in its source.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -208,8 +208,8 @@ def test_a_lora_of_peft_is_read_exactly(family, tmp_path):
     theirs.save_pretrained(tmp_path)
     model = family.model()
     base = output(model, inputs)
-    adapter = from_lora(model, tmp_path)
-    assert adapter.settings.decomposition == "lora"
+    adapter = load_lora(model, tmp_path)
+    assert adapter.config.decomposition == "lora"
     assert close(output(model, inputs), expected)
     assert not close(base, expected, 1e-3)
     adapter.disable()
@@ -234,7 +234,7 @@ def test_variants_of_lora(options, inputs, tmp_path):
     expected = output(theirs, inputs)
     theirs.save_pretrained(tmp_path / "lora")
     model = family.model("ForCausalLM")
-    adapter = from_lora(model, tmp_path / "lora")
+    adapter = load_lora(model, tmp_path / "lora")
     assert close(output(model, inputs), expected)
     # There and back, in both kinds of files.
     adapter.save(tmp_path / "own")
@@ -251,7 +251,7 @@ def test_it_trains_on_and_merges(inputs, tmp_path):
     family = FAMILIES["Llama"]
     trained(family, "ForCausalLM").save_pretrained(tmp_path)
     model = family.model("ForCausalLM")
-    adapter = from_lora(model, tmp_path)
+    adapter = load_lora(model, tmp_path)
     model(**inputs)[0].square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
     expected = output(model, inputs)
@@ -268,7 +268,7 @@ def test_saved_modules_come_along(tmp_path):
     expected = output(theirs, family.inputs())
     theirs.save_pretrained(tmp_path)
     model = family.model("ForSequenceClassification")
-    from_lora(model, tmp_path)
+    load_lora(model, tmp_path)
     assert close(output(model, family.inputs()), expected)
 
 
@@ -284,41 +284,41 @@ def test_what_is_no_low_rank_pair_is_refused(what, llama, tmp_path):
     options, message = REFUSED[what]
     trained(FAMILIES["Llama"], "ForCausalLM", **options).save_pretrained(tmp_path)
     with unchanged(llama), pytest.raises(AdapterFileError, match=message):
-        from_lora(llama, tmp_path)
+        load_lora(llama, tmp_path)
 
 
 def test_other_models_and_damaged_files_are_refused(llama, tmp_path):
     trained(FAMILIES["Llama"], "ForCausalLM").save_pretrained(tmp_path)
     bert = FAMILIES["Bert"].model()
     with unchanged(bert), pytest.raises(AdapterFileError, match="which the model does not have"):
-        from_lora(bert, tmp_path)
+        load_lora(bert, tmp_path)
     wide = FAMILIES["Llama"].model("ForCausalLM", hidden_size=32)
     with (
         unchanged(wide),
         pytest.raises(AdapterFileError, match="of a 8 x 16 matrix; the model's is 16 x 32"),
     ):
-        from_lora(wide, tmp_path)
+        load_lora(wide, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(iter(tensors))
     save_file({k: v for k, v in tensors.items() if k != key}, file)
     with unchanged(llama), pytest.raises(AdapterFileError, match="is not whole"):
-        from_lora(llama, tmp_path)
+        load_lora(llama, tmp_path)
     save_file({**tensors, key: tensors[key] * float("nan")}, file)
     with unchanged(llama), pytest.raises(AdapterFileError, match="NaN or infinity"):
-        from_lora(llama, tmp_path)
+        load_lora(llama, tmp_path)
     file.write_bytes(file.read_bytes()[:50])
     with unchanged(llama), pytest.raises(AdapterFileError, match="damaged"):
-        from_lora(llama, tmp_path)
+        load_lora(llama, tmp_path)
     file.unlink()
     with unchanged(llama), pytest.raises(FileNotFoundError, match="no adapter_model"):
-        from_lora(llama, tmp_path)
+        load_lora(llama, tmp_path)
 
 
 def test_an_adapter_of_ours_is_no_lora(llama, tmp_path):
     put(llama).save(tmp_path)
     with pytest.raises(FileNotFoundError, match="no adapter_config"):
-        from_lora(llama, tmp_path, name="other")
+        load_lora(llama, tmp_path, name="other")
 
 
 def test_export_reads_the_cut_of_a_bank_of_layers_once(llama, tmp_path):

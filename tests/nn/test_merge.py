@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import FAMILIES, each_family
 
-from lortalib.nn import activate, adapters, sites
+from lortalib.nn import adapters, set_active, sites
 from lortalib.nn._share import Share
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -176,7 +176,7 @@ class Life(RuleBasedStateMachine):
 
     names = st.sampled_from("abc")
 
-    @initialize(dtype=st.sampled_from(DTYPES), family=st.sampled_from(["Llama", "Bert", "Conv1D"]))
+    @initialize(dtype=st.sampled_from(DTYPES), rules=st.sampled_from(["Llama", "Bert", "Conv1D"]))
     def start(self, dtype, family):
         self.dtype, self.inputs = dtype, FAMILIES[family].inputs()
         self.model = FAMILIES[family].model().to(dtype)
@@ -196,14 +196,14 @@ class Life(RuleBasedStateMachine):
         if name not in adapters(self.model):
             put(self.model, name=name, targets=roles, seed=seed, alpha=0.5)
 
-    acts = st.sampled_from(["merge", "unmerge", "enable", "disable"])
+    check_effect = st.sampled_from(["merge", "unmerge", "enable", "disable"])
 
-    @rule(name=names, act=acts)
+    @rule(name=names, act=check_effect)
     def act(self, name, act):
         if adapter := adapters(self.model).get(name):
             getattr(adapter, act)()
 
-    @rule(name=names, other=names, act=acts)
+    @rule(name=names, other=names, act=check_effect)
     def act_while_another_is_disabled(self, name, other, act):
         on = adapters(self.model)
         if name != other and {name, other} <= set(on):
@@ -215,10 +215,10 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: adapters(self.model))
     @rule(data=st.data())
-    def activate(self, data):
+    def set_active(self, data):
         on = adapters(self.model)
         chosen = data.draw(st.sets(st.sampled_from(list(on))))
-        activate(self.model, chosen)
+        set_active(self.model, chosen)
         assert {name for name, adapter in on.items() if adapter.active} == chosen
 
     @rule(name=names, merged=st.booleans())

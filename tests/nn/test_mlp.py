@@ -194,7 +194,7 @@ def test_two_adapters_on_a_bypassed_weight_add_up_and_leave_one_by_one():
     both = output(model)
     assert not torch.equal(one, both)
     first.remove()
-    nn.activate(model, [])
+    nn.set_active(model, [])
     assert torch.equal(output(model), base)
     second.remove()
     assert list(model.state_dict()) == names
@@ -202,7 +202,7 @@ def test_two_adapters_on_a_bypassed_weight_add_up_and_leave_one_by_one():
 
 
 def test_a_model_without_mlp_says_so():
-    with pytest.raises(nn.AnatomyError, match="no MLP was found"):
+    with pytest.raises(nn.UnsupportedModelError, match="no MLP was found"):
         nn.mlp_sites(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
@@ -219,7 +219,7 @@ def test_modules_that_hold_one_weight_are_one_site():
     second.q_proj.weight = first.q_proj.weight
     found = nn.sites(model)
     assert len(found) == 7
-    assert found[0].also == ("layers.1.self_attn.q_proj",)
+    assert found[0].tied_paths == ("layers.1.self_attn.q_proj",)
     base = output(model)
     adapter = nn.apply(model, "cp", 2, init="normal")
     adapted = output(model)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from lortalib.nn import sites
 from lortalib.nn._probe import verify
-from lortalib.nn._site import Rows
+from lortalib.nn._site import FeatureRows
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,7 +132,9 @@ def test_attention_is_seen_however_it_is_written(way):
 def test_heads_can_hide_among_the_queries():
     model = Written(heads_among_queries)
     plan = [
-        replace(site, heads=1, rows=Rows(0, ((3, 1),)), fused=12) if site.role in "kv" else site
+        replace(site, heads=1, rows=FeatureRows(0, ((3, 1),)), fused=12)
+        if site.role in "kv"
+        else site
         for site in sites(model)
     ]
     report = verify(model, random(2, 5, 16), sites=plan)

@@ -18,10 +18,10 @@ from probed import (
 )
 from torch import nn
 
-from lortalib.nn import AnatomyError, sites
+from lortalib.nn import UnsupportedModelError, sites
 from lortalib.nn._families import contiguous, per_head
 from lortalib.nn._probe import verify
-from lortalib.nn._site import Rows
+from lortalib.nn._site import FeatureRows
 
 WRONG = [
     *((name, exchanged("q", "k"), "its queries do not come from", "q k exchanged")
@@ -51,7 +51,7 @@ def test_wrong_plans_are_caught(name, change, reason):
     assert not report.ok
     assert not report.complete
     assert any(reason in found for found in report.disagreements), report
-    with pytest.raises(AnatomyError, match=reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
         report.raise_for_disagreement()
 
 
@@ -59,7 +59,7 @@ def test_interleaved_key_value_groups_are_caught():
     """Query heads 0 to 3 with key heads 0, 1, 0, 1 in the plan, 0, 0, 1, 1 in the model."""
 
     def interleave(plan):
-        class Interleaved(Rows):
+        class Interleaved(FeatureRows):
             def index(self, device=None):
                 return super().index(device).reshape(4, 4)[[0, 2, 1, 3]].reshape(-1)
 
@@ -112,14 +112,18 @@ def test_a_projection_that_is_not_used_is_noticed():
 
 def test_weights_that_are_read_directly_unknown_to_the_plan_are_noticed():
     model = CASES["wavlm"].model()
-    report = verify(model, sound(), sites=[replace(s, bypassed=False) for s in sites(model)])
+    report = verify(
+        model, sound(), sites=[replace(s, weight_read_directly=False) for s in sites(model)]
+    )
     assert not report.ok
     assert "attention without planned sites: in encoder.layers.0.attention" in str(report)
     assert "planned, but not called: encoder.layers.0.attention.q_proj" in str(report)
 
 
 def test_a_plan_that_leaves_the_projection_is_refused():
-    with pytest.raises(AnatomyError, match=r"the q of encoder\.layer\.0\S* has feature 31"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"the q of encoder\.layer\.0\S* has feature 31"
+    ):
         check("bert", lambda plan: [replace(site, head_dim=8) for site in plan])
 
 
@@ -136,5 +140,5 @@ def test_a_model_without_attention_calls_confirms_nothing():
     assert not report.ok
     assert report.stacks[0].unseen == (0,)
     assert "no attention call was seen for layers 0" in str(report)
-    with pytest.raises(AnatomyError, match="No attention call of a planned site was seen"):
+    with pytest.raises(UnsupportedModelError, match="No attention call of a planned site was seen"):
         report.raise_for_disagreement()

@@ -26,7 +26,7 @@ from models import FAMILIES, each_family
 from safetensors import safe_open
 
 from lortalib import decomp
-from lortalib.nn import AdapterFileError, activate, adapters, apply, export_lora, load
+from lortalib.nn import AdapterFileError, adapters, apply, export_lora, load, set_active
 
 FILES = ["adapter.json", "adapter.safetensors"]
 
@@ -53,7 +53,7 @@ def test_round_trip_of_every_format(decomposition, gqa, llama, inputs, tmp_path)
     other = FAMILIES["Llama"].model("ForCausalLM")
     loaded = load(other, tmp_path)
     assert same_bits(output(other, inputs), expected)
-    assert loaded.settings == adapter.settings
+    assert loaded.config == adapter.config
     assert loaded.groups == adapter.groups
     assert loaded.count() == adapter.count()
     for one, two in zip(adapter.named_parameters(), loaded.named_parameters()):
@@ -245,7 +245,7 @@ def test_loading_inactive_and_unfrozen(llama, inputs, tmp_path):
     assert not loaded.active
     assert same_bits(output(llama, inputs), before)
     assert all(p.requires_grad for p in llama.parameters())
-    activate(llama, "default")
+    set_active(llama, "default")
     assert same_bits(output(llama, inputs), expected)
 
 
@@ -263,7 +263,7 @@ def test_settings_come_back_exactly(tmp_path_factory, alpha, dropout, rank):
     adapter = put(model, rank=rank, alpha=alpha, dropout=dropout)
     adapter.save(folder)
     loaded = load(model, folder, name="b")
-    assert loaded.settings == adapter.settings
+    assert loaded.config == adapter.config
     assert all(same_bits(loaded.delta(s), adapter.delta(s)) for s in adapter.sites)
 
 

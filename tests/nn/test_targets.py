@@ -145,7 +145,7 @@ class Callable:
         ("LoRTA", "in r, out r, head r, layer r, matrix r", "cp"),
         ("lora-xs", "layer matrix in p (frozen), layer matrix p q, ", "lora_xs"),
         (decomp.tt, "in a, layer a b, matrix b c, head c d, out d", "tt"),
-        (decomp.registry["ring"], "in e a, layer a b, matrix b c, head c d, out d e", "ring"),
+        (decomp.formats["ring"], "in e a, layer a b, matrix b c, head c d, out d e", "ring"),
         (LINE, LINE, LINE),
         (shape_and_rank, "in r, out r, head r, layer r, matrix r", "shape_and_rank"),
         (shape_only, LINE, "shape_only"),
@@ -160,8 +160,8 @@ def test_decompositions(llama, decomposition, line, name):
     adapter = put(llama, decomposition, 2)
     network = adapter.network(adapter.groups[0])
     assert str(network.legs).startswith(line)
-    assert adapter.settings.decomposition == name
-    assert adapter.settings.decomposition in repr(adapter)
+    assert adapter.config.decomposition == name
+    assert adapter.config.decomposition in repr(adapter)
     assert not close(output(llama, inputs), before, 1e-3)
 
 
@@ -194,7 +194,7 @@ def test_a_rank_may_be_a_tuple_or_a_mapping(llama):
 
 
 def test_a_registered_format_can_be_used_at_once(llama):
-    decomp.register("one_matrix", "layer matrix in head out", "nothing is compressed")
+    decomp.register_format("one_matrix", "layer matrix in head out", "nothing is compressed")
     try:
         adapter = put(llama, "one_matrix")
         assert adapter.count() == 2 * 4 * 16 * 16
@@ -202,7 +202,7 @@ def test_a_registered_format_can_be_used_at_once(llama):
         adapter.merge()
         assert close(output(llama, FAMILIES["Llama"].inputs()), expected)
     finally:
-        del decomp.registry["one_matrix"]
+        del decomp.formats["one_matrix"]
 
 
 @each_format

@@ -7,7 +7,7 @@ from models import FAMILIES, each_family
 from torch.nn.functional import linear
 
 import lortalib
-from lortalib.nn import activate
+from lortalib.nn import set_active
 
 
 def loss_of(model, inputs):
@@ -81,7 +81,7 @@ def test_accumulated_gradients_add_up(llama):
 
 def test_an_inactive_adapter_gets_no_gradient(llama, inputs):
     first, second = put(llama, name="a"), put(llama, name="b", seed=1)
-    activate(llama, "b")
+    set_active(llama, "b")
     loss_of(llama, inputs).backward()
     assert all(p.grad is None for p in first.parameters())
     assert all(p.grad is not None for p in second.parameters())

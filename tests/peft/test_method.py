@@ -532,7 +532,7 @@ def test_a_block_that_is_not_understood_costs_the_others_nothing():
                         intermediate_size=8, vocab_size=10)  # fmt: skip
     plain, strange = BertModel(config), BertModel(config)
     strange.beside = StrangeAttention()
-    with pytest.raises(lortalib.nn.AnatomyError, match="StrangeAttention"):
+    with pytest.raises(lortalib.nn.UnsupportedModelError, match="StrangeAttention"):
         lortalib.nn.sites(strange)
     assert targets(strange) == targets(plain)
     assert any(shape[0] == 4 for shape in targets(BertModel(config)).values())
