@@ -21,7 +21,6 @@ from sphinx.util.docutils import SphinxDirective
 
 from lortalib import decomp
 from lortalib.decomp import _formats
-from lortalib.decomp._initial import zero_parameter
 
 SHAPE = {"layer": 12, "head": 12, "matrix": 4, "in": 768, "out": 64}
 RANK = 4
@@ -159,7 +158,7 @@ def draw(net: decomp.Network) -> str:
     """The diagram of a network as SVG; its colours are in ``_static/lortalib.css``."""
     picture = Picture(net)
     near = division_of(net).partition.near
-    zero = zero_parameter(net.legs)
+    zero = net.legs.zero
     parts = [*picture.bonds()]
     for k, (box, term) in enumerate(zip(picture.boxes, net.legs.terms)):
         kind = ("legs-near" if k in near else "legs-far") + " legs-frozen" * term.frozen

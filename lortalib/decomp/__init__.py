@@ -1,10 +1,30 @@
 """Tensor decompositions as networks of named legs, over PyTorch and TensorLy."""
 
-from ._along import start_along
-from ._formats import Format, cp, formats, get_format, network, register_format, tt, tucker
-from ._legs import Legs, LegsError
-from ._modes import LORTA_MODES, MODES, Shape
-from ._network import Cut, Network, TensorNetwork
+from ._build import Rank
+from ._cut import Cut, CutPlan
+from ._formats import (
+    Format,
+    block_term,
+    cara,
+    cp_matrix,
+    fact_tk,
+    formats,
+    get_format,
+    lora,
+    lora_xs,
+    lotr,
+    metatt_4d,
+    metatt_41d,
+    register_format,
+    ring,
+    vera,
+)
+from ._hosvd import start_along
+from ._legs import Legs, LegsError, Term
+from ._make import cp, network, tt, tucker
+from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
+from ._network import Network, NetworkView, TensorNetwork
+from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
 from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
 
@@ -12,23 +32,42 @@ __all__ = [
     "LORTA_MODES",
     "MODES",
     "Cut",
+    "CutPlan",
     "Fit",
     "Format",
     "Legs",
     "LegsError",
     "Network",
+    "NetworkView",
+    "Rank",
     "Shape",
+    "ShapeLike",
+    "Start",
+    "StartLike",
     "TensorNetwork",
+    "Term",
+    "block_term",
+    "cara",
     "cp",
+    "cp_matrix",
     "decompose",
     "direct_sum",
+    "fact_tk",
     "formats",
     "from_tensorly",
     "get_format",
+    "get_start",
+    "lora",
+    "lora_xs",
+    "lotr",
+    "metatt_4d",
+    "metatt_41d",
     "network",
     "register_format",
+    "ring",
     "start_along",
     "to_tensorly",
     "tt",
     "tucker",
+    "vera",
 ]

@@ -20,7 +20,11 @@ from functools import cached_property
 from ._modes import MODES
 
 _MARKS = ("frozen", "zero")
+
+
 _TOKEN = re.compile(r"\(\s*(?P<mark>[^()]*?)\s*\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<other>\S)")
+
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -200,6 +204,63 @@ class Legs:
         zeros = [term for term in self.terms if term.zero]
         if len(zeros) > 1 or any(term.frozen for term in zeros):
             raise LegsError("one trainable parameter can be marked (zero), in", self.line)
+
+    @property
+    def zero(self) -> int:
+        """Position of the parameter that starts at zero: the one marked so, else the trainable one
+        that carries ``out``, else the first trainable one.
+
+        Raises:
+            ValueError: every parameter is frozen.
+
+        Example:
+            >>> Legs.parse("in r, out r, layer r").zero
+            1
+        """
+        trainable = [k for k, term in enumerate(self.terms) if not term.frozen]
+        if not trainable:
+            raise ValueError(f"every parameter is frozen, nothing is left to train, in\n    {self}")
+        terms = self.terms
+        return min(trainable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
+
+    def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
+        """The parameters other than the root (the one that starts at zero), leaves first, each with
+        its bond towards the root.
+
+        Args:
+            modes: the names of the tensor's axes.
+
+        Raises:
+            ValueError: the bonds make no tree with the root as its root.
+
+        Example:
+            >>> Legs.parse("in p, layer p q (zero), out q").leaves_to_root(["layer", "in", "out"])
+            [(2, 'q'), (0, 'p')]
+        """
+        bonds = self.bonds(modes)
+        order, queue = list[tuple[int, str]](), [self.zero]
+        met, crossed = set(queue), set[str]()
+        while queue:
+            near = queue.pop(0)
+            for bond in self.terms[near].legs:
+                ends = [k for k in self.carriers[bond] if k != near] if bond in bonds else []
+                if bond in crossed or not ends:
+                    continue
+                crossed.add(bond)
+                if len(ends) > 1 or ends[0] in met:
+                    raise ValueError(
+                        f"bond {bond!r} closes a loop or joins {len(ends) + 1} parameters; a start along "
+                        "a tensor needs a tree, such as 'tucker', 'tt', 'lotr', 'lora' or 'lora_xs'; "
+                        f"found\n    {self}"
+                    )
+                met.add(ends[0])
+                queue.append(ends[0])
+                order.append((ends[0], bond))
+        if len(met) < len(self.terms):
+            raise ValueError(
+                f"not every parameter is joined to the one that starts at zero, in\n    {self}"
+            )
+        return order[::-1]
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """Size of each leg, read off the shapes of the parameters.

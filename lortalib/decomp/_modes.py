@@ -9,8 +9,10 @@ from typing import Union
 #: Every reserved mode name, in the order of T. A leg with one of these names is never a bond.
 MODES = ("task", "layer", "expert", "head", "matrix", "in", "out")
 
+
 #: The modes of LoRTA's tensor T, in the order in which a bare tuple of sizes is read.
 LORTA_MODES = ("layer", "head", "matrix", "in", "out")
+
 
 ShapeLike = Union["Shape", Mapping[str, int], Sequence[int]]
 

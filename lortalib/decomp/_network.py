@@ -5,42 +5,20 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from ._contract import CutPlan, contract, make_cut_plan
+from ._cut import Cut, CutPlan, make_cut_plan
+from ._einsum import contract
 from ._legs import Legs, LegsError, Term
 from ._modes import Shape
 
 if TYPE_CHECKING:
     from ._tensorly import TensorLyObject
 
+
 _FAR = ("head", "out")
-
-
-class Cut(NamedTuple):
-    """A low-rank pair: ``B @ A`` is a (head*out, in) slice of the tensor.
-
-    Attributes:
-        A: (p, in), with leading axes where several slices were cut at once.
-        B: (head*out, p), likewise; row ``h*out + j`` is component j of head h.
-    """
-
-    A: Tensor
-    B: Tensor
-
-
-def cut_along(plan: CutPlan, tensors: Sequence[Tensor]) -> Cut:
-    """The cut of a network that was divided, with these tensors as parameters."""
-    rank, batch_modes = plan.rank, len(plan.out_side.batch_modes)
-    if plan.in_side is None:
-        a = torch.eye(rank, dtype=tensors[0].dtype, device=tensors[0].device)
-        a = a.reshape(*[1] * batch_modes, rank, rank)
-    else:
-        a = plan.in_side.contract(tensors, (rank, -1))
-    return Cut(a, plan.out_side.contract(tensors, (rank, -1)).mT)
 
 
 class TensorNetwork(ABC):
@@ -250,7 +228,7 @@ class TensorNetwork(ABC):
             >>> a.shape, b.shape
             (torch.Size([1, 1, 2, 64]), torch.Size([6, 4, 128, 2]))
         """
-        return cut_along(self.cut_plan(*batch_modes), self.tensors)
+        return self.cut_plan(*batch_modes).cut(self.tensors)
 
     def cut_plan(self, *batch_modes: str) -> CutPlan:
         """Where `cut` divides the network, and in which order it contracts the two sides.

@@ -19,15 +19,20 @@ from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.linalg import LinAlgError
 
-from ._formats import Rank, get_format, train_line
+from ._build import Rank
+from ._formats import get_format, train_line
 from ._legs import Legs
 from ._modes import LORTA_MODES, Shape
 from ._network import Network, TensorNetwork
 
 TensorLyObject = Union[CPTensor, TuckerTensor, TTTensor]
+
+
 Modes = Union[str, Sequence[str], Mapping[str, int]]
+
+
 Result = TypeVar("Result")
 
 

@@ -1,28 +1,23 @@
-"""The adapter: owner of the networks of one fine-tuning, and its life on the model."""
+"""The adapter: tensor networks, and the projections that they update."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..decomp import Cut, Network
-from ._beside import TrainedModules
-from ._factors import Bundle, Factors
-from ._groups import Group
-from ._host import Host, host_of, require_host
-from ._lowrank import Reads
-from ._names import ATTRIBUTE
-from ._share import as_stored, attach, detach
-from ._site import Site
-
-if TYPE_CHECKING:
-    from os import PathLike
+from ._anatomy import Site, as_stored
+from ._forward import ForwardScope, PairSource
+from ._group import Group
+from ._table import lora_count, network_table
+from ._trained_modules import TrainedModules
 
 
 @dataclass(frozen=True)
@@ -48,18 +43,41 @@ class AdapterConfig:
     share_residual: bool = False
 
 
+class Host(Protocol):
+    """Where an adapter lives: what it asks of the model that carries it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+
+    def enable(self, adapter: Any) -> None:
+        """See `Adapter.enable`."""
+
+    def disable(self, adapter: Any) -> None:
+        """See `Adapter.disable`."""
+
+    def merge(self, adapter: Any) -> None:
+        """See `Adapter.merge`."""
+
+    def unmerge(self, adapter: Any) -> None:
+        """See `Adapter.unmerge`."""
+
+    def remove(self, adapter: Any, merged: bool) -> None:
+        """See `Adapter.remove`."""
+
+
 class Adapter(nn.Module):
-    """One fine-tuning of a model: tensor networks, and the projections that take their shares.
+    """One fine-tuning of a model: tensor networks, and the projections that they update.
 
     Made by `lortalib.nn.apply` and `lortalib.nn.load`, never by hand. It is a submodule of its model
     (``model.lortalib.<name>``), so it moves, trains and is saved with it; nothing of the model is
-    replaced.
+    replaced. A call that changes its state and fails leaves model and adapter as they were.
 
     Attributes:
         name: name on the model.
-        settings: how it was asked for.
+        config: how it was asked for.
         groups: which sites share which network.
-        networks: the networks by name of the group; every trainable number, once.
+        networks: the networks by name of the group; every trainable parameter, once.
         active: whether it takes part in the model's forward.
         merged: whether its update stands in the weights instead.
     """
@@ -67,33 +85,34 @@ class Adapter(nn.Module):
     def __init__(
         self,
         name: str,
-        settings: AdapterConfig,
+        config: AdapterConfig,
         groups: tuple[Group, ...],
         networks: Mapping[str, Network],
-        beside: TrainedModules,
+        trained_modules: TrainedModules,
     ) -> None:
         super().__init__()
         self.name = name
-        self.config = settings
+        self.config = config
         self.groups = groups
         self.networks = nn.ModuleDict(networks)
-        self.trained_modules = beside
+        self.trained_modules = trained_modules
         self.active = False
         self.merged = False
-        self._host: list[Host] = []
-        self._frozen: list[nn.Parameter] | None = None  # what it stopped from requiring gradients
-        self._group_of = {site: group for group in groups for site in group.sites}
-        self.reads = Reads()
-        self._factors = [
-            Factors(group, networks[group.name], settings.scaling, self.reads) for group in groups
-        ]
+        self._sources = [PairSource(g, networks[g.name], config.scaling) for g in groups]
+        self.scope = ForwardScope(self._sources)
+        self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
 
     # What it is
 
     @property
     def sites(self) -> list[Site]:
-        """Every projection that takes a share, ordered by stack, layer and role."""
-        return list(self._group_of)
+        """Every projection that is updated, ordered by stack, layer and role."""
+        return [site for group in self.groups for site in group.sites]
+
+    @property
+    def sources(self) -> Sequence[PairSource]:
+        """What makes the low-rank pairs, one for each group."""
+        return self._sources
 
     @property
     def scaling(self) -> float:
@@ -106,7 +125,11 @@ class Adapter(nn.Module):
         return self.config.dropout
 
     def count(self, trainable_only: bool = True) -> int:
-        """How many numbers the networks hold; modules trained beside them are not counted."""
+        """How many parameters the networks have; modules trained as a whole are not counted.
+
+        Args:
+            trainable_only: whether parameters marked ``(frozen)`` are left out.
+        """
         numbers = {
             id(tensor): tensor.numel()
             for group in self.groups
@@ -121,29 +144,17 @@ class Adapter(nn.Module):
         assert isinstance(network, Network)
         return network
 
-    def pair(self, site: Site) -> Cut:
-        """The low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p)."""
-        group = self._group_of[site]
+    def low_rank_pair(self, site: Site | str) -> Cut:
+        """The low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p).
+
+        Args:
+            site: one of `sites`, or its module path.
+
+        Raises:
+            KeyError: no such site.
+        """
+        group, site = self._find(site)
         return group.pair(self.network(group), site)
-
-    def bundles(self, sites: Sequence[Site]) -> Iterator[tuple[Factors, Bundle]]:
-        """The sites of one module by group, with what makes their pairs."""
-        for factors in self._factors:
-            own = tuple(site for site in sites if self._group_of[site] is factors.group)
-            if own:
-                yield factors, Bundle(factors.group, own)
-
-    def prepare(self) -> None:
-        """To be called once every module has asked for its share."""
-        for factors in self._factors:
-            factors.prepare()
-
-    def doubt(self) -> None:
-        """Compare the parameters before pairs that were made are used again."""
-        if torch._C._current_graph_task_id() != -1:
-            return  # a checkpoint's repeated forward, within a backward
-        for factors in self._factors:
-            factors.doubt()
 
     def delta(self, site: Site | str) -> Tensor:
         """The change of one weight, dense and scaled, in the shape in which the weight is stored.
@@ -152,31 +163,69 @@ class Adapter(nn.Module):
             site: one of `sites`, or its module path.
 
         Returns:
-            A tensor in the dtype of the factors (float32), differentiable.
+            A tensor in the dtype of the factors (float32), also under autocast; differentiable.
 
         Raises:
             KeyError: no such site.
         """
-        if isinstance(site, str):
-            found = [known for known in self._group_of if known.path == site]
-            if not found:
-                raise KeyError(
-                    f"adapter {self.name!r} has no site {site!r}; the first of its "
-                    f"{len(self._group_of)} is {next(iter(self._group_of)).path!r}"
-                )
-            site = found[0]
-        group = self._group_of[site]
+        group, site = self._find(site)
         return as_stored(group.dense(self.network(group), site), site) * self.scaling
+
+    def norms(self, site: Site | str) -> Tensor:
+        """Frobenius norm of the scaled update of each head; no update is formed.
+
+        Args:
+            site: one of `sites`, or its module path.
+
+        Returns:
+            (heads,), or (experts, heads) for packed experts.
+
+        Raises:
+            KeyError: no such site.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
+            >>> adapter.norms("encoder.layer.0.attention.self.query").tolist()
+            [0.0, 0.0, 0.0, 0.0]
+        """
+        group, site = self._find(site)
+        with torch.no_grad():
+            return group.head_norms(self.network(group), site) * abs(self.scaling)
+
+    def _find(self, site: Site | str) -> tuple[Group, Site]:
+        for group in self.groups:
+            if isinstance(site, str):
+                known = next((each for each in group.sites if each.path == site), None)
+            else:
+                known = site if site in group.members else None
+            if known is not None:
+                return group, known
+        raise KeyError(
+            f"adapter {self.name!r} has no site {site!r}; the first of its {len(self.sites)} is "
+            f"{self.sites[0].path!r}"
+        )
 
     # On and off
 
     @property
-    def host(self) -> Host:
-        """What the adapters of the model share.
+    def is_on_model(self) -> bool:
+        """Whether a model carries it."""
+        return bool(self._host)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that carries it.
 
         Raises:
             RuntimeError: the adapter was removed from its model.
         """
+        return self._require_host().model
+
+    def _require_host(self) -> Host:
         if not self._host:
             raise RuntimeError(
                 f"adapter {self.name!r} was removed from its model; apply or load it again"
@@ -187,23 +236,17 @@ class Adapter(nn.Module):
         """Take part in the forward again (a merged adapter already does).
 
         Raises:
-            ValueError: a module trained beside it is in use by another active adapter.
+            ValueError: a module trained with it is in use by another active adapter.
         """
-        if not self.active:
-            self.trained_modules.enter(self.host.model, self._others(active=True))
-            self.active = True
-
-    def _others(self, active: bool) -> list[TrainedModules]:
-        adapters = [adapter for adapter in self.host.adapters() if adapter is not self]
-        return [adapter.trained_modules for adapter in adapters if adapter.active or not active]
+        self._require_host().enable(self)
 
     def disable(self) -> None:
-        """Leave the forward: the model computes what its base does, bit for bit."""
-        if self.merged:
-            self.unmerge()
-        if self.active:
-            self.trained_modules.leave(self.host.model)
-            self.active = False
+        """Leave the forward: the model computes what its base does, bit for bit.
+
+        Raises:
+            ValueError: a module trained with it was resized meanwhile.
+        """
+        self._require_host().disable(self)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -218,6 +261,23 @@ class Adapter(nn.Module):
             if merged:
                 self.merge()
 
+    def keep_pairs(self) -> AbstractContextManager[None]:
+        """Within this context forwards use the low-rank pairs of the forward before, while the
+        parameters are unchanged. For decoding, where every token is a forward.
+
+        A write through ``p.data`` is not noticed within the context; any other change is.
+
+        Example:
+            >>> import lortalib, torch
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64)).eval()
+            >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
+            >>> with adapter.keep_pairs(), torch.no_grad():
+            ...     outputs = [model(torch.tensor([[k]])) for k in range(3)]
+        """
+        return self.scope.keep()
+
     # In the weights
 
     def merge(self) -> None:
@@ -225,77 +285,33 @@ class Adapter(nn.Module):
 
         Raises:
             ValueError: a factor that is not finite, a weight that cannot take the update (quantised,
-                or its dtype overflows). Then nothing is changed.
+                shared with a module that has no such update, or its dtype overflows).
         """
-        if self.merged:
-            return
-        for group in self.groups:
-            for name, tensor in self.network(group).named_parameters():
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
-                        f"{self.name!r} was not merged; nothing was changed"
-                    )
-        active = self.active
-        self.enable()
-        self.merged = True
-        try:
-            self.host.remerge(self.sites)
-        except Exception:
-            self.merged = False
-            self.host.prune()
-            if not active:
-                self.disable()
-            raise
-        detach(self.host.model, self)
+        self._require_host().merge(self)
 
     def unmerge(self) -> None:
-        """Take the update out of the weights; the base gets back every bit."""
-        if self.merged:
-            self.merged = False
-            self.host.remerge(self.sites)
-            attach(self.host.model, self)
+        """Take the update out of the weights; the base gets back every bit. May be called again."""
+        self._require_host().unmerge(self)
 
     def remove(self, *, merged: bool = False) -> None:
         """Take the adapter off its model, which is then as it was before `apply`.
 
         Args:
-            merged: leave the update (and the modules trained beside it) in the weights for good.
+            merged: leave the update (and the modules trained with it) in the weights for good.
 
         Raises:
             RuntimeError: it was removed already.
             ValueError: ``merged=True`` and the update cannot be merged.
         """
-        host = self.host
-        if merged:
-            self.merge()
-            host.settle(self)
-        else:
-            self.disable()
-        if not self.trained_modules.conflict(self._others(active=False)):
-            self.trained_modules.set_trainable(host.model, False)
-        self._thaw()
-        detach(host.model, self)
-        self.active = self.merged = False
-        del host[self.name]
-        self._host = []
-        if not len(host):
-            host.release()
-
-    def _thaw(self) -> None:
-        """Let what this adapter froze require gradients again, unless another keeps it frozen."""
-        others = [other for other in self.host.adapters() if other is not self]
-        heirs = [other._frozen for other in others if other._frozen is not None]
-        if heirs:
-            heirs[0].extend(self._frozen or [])
-        else:
-            for parameter in self._frozen or []:
-                parameter.requires_grad_(True)
+        self._require_host().remove(self, merged)
 
     # In words
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write ``adapter.safetensors`` and ``adapter.json``; see `lortalib.nn.load`.
+        """Write the adapter to a folder; see `lortalib.nn.load`.
+
+        Args:
+            folder: made where it is not there.
 
         Returns:
             The folder.
@@ -304,13 +320,16 @@ class Adapter(nn.Module):
             OSError: the folder cannot be written. Files that were there are then as they were.
             ValueError: the factors are on the meta device.
         """
-        from ._storage import save
+        from ._files import save  # deferred on purpose: files know adapters
 
         return save(self, folder)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
         """Write a standard LoRA of PEFT that makes the very same model; see
         `lortalib.nn.export_lora`.
+
+        Args:
+            folder: made where it is not there.
 
         Returns:
             The folder.
@@ -319,7 +338,7 @@ class Adapter(nn.Module):
             OSError: the folder cannot be written.
             ValueError: a weight that LoRA has no pair for.
         """
-        from ._lora import export_lora
+        from ._files import export_lora  # deferred on purpose: files know adapters
 
         return export_lora(self, folder)
 
@@ -327,96 +346,27 @@ class Adapter(nn.Module):
         return describe(self)
 
 
-def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
-    """Put a finished adapter on a model; the one place where `apply` and `load` touch it.
-
-    Raises:
-        ValueError: a module trained beside it is in use by another active adapter.
-    """
-    host = host_of(model)
-    others = list(host.adapters()) if host else []
-    taken = adapter.trained_modules.conflict(
-        other.trained_modules for other in others if other.active
-    )
-    if active and taken:
-        raise ValueError(
-            f"{taken!r} is trained by another active adapter and can hold only one's values; "
-            "disable that adapter first, or pass active=False"
-        )
-    host = require_host(model)
-    if freeze:
-        adapter._frozen = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not name.startswith(f"{ATTRIBUTE}."):
-                parameter.requires_grad_(False)
-                adapter._frozen.append(parameter)
-        for other in others:
-            other.trained_modules.set_trainable(model, True)
-    host[adapter.name] = adapter
-    adapter._host = [host]
-    adapter.train(model.training)
-    adapter.trained_modules.set_trainable(model, True)
-    attach(model, adapter)
-    if active:
-        adapter.enable()
-
-
 def describe(adapter: Adapter) -> str:
-    """What was patched, how many numbers, and how many LoRA would need."""
-    settings = adapter.config
-    host = adapter._host[0] if adapter._host else None
-    rows: list[tuple[Any, ...]] = [
-        ("stack", "matrices", "layers", "heads", "in", "out", "legs", "ranks", "numbers")
-    ]
-    rank = 0
-    lora = 0
-    for group in adapter.groups:
-        network = adapter.network(group)
-        shape = group.shape
-        ranks = network.ranks
-        same = len(set(ranks.values())) == 1
-        rank = max(rank, max(ranks.values(), default=1))
-        lora += sum(site.features + site.width for site in group.sites)
-        rows.append(
-            (
-                group.sites[0].stack,
-                " ".join(group.roles),
-                shape["layer"],
-                shape["head"],
-                f"{shape['in']:,}",
-                f"{shape['out']:,}",
-                str(network.legs),
-                next(iter(ranks.values()))
-                if same
-                else " ".join(f"{b}={n}" for b, n in ranks.items()),
-                f"{network.count():,}",
-            )
-        )
-    cells = [[str(cell) for cell in row] for row in rows]
-    columns = [max(map(len, column)) for column in zip(*cells)]
-    table = [
-        "  " + "  ".join(cell.ljust(n) for cell, n in zip(row, columns)).rstrip() for row in cells
-    ]
-    owner = f" on {type(host.model).__name__}" if host else ", removed from its model"
+    """What is updated, with how many parameters, and how many LoRA would need."""
+    config = adapter.config
+    networks = {group.name: adapter.network(group) for group in adapter.groups}
+    rank = max((n for net in networks.values() for n in net.ranks.values()), default=1)
+    model = adapter.model if adapter.is_on_model else None
+    owner = f" on {type(model).__name__}" if model is not None else ", removed from its model"
     state = "merged" if adapter.merged else "active" if adapter.active else "not active"
-    count = adapter.count()
+    count, lora = adapter.count(), lora_count(adapter.groups, rank)
+    part = ""
+    if model is not None:
+        ours = {id(p) for p in adapter.parameters()}
+        base = sum(p.numel() for p in model.parameters() if id(p) not in ours)
+        part = f", {100 * count / base:.3g} % of the model's {base:,}"
     lines = [
-        f"Adapter {adapter.name!r}{owner} ({state}): {settings.decomposition}, "
-        f"scaling {settings.scaling:g}, dropout {settings.dropout:g}",
-        *table,
+        f"Adapter {adapter.name!r}{owner} ({state}): {config.decomposition}, "
+        f"scaling {config.scaling:g}, dropout {config.dropout:g}",
+        *network_table(adapter.groups, networks),
+        f"  {count:,} trainable parameters{part}; LoRA of rank {rank} on these {len(adapter.sites)} "
+        f"projections has {lora:,} ({lora / max(1, count):.3g} times as many)",
     ]
-    share = ""
-    if host:
-        base = sum(p.numel() for name, p in host.model.named_parameters() if not _is_ours(name))
-        share = f", {100 * count / base:.3g} % of the model's {base:,}"
-    lines.append(
-        f"  {count:,} trainable numbers{share}; LoRA of rank {rank} on these {len(adapter.sites)} "
-        f"projections has {rank * lora:,} ({rank * lora / max(1, count):.3g} times as many)"
-    )
     if adapter.trained_modules.paths:
-        lines.append(f"  trained beside it: {', '.join(adapter.trained_modules.paths)}")
+        lines.append(f"  trained as a whole: {', '.join(adapter.trained_modules.paths)}")
     return "\n".join(lines)
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(f"{ATTRIBUTE}.")

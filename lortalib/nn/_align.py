@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decomp import network
-from ..decomp._along import start_along, upwards
-from ..decomp._initial import zero_parameter
-from ._adapter import Adapter, install
-from ._apply import adapters
-from ._beside import TrainedModules
+from ..decomp import network, start_along
+from ._adapter import Adapter
+from ._host import adapters, install
+from ._trained_modules import TrainedModules
 
 
 def align_to_gradient(
@@ -102,8 +100,8 @@ def _check(adapter: Adapter) -> None:
     owners: dict[int, str] = {}
     for group in adapter.groups:
         net = adapter.network(group)
-        upwards(net.legs, net.modes)
-        if net.tensors[zero_parameter(net.legs)].any():
+        net.legs.leaves_to_root(net.modes)
+        if net.tensors[net.legs.zero].any():
             raise ValueError(
                 f"adapter {adapter.name!r} has been trained, or did not start at zero; aligning it "
                 "would lose that. Align right after apply, with an init whose update is zero"
@@ -161,10 +159,10 @@ def _whole(model: nn.Module, adapter: Adapter) -> Iterator[Adapter]:
         device = net.tensors[0].device
         line = " ".join(net.modes)
         networks[group.name] = network(line, net.shape, 1, device=device)
-    settings = replace(adapter.config, dropout=0.0)
-    whole = Adapter(
-        f"_{adapter.name}_gradient", settings, adapter.groups, networks, TrainedModules()
-    )
+    config, name = replace(adapter.config, dropout=0.0), f"{adapter.name}_gradient"
+    while name in adapters(model):
+        name += "_"
+    whole = Adapter(name, config, adapter.groups, networks, TrainedModules())
     install(whole, model, active=True, freeze=False)
     try:
         yield whole

@@ -1,31 +1,21 @@
-"""The verb that puts an adapter on a model."""
+"""The verb that puts an adapter on a model: plan, verify, make, install."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, Union
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..decomp import Network, Shape, get_format
-from ..decomp._formats import Rank
-from ..decomp._initial import StartLike, as_start, zero_parameter
-from ._adapter import Adapter, AdapterConfig, install
-from ._anatomy import UnsupportedModelError, check_model, mlp_sites, sites
-from ._beside import TrainedModules, find_modules
-from ._families import BlockRule
-from ._groups import Group, Targets, choose, group_sites, share_input_factor
-from ._host import Host, host_of
-from ._mlp import check_experts
-from ._probe import verify as probe
-from ._share import site_weight
-from ._site import MLP_ROLES, Site
-
-Decomposition = Union[str, Callable[..., Network]]
+from ..decomp import Rank, StartLike
+from ._adapter import Adapter
+from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
+from ._host import check_name, install
+from ._plan import Decomposition, plan
+from ._targets import Targets
+from ._trained_modules import TrainedModules, find_modules
+from ._verify import check_effect, verify
 
 
 def apply(
@@ -97,240 +87,46 @@ def apply(
         100
     """
     check_name(model, name)
-    check_settings(alpha, dropout, init)
-    groups, networks = plan(
+    planned = plan(
         model,
         decomposition,
         rank,
+        alpha=alpha,
+        dropout=dropout,
         targets=targets,
         layers=layers,
+        init=init,
         gqa=gqa,
-        rules=rules,
-        options={"init": init, "generator": generator, "dtype": dtype},
         share_residual=share_residual,
+        rules=rules,
+        generator=generator,
+        dtype=dtype,
     )
-    chosen = [site for group in groups for site in group.sites]
-    paths = find_modules(model, train_also, (site.path for site in chosen))
-    if verify_with is not None:
-        attention = [site for site in chosen if site.role not in MLP_ROLES]
-        probe(model, verify_with, sites=attention).raise_for_disagreement()
-    settings = make_settings(
-        decomposition, networks, alpha, dropout, gqa, init, share_residual=share_residual
-    )
-    adapter = Adapter(name, settings, tuple(groups), networks, TrainedModules(paths))
+    paths = find_modules(model, train_also, (site.path for site in planned.sites))
+    attention = [site for site in planned.sites if site.role not in MLP_ROLES]
+    if verify_with is not None and attention:
+        verify(model, verify_with, sites=attention).raise_for_disagreement()
+    networks = dict(planned.networks)
+    adapter = Adapter(name, planned.config, planned.groups, networks, TrainedModules(paths))
     install(adapter, model, active=True, freeze=freeze)
+    if verify_with is not None:
+        _check_mlp(adapter, verify_with)
     return adapter
 
 
-def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
-    """Refuse what no adapter can be made with.
-
-    Raises:
-        ValueError: an alpha that is zero or not finite, a dropout outside [0, 1), an unknown init.
-    """
-    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
-    if not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
-    as_start(init)
-
-
-def make_settings(
-    decomposition: Decomposition,
-    networks: dict[str, Network],
-    alpha: float,
-    dropout: float,
-    gqa: str,
-    init: StartLike,
-    share_residual: bool = False,
-) -> AdapterConfig:
-    """The settings of an adapter with these networks."""
-    return AdapterConfig(
-        decomposition=_name_of(decomposition),
-        alpha=float(alpha),
-        scaling=float(alpha) / (_published_rank(networks) if init == "lorta" else 1),
-        dropout=float(dropout),
-        gqa=gqa,
-        init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
-        share_residual=share_residual,
-    )
-
-
-def plan(
-    model: nn.Module,
-    decomposition: Decomposition,
-    rank: Rank,
-    *,
-    targets: Targets,
-    layers: int | Iterable[int] | None,
-    gqa: str,
-    rules: BlockRule | Sequence[BlockRule],
-    options: dict[str, Any],
-    share_residual: bool,
-) -> tuple[list[Group], dict[str, Network]]:
-    """The groups of the chosen sites and a network for each, by name; changes nothing."""
-    chosen = choose(candidates(model, targets, rules), targets, layers)
-    check_experts(model, chosen)
-    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
-    groups = group_sites(chosen, gqa)
-    networks: dict[str, Network] = {}
-    for group in groups:
-        weight = site_weight(model, group.sites[0])
-        device = weight.device if isinstance(weight, torch.Tensor) else None
-        networks[group.name] = make_network(
-            decomposition, group, rank, {**options, "device": device}
-        )
-    if share_residual:
-        share_input_factor(groups, networks)
-    return groups, networks
-
-
-def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of which every process holds a part (tensor parallelism).
-
-    Args:
-        model: that they belong to.
-        weights: by path of their module.
-
-    Raises:
-        ValueError: a weight that is a DTensor, unless FSDP2 made it, which gathers the whole.
-    """
-    divided = {path: w for path, w in weights.items() if hasattr(w, "device_mesh")}
-    if divided and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-        path, weight = next(iter(divided.items()))
-        raise ValueError(
-            f"the weight of {path} is divided over the processes of {weight.device_mesh} (tensor "
-            "parallelism): a share would be added to a part of an output as if it were the whole. "
-            "Load the model without tp_plan; DDP and FSDP2 work, and for serving merge the adapter "
-            "or export it as a LoRA"
-        )
-
-
-def candidates(
-    model: nn.Module, targets: Targets, rules: BlockRule | Sequence[BlockRule]
-) -> list[Site]:
-    """The sites that targets of this kind choose from."""
-    if targets == "mlp":
-        return mlp_sites(model)
-    attention = sites(model, rules=rules)
-    if targets == "all":
-        return attention + mlp_sites(model)
-    if isinstance(targets, str) or callable(targets):
-        return attention
+def _check_mlp(adapter: Adapter, example_inputs: Any) -> None:
+    """Refuse an adapter whose MLP networks change nothing; `verify` looks at attention only."""
+    groups = [group for group in adapter.groups if set(group.roles) & set(MLP_ROLES)]
+    if not groups:
+        return
     try:
-        return attention + mlp_sites(model)
-    except UnsupportedModelError:
-        return attention
-
-
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name, in the order in which they were applied."""
-    host = host_of(model)
-    return {adapter.name: adapter for adapter in host.adapters()} if host else {}
-
-
-def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
-    """Let exactly these adapters take part in the forward; their updates add up.
-
-    The cost does not depend on the size of the model.
-
-    Args:
-        model: a model with adapters.
-        names: one name, several, or none (``[]``).
-
-    Raises:
-        KeyError: a name that no adapter has; then nothing is changed.
-        ValueError: two of them train the same module beside them.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-        ...                              num_attention_heads=4, intermediate_size=64))
-        >>> one, two = (apply(model, "cp", rank=2, name=name) for name in ("one", "two"))
-        >>> set_active(model, "two")
-        >>> [name for name, adapter in adapters(model).items() if adapter.active]
-        ['two']
-    """
-    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    known = adapters(model)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise KeyError(
-            f"no adapter is called {', '.join(map(repr, unknown))}; the model has "
-            f"{', '.join(map(repr, known)) or 'none'}"
-        )
-    for position, name in enumerate(wanted):
-        taken = known[name].trained_modules.conflict(
-            known[other].trained_modules for other in wanted[:position]
-        )
-        if taken:
-            raise ValueError(
-                f"the adapters {wanted} cannot be active together: both train {taken!r}"
+        effects = check_effect(adapter, example_inputs)
+        silent = [group.name for group in groups if not effects[group.name]]
+        if silent:
+            raise UnsupportedModelError(
+                f"the networks {', '.join(silent)} change nothing of what the model computes for these "
+                "inputs: the projections planned for them are not used"
             )
-    for name, adapter in known.items():
-        if name not in wanted:
-            adapter.disable()
-    for name in wanted:
-        known[name].enable()
-
-
-def check_name(model: nn.Module, name: str) -> None:
-    """Refuse what is no model, and a name that no adapter on it can have."""
-    check_model(model)
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
-    if name in adapters(model):
-        raise ValueError(
-            f"the model already has an adapter called {name!r}; give name=..., or remove that one "
-            f"with lortalib.nn.adapters(model)[{name!r}].remove()"
-        )
-    if hasattr(host_of(model) or Host(nn.Module()), name):
-        raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
-
-
-def _name_of(decomposition: Decomposition) -> str:
-    if isinstance(decomposition, str):
-        return get_format(decomposition).name or decomposition
-    name = getattr(decomposition, "name", "") or getattr(decomposition, "__name__", "")
-    return name or type(decomposition).__name__
-
-
-def make_network(
-    decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
-) -> Network:
-    """The network of a group, checked against the group's shape."""
-    shape = group.shape
-    if isinstance(decomposition, str):
-        return get_format(decomposition)(shape, rank, **options)
-    if not callable(decomposition):
-        raise ValueError(
-            f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"
-        )
-    network = _call(decomposition, shape, {"rank": rank, **options})
-    if not isinstance(network, Network):
-        raise ValueError(f"the decomposition {decomposition!r} returned no Network but {network!r}")
-    if dict(network.shape) != dict(shape):
-        raise ValueError(
-            f"the decomposition {decomposition!r} was asked for {shape} and returned {network.shape}"
-        )
-    return network.to(options["device"], options["dtype"])
-
-
-def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any]) -> Network:
-    """Call with those of the options that it takes by name; a second position takes the rank."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return function(shape, **options)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    accepted = {name: value for name, value in options.items() if name in named}
-    second = parameters[1] if len(parameters) > 1 else None
-    if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
-        return function(shape, options["rank"], **accepted)
-    return function(shape, **accepted)
-
-
-def _published_rank(networks: dict[str, Network]) -> int:
-    """The r of alpha/r: the size of the bonds at the parameter that starts at zero."""
-    network = next(iter(networks.values()))
-    term = network.legs.terms[zero_parameter(network.legs)]
-    return math.prod(network.sizes[leg] for leg in term.legs if leg in network.ranks)
+    except BaseException:
+        adapter.remove()
+        raise

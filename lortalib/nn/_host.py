@@ -1,152 +1,349 @@
-"""What all adapters of one model share: the base's weights while something is merged, its
-``requires_grad`` flags, and who owns a module that trains beside an adapter."""
+"""The adapters of one model, and their life on it: on and off, in the weights and out, frozen flags.
+
+Every change of state is a transaction: what can fail comes first, the flag that counts is set last, and
+whatever is raised before it (an interrupt too) leaves all as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ._names import ATTRIBUTE
-from ._share import site_weight
-from ._site import Site
+from ._adapter import Adapter
+from ._anatomy import ATTRIBUTE, check_model
+from ._base_weights import BaseWeights
+from ._forward import Handle, attach, detach
+from ._trained_modules import TrainedModules
 
-if TYPE_CHECKING:
-    from ._adapter import Adapter
 
-
-class Host(nn.ModuleDict):
+class AdapterHost(nn.ModuleDict):
     """The adapters of one model by name; a submodule of the model, so that they move with it.
 
-    Merged weights are always recomputed from the base's own, which are kept here as they were: so
-    adapters can be merged and unmerged in any order, and the last unmerge restores every bit.
+    Args:
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = [model]  # in a list, so that it is not registered as a submodule
+        self._weights = BaseWeights(model)
+        self._handles: dict[str, list[Handle]] = {}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._base: dict[str, Tensor] = {}
+        self._freezing: set[str] = set()  # names of the adapters that keep the base frozen
+        self._frozen: list[nn.Parameter] = []  # what they stopped from requiring gradients
 
     @property
     def model(self) -> nn.Module:
         """The model that carries the adapters."""
         return self._model[0]
 
-    def adapters(self) -> Iterator[Adapter]:
+    def adapters(self) -> list[Adapter]:
         """Every adapter, in the order in which they were applied."""
-        return iter(cast("Iterable[Adapter]", self.values()))
+        return list(cast("Iterable[Adapter]", self.values()))
 
-    def remerge(self, sites: Iterable[Site]) -> None:
-        """Set the weights of these sites to the base's plus the updates of all merged adapters.
+    def _others(self, adapter: Adapter) -> list[Adapter]:
+        return [other for other in self.adapters() if other is not adapter]
 
-        Raises:
-            ValueError: a weight that is quantised, or a result that is not finite; then every
-                weight is as it was before the call.
-        """
-        written: list[tuple[nn.Parameter, Tensor]] = []
+    def _trained_by_others(self, adapter: Adapter, active: bool) -> list[TrainedModules]:
+        others = self._others(adapter)
+        return [other.trained_modules for other in others if other.active or not active]
+
+    # On and off
+
+    def enable(self, adapter: Adapter) -> None:
+        """See `Adapter.enable`."""
+        if not adapter.active:
+            others = self._trained_by_others(adapter, active=True)
+            adapter.trained_modules.swap_in(self.model, others)
+            adapter.active = True
+
+    def disable(self, adapter: Adapter) -> None:
+        """See `Adapter.disable`."""
+        if not adapter.active:
+            return
+        adapter.trained_modules.swap_out(self.model)
         try:
-            for site in {_weight_name(site): site for site in sites}.values():
-                weight = self._weight(site)
-                old = weight.detach().clone()
-                written.append((weight, old))
-                with torch.no_grad():
-                    weight.copy_(self._merged(site, old))
-        except Exception:
-            with torch.no_grad():
-                for weight, old in written:
-                    weight.copy_(old)
+            self.unmerge(adapter)
+        except BaseException:
+            if adapter.merged:
+                adapter.trained_modules.swap_in(self.model, [])
+            else:  # interrupted while the base came back, which was then brought to its end
+                adapter.active = False
             raise
-        self.prune()
+        adapter.active = False
 
-    def prune(self) -> None:
-        """Forget the kept weights of sites that no adapter is merged into."""
-        merged = {
-            _weight_name(site)
-            for adapter in self.adapters()
-            if adapter.merged
-            for site in adapter.sites
-        }
-        self._base = {path: base for path, base in self._base.items() if path in merged}
+    def set_active(self, wanted: list[Adapter]) -> None:
+        """Let exactly these adapters take part in the forward."""
+        with ExitStack() as undo:
+            for adapter in self.adapters():
+                if adapter.active and adapter not in wanted:
+                    if adapter.merged:
+                        undo.callback(self.merge, adapter)
+                    undo.callback(self.enable, adapter)
+                    self.disable(adapter)
+            for adapter in wanted:
+                if not adapter.active:
+                    undo.callback(self.disable, adapter)
+                    self.enable(adapter)
+            undo.pop_all()
 
-    def settle(self, adapter: Adapter) -> None:
-        """Let the update of a merged adapter become part of the base."""
-        for site in adapter.sites:
-            base = self._base[_weight_name(site)]
-            wide = torch.promote_types(base.dtype, torch.float32)
-            update = adapter.delta(site).detach().to(base.device, wide)
-            self._base[_weight_name(site)] = (base.to(wide) + update).to(base.dtype)
+    # In the weights
+
+    def merge(self, adapter: Adapter) -> None:
+        """See `Adapter.merge`."""
+        if adapter.merged:
+            return
+        _check_finite(adapter)
+        merged = [other for other in self._others(adapter) if other.merged]
+        with ExitStack() as undo:
+            if not adapter.active:
+                undo.callback(self.disable, adapter)
+                self.enable(adapter)
+            self._weights.write(adapter.sites, [*merged, adapter])
+            adapter.merged = True  # from here on its hooks add nothing
+            undo.pop_all()
+        self._detach(adapter)
+
+    def unmerge(self, adapter: Adapter) -> None:
+        """See `Adapter.unmerge`."""
+        if not adapter.merged:
+            return
+        self._detach(adapter)
+        self._handles[adapter.name] = attach(self.model, adapter)  # adds nothing while merged
+        rest = [other for other in self._others(adapter) if other.merged]
+        shared = {site.path for other in rest for site in other.sites}
+        try:
+            if any(site.path in shared for site in adapter.sites):
+                self._weights.write(adapter.sites, rest)
+            else:
+                self._restore(adapter)
+        except BaseException:
+            if adapter.merged:
+                self._detach(adapter)
+            raise
         adapter.merged = False
-        self.prune()
+        self._weights.keep_only(rest)
 
-    def _merged(self, site: Site, current: Tensor) -> Tensor:
-        base = self._base.setdefault(_weight_name(site), current).to(current.device)
-        updates = [
-            adapter.delta(adapter_site)
-            for adapter in self.adapters()
-            if adapter.merged
-            for adapter_site in adapter.sites
-            if adapter_site.path == site.path and adapter_site.parameter == site.parameter
-        ]
-        if not updates:
-            return base.to(current.dtype)
-        wide = torch.promote_types(base.dtype, torch.float32)
-        total = base.to(wide)
-        for update in updates:
-            total = total + update.to(base.device, wide)
-        merged = total.to(current.dtype)  # the model may have been cast since it was merged
-        if not torch.isfinite(merged).all() and torch.isfinite(base).all():
-            raise ValueError(
-                f"merging would write NaN or infinity into {site.path} ({current.dtype}); nothing was "
-                "changed. Look at the adapter's factors, or merge into a wider dtype"
-            )
-        return merged
+    def _restore(self, adapter: Adapter) -> None:
+        """Give the weights of an adapter back to the base; an interrupt comes before or behind it."""
+        try:
+            self._weights.restore(adapter.sites)
+        except BaseException:
+            self._weights.restore(adapter.sites)
+            adapter.merged = False
+            raise
 
-    def _weight(self, site: Site) -> nn.Parameter:
-        weight = site_weight(self.model, site)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ValueError(
-                f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "
-                "Merge into the unquantised model instead"
-            )
-        if tuple(weight.shape) != site.weight_shape:
-            raise ValueError(
-                f"the weight of {site.path} has shape {tuple(weight.shape)}; expected "
-                f"{site.weight_shape}, so it cannot take an update"
-            )
-        return weight
+    # Off the model
+
+    def remove(self, adapter: Adapter, merged: bool) -> None:
+        """See `Adapter.remove`."""
+        if merged:
+            with ExitStack() as undo:
+                if not adapter.active:
+                    undo.callback(self.disable, adapter)
+                if not adapter.merged:
+                    undo.callback(self.unmerge, adapter)
+                    self.merge(adapter)
+                self._weights.settle(adapter)
+                undo.pop_all()
+            adapter.trained_modules.leave_in()
+        else:
+            self.disable(adapter)
+        try:
+            self._take_off(adapter)
+        except BaseException:
+            self._take_off(adapter)
+            raise
+
+    def _take_off(self, adapter: Adapter) -> None:
+        """Forget an adapter that takes no part any more; may be called again."""
+        self._detach(adapter)
+        adapter.active = adapter.merged = False
+        if adapter.name in self:
+            self._freezing.discard(adapter.name)
+            if not adapter.trained_modules.conflict(self._trained_by_others(adapter, active=False)):
+                self._reset_flags(adapter.trained_modules)
+            if not self._freezing:
+                for parameter in self._frozen:
+                    parameter.requires_grad_(True)
+                self._frozen = []
+            del self[adapter.name]
+        adapter._host = []
+        self._weights.keep_only([other for other in self.adapters() if other.merged])
+        if not len(self):
+            self.release()
+
+    def _reset_flags(self, trained: TrainedModules) -> None:
+        """The flags of modules that no adapter trains any more."""
+        for path in trained.paths:
+            for name, parameter in self.model.get_submodule(path).named_parameters():
+                before = self._required_grad.get(f"{path}.{name}", False)
+                parameter.requires_grad_(before and not self._freezing)
+
+    def _detach(self, adapter: Adapter) -> None:
+        detach(self._handles.get(adapter.name, []))
+        self._handles.pop(adapter.name, None)
+        adapter.scope.forget()
 
     def release(self) -> None:
         """Take the host off the model and give back the ``requires_grad`` flags of the base."""
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
-        delattr(self.model, ATTRIBUTE)
+        if self.model._modules.get(ATTRIBUTE) is self:
+            delattr(self.model, ATTRIBUTE)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+
+    # Onto the model
+
+    def install(self, adapter: Adapter, active: bool, freeze: bool, undo: ExitStack) -> None:
+        """Put a finished adapter on the model; ``undo`` gets what takes each step back."""
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        undo.callback(_set_flags, flags)
+        undo.callback(self._take_off, adapter)
+        if freeze:
+            stopped = [p for p, flag in flags if flag and id(p) not in _own_parameters(self)]
+            for parameter in stopped:
+                parameter.requires_grad_(False)
+            self._freezing.add(adapter.name)
+            self._frozen += stopped
+            for other in self.adapters():
+                other.trained_modules.set_trainable(self.model, True)
+        self[adapter.name] = adapter
+        adapter._host = [self]
+        adapter.train(self.model.training)
+        adapter.trained_modules.set_trainable(self.model, True)
+        self._handles[adapter.name] = attach(self.model, adapter)
+        if active:
+            undo.callback(self.disable, adapter)
+            self.enable(adapter)
 
 
-def _weight_name(site: Site) -> str:
-    return f"{site.path}.{site.parameter}"
+def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
+    """Put a finished adapter on a model; the one place where `apply` and `load` touch it.
 
-
-def host_of(model: nn.Module) -> Host | None:
-    """The host of a model, if any adapter was applied to it."""
-    host = model._modules.get(ATTRIBUTE)
-    return host if isinstance(host, Host) else None
-
-
-def require_host(model: nn.Module) -> Host:
-    """The host of a model, made and attached where there is none.
+    Args:
+        adapter: on no model yet.
+        model: the model.
+        active: whether it takes part in the forward at once.
+        freeze: whether all else of the model stops requiring gradients.
 
     Raises:
-        ValueError: the model has an attribute of that name that is something else.
+        ValueError: a module that it trains is in use by another active adapter, or the model has an
+            attribute of the adapters' name that is something else.
     """
     host = host_of(model)
-    if host is None:
-        if hasattr(model, ATTRIBUTE):
+    others = host.adapters() if host else []
+    taken = adapter.trained_modules.conflict(o.trained_modules for o in others if o.active)
+    if active and taken:
+        raise ValueError(
+            f"{taken!r} is trained by another active adapter and can hold only one's values; "
+            "disable that adapter first, or pass active=False"
+        )
+    with ExitStack() as undo:
+        if host is None:
+            if hasattr(model, ATTRIBUTE):
+                raise ValueError(
+                    f"the model has an attribute {ATTRIBUTE!r} that is no adapter; rename it first"
+                )
+            host = AdapterHost(model)
+            undo.callback(host.release)
+            model.add_module(ATTRIBUTE, host)
+        host.install(adapter, active, freeze, undo)
+        undo.pop_all()
+
+
+def host_of(model: nn.Module) -> AdapterHost | None:
+    """The host of a model, if any adapter was applied to it."""
+    host = model._modules.get(ATTRIBUTE)
+    return host if isinstance(host, AdapterHost) else None
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name, in the order in which they were applied."""
+    host = host_of(model)
+    return {adapter.name: adapter for adapter in host.adapters()} if host else {}
+
+
+def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let exactly these adapters take part in the forward; their updates add up.
+
+    The cost does not depend on the size of the model.
+
+    Args:
+        model: a model with adapters.
+        names: one name, several, or none (``[]``).
+
+    Raises:
+        KeyError: a name that no adapter has.
+        ValueError: two of them train the same module. Whatever is raised, nothing is changed.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> for name in ("one", "two"):
+        ...     adapter = lortalib.nn.apply(model, "cp", rank=2, name=name)
+        >>> set_active(model, "two")
+        >>> [name for name, adapter in adapters(model).items() if adapter.active]
+        ['two']
+    """
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    known = adapters(model)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise KeyError(
+            f"no adapter is called {', '.join(map(repr, unknown))}; the model has "
+            f"{', '.join(map(repr, known)) or 'none'}"
+        )
+    for position, name in enumerate(wanted):
+        before = [known[other].trained_modules for other in wanted[:position]]
+        taken = known[name].trained_modules.conflict(before)
+        if taken:
             raise ValueError(
-                f"the model has an attribute {ATTRIBUTE!r} that is no adapter; rename it first"
+                f"the adapters {wanted} cannot be active together: both train {taken!r}"
             )
-        host = Host(model)
-        model.add_module(ATTRIBUTE, host)
-    return host
+    host = host_of(model)
+    if host is not None:
+        host.set_active([known[name] for name in wanted])
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse what is no model, and a name that no adapter on it can have.
+
+    Raises:
+        TypeError: no model.
+        ValueError: a name that is in use or impossible.
+    """
+    check_model(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
+    if name in adapters(model):
+        raise ValueError(
+            f"the model already has an adapter called {name!r}; give name=..., or remove that one "
+            f"with lortalib.nn.adapters(model)[{name!r}].remove()"
+        )
+    if hasattr(host_of(model) or AdapterHost(nn.Module()), name):
+        raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
+
+
+def _check_finite(adapter: Adapter) -> None:
+    for group in adapter.groups:
+        for name, tensor in adapter.network(group).named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
+                    f"{adapter.name!r} was not merged; nothing was changed"
+                )
+
+
+def _own_parameters(host: AdapterHost) -> set[int]:
+    return {id(parameter) for parameter in host.parameters()}
+
+
+def _set_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

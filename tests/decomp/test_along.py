@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from strategies import FORMATS, build, examples, generator, random_networks, registered, usual_modes
 
 from lortalib.decomp import Legs, network, start_along
-from lortalib.decomp._along import leading_left_vectors, upwards
-from lortalib.decomp._initial import zero_parameter
+from lortalib.decomp._hosvd import leading_left_vectors
 
 #: Their bonds make a loop, or join more than two parameters.
 NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term"}
@@ -33,7 +32,7 @@ def again(net, dense, **options):
 
 def left_over(net, dense):
     """What no value of the zero parameter can make of a tensor: least squares, entry by entry."""
-    zero = net.tensors[zero_parameter(net.legs)].data
+    zero = net.tensors[net.legs.zero].data
     columns = []
     for index in range(zero.numel()):
         zero.zero_()
@@ -50,9 +49,9 @@ def test_every_format_is_known_to_be_a_tree_or_not():
         net = build(name, dict.fromkeys(usual_modes(name), 3), 2)
         if name in NO_TREE:
             with pytest.raises(ValueError, match="tree"):
-                upwards(net.legs, net.modes)
+                net.legs.leaves_to_root(net.modes)
         else:
-            assert len(upwards(net.legs, net.modes)) == len(net.tensors) - 1
+            assert len(net.legs.leaves_to_root(net.modes)) == len(net.tensors) - 1
 
 
 @over_trees
@@ -72,7 +71,7 @@ def test_a_tensor_of_the_format_is_reached_by_the_zero_parameter_alone(name, dat
 def test_any_tree_of_legs_reaches_its_own_tensors(target):
     dense = target.dense().detach()
     try:
-        upwards(target.legs, target.modes)
+        target.legs.leaves_to_root(target.modes)
         net = again(target, dense, generator=generator())
     except ValueError as error:
         assume(not re.search("tree|not every parameter|room for|zero or not", str(error)))
@@ -173,4 +172,4 @@ def test_another_shape_a_line_without_a_tree_and_a_rank_without_room_are_refused
 
 def test_the_order_begins_at_the_leaves():
     legs = Legs.parse("in a, layer a b, head b c, out c")
-    assert upwards(legs, ["in", "layer", "head", "out"]) == [(0, "a"), (1, "b"), (2, "c")]
+    assert legs.leaves_to_root(["in", "layer", "head", "out"]) == [(0, "a"), (1, "b"), (2, "c")]

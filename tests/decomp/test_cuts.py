@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 
 from lortalib.decomp import Cut, LegsError, Network
-from lortalib.decomp._contract import COST_OF_ONE_PASS, contract, contract_along, contraction_path
+from lortalib.decomp._einsum import COST_OF_ONE_PASS, contract, contract_along, contraction_path
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 ENDS = ("in", "head", "out")
@@ -220,7 +220,7 @@ def taken(draw, kind):
 def test_take_keeps_those_positions_of_the_dense_tensor(kind, data):
     net, mode, at = data.draw(taken(kind))
     view, axis = net.index_select(mode, at), net.modes.index(mode)
-    expected = reference.dense(net).index_select(at.numpy(), axis)
+    expected = reference.dense(net).take(at.numpy(), axis)
     assert view.modes == net.modes
     assert tuple(view.shape.values()) == expected.shape
     close(view.dense(), expected)

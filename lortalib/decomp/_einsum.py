@@ -1,0 +1,175 @@
+"""Contraction of named tensors: the arithmetic beneath dense and cut, without any module.
+
+A tensor here is a pair (legs, torch tensor). A leg may stand on any number of tensors; it is summed
+once nothing outside the pair being contracted needs it, which covers the bond of CP, shared by all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from itertools import combinations
+from string import ascii_letters
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .._torch import is_tracing, without_autocast
+
+#: Multiplications that take as long as reading or writing one number of a step.
+COST_OF_ONE_PASS = 100
+
+
+Names = tuple[str, ...]
+
+
+Path = tuple[tuple[int, int, str], ...]
+
+
+Plan = TypeVar("Plan")
+
+
+def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Cache a pure function of hashable arguments; torch.compile takes its result as a constant."""
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def call(*args: object) -> Plan:
+        return cached(*args)
+
+    return torch.compiler.assume_constant_result(call)  # type: ignore[no-any-return]
+
+
+@compile_constant
+def contraction_path(
+    terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
+) -> Path:
+    """Pairwise order of a contraction: the one that costs least in multiplications and passes.
+
+    Up to six tensors, which covers every usual format, all orders are compared; beyond that each
+    step takes the pair that costs least.
+
+    Returns:
+        Steps ``(i, j, equation)``: the product of values i and j is the next value; the first
+        values are the tensors. A single tensor gives one step with ``i == j``.
+    """
+    size = dict(sizes)
+    letters = dict(zip(size, ascii_letters, strict=False))
+
+    def word(legs: Names) -> str:
+        return "".join(letters[leg] for leg in legs)
+
+    if len(terms) == 1:
+        return ((0, 0, f"{word(terms[0])}->{word(output)}"),)
+    left, places, steps = terms, list(range(len(terms))), []
+    for i, j in _order(terms, output, size)[1]:
+        result = _joined(left, (i, j), output)
+        steps.append((places[i], places[j], f"{word(left[i])},{word(left[j])}->{word(result)}"))
+        left = _without(left, (i, j), result)
+        places = [place for k, place in enumerate(places) if k not in (i, j)]
+        places.append(len(terms) + len(steps) - 1)
+    return tuple(steps)
+
+
+def _order(
+    terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Cost and pairs of the best order (of the greedy one for more than six tensors)."""
+    if len(terms) == 1:
+        return 0, ()
+    steps = []
+    for pair in combinations(range(len(terms)), 2):
+        one, other, result = terms[pair[0]], terms[pair[1]], _joined(terms, pair, output)
+        moved = sum(math.prod(size[leg] for leg in term) for term in (one, other, result))
+        cost = math.prod(size[leg] for leg in {*one, *other}) + COST_OF_ONE_PASS * moved
+        steps.append((cost, pair, _without(terms, pair, result)))
+    if len(terms) > 6:
+        steps = [min(steps)]
+    orders = []
+    for cost, pair, left in steps:
+        more, pairs = _order(left, output, size)
+        orders.append((cost + more, (pair, *pairs)))
+    return min(orders)
+
+
+def _without(terms: tuple[Names, ...], pair: tuple[int, int], result: Names) -> tuple[Names, ...]:
+    """The list after a step: the pair is gone, the result at the end."""
+    return (*(term for k, term in enumerate(terms) if k not in pair), result)
+
+
+def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Names:
+    """The legs of the product of two terms: those that the output or another term still needs."""
+    if len(terms) == 2:
+        return output
+    rest = {leg for k, term in enumerate(terms) if k not in pair for leg in term}
+    both = dict.fromkeys(terms[pair[0]] + terms[pair[1]])
+    return tuple(leg for leg in both if leg in output or leg in rest)
+
+
+def contract(
+    terms: tuple[Names, ...], tensors: Sequence[Tensor], output: Names, sizes: Mapping[str, int]
+) -> Tensor:
+    """Sum over every leg that is not in ``output``; the result's axes are those of ``output``."""
+    return contract_along(contraction_path(terms, output, tuple(sizes.items())), tensors)
+
+
+def contract_along(path: Path, tensors: Sequence[Tensor]) -> Tensor:
+    """The contraction of tensors along a path, in their own dtype, also under autocast."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with without_autocast(device):
+            return contract_along(path, tensors)
+    if is_tracing() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return _values(path, tensors)[-1]
+    result: Tensor = _Contraction.apply(path, *tensors)
+    return result
+
+
+def _values(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors and, behind them, the result of every step."""
+    values = list(tensors)
+    for left, right, equation in path:
+        pair = [values[left]] if left == right else [values[left], values[right]]
+        values.append(torch.einsum(equation, *pair))
+    return values
+
+
+class _Contraction(Function):
+    """A contraction whose gradients are contractions again.
+
+    Autograd would go back through a step that sums nothing by a product as large as its result and
+    a sum over it; here each gradient is one contraction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, path: Path, *tensors: Tensor) -> Tensor:
+        ctx.path = path
+        ctx.save_for_backward(*tensors)
+        *ctx.values, result = _values(path, tensors)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        # Where the gradient itself is to be differentiated, the steps have to be in its graph.
+        values = _values(ctx.path[:-1], tensors) if torch.is_grad_enabled() else ctx.values
+        needed = list(ctx.needs_input_grad[1:])
+        for left, right, _ in ctx.path:
+            needed.append(needed[left] or needed[right])
+        gradients: list[Tensor | None] = [None] * len(values) + [gradient]
+        steps = list(enumerate(ctx.path, start=len(tensors)))
+        for place, (left, right, equation) in reversed(steps):
+            known = gradients[place]
+            legs, result = equation.split("->")
+            if left == right:
+                gradients[left] = torch.einsum(f"{result}->{legs}", known)
+                continue
+            one, other = legs.split(",")
+            if needed[left]:
+                gradients[left] = torch.einsum(f"{result},{other}->{one}", known, values[right])
+            if needed[right]:
+                gradients[right] = torch.einsum(f"{result},{one}->{other}", known, values[left])
+        return None, *gradients[: len(tensors)]

@@ -1,0 +1,120 @@
+"""A start along a tensor: the leading directions of, say, a gradient, for any tree of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ._legs import Legs
+from ._modes import LORTA_MODES
+from ._start import Randn, Start, invariant
+
+#: Columns beyond the rank, and rounds, of subspace iteration (Halko, Martinsson and Tropp 2011).
+OVERSAMPLING, ROUNDS = 8, 8
+
+
+def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Start:
+    """A start whose directions are the leading ones of a tensor, for ``init=``.
+
+    The network's update is zero as in the default start, and every parameter has the size that it
+    has there; but where the default draws its directions at random, these are the left singular
+    vectors of the tensor (truncated higher-order SVD, De Lathauwer et al. 2000; for trains and other
+    trees as in hierarchical SVD, Grasedyck 2010). With the gradient of a loss as the tensor, the
+    first step of the zero parameter then is close to the steepest one that the ranks allow. It is
+    what LoRA-GA (arXiv 2407.05000) does for LoRA.
+
+    Args:
+        dense: the tensor; its sign and its norm do not matter.
+        modes: names of its axes.
+
+    Returns:
+        A callable for the ``init`` of `network`. It raises ValueError for a network whose bonds make
+        no tree (CP of more than two parameters, a ring: their parameters have no orthogonal
+        directions of their own) and for one of another shape.
+
+    Raises:
+        ValueError: names that do not fit the axes, a tensor that is zero or not finite.
+
+    Example:
+        >>> from lortalib.decomp import network
+        >>> line, shape = "in p, layer p q (zero), out q", {"layer": 2, "in": 6, "out": 5}
+        >>> target = network(line, shape, 2, init="normal").dense()
+        >>> net = network(line, shape, 2, init=start_along(target, "layer in out"))
+        >>> net.dense().abs().max().item()
+        0.0
+    """
+    names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
+    if len(names) != dense.ndim or len(set(names)) != len(names):
+        raise ValueError(
+            f"the tensor has {dense.ndim} axes, {tuple(dense.shape)}; found the names {names}"
+        )
+    norm = torch.linalg.vector_norm(dense.detach().double()).item()
+    if not (norm and math.isfinite(norm)):
+        raise ValueError("there are no directions in a tensor that is zero or not finite")
+    wide = dense.detach().to(torch.promote_types(dense.dtype, torch.float32)) / norm
+
+    def start(
+        legs: Legs, sizes: Mapping[str, int], own: Sequence[str], randn: Randn
+    ) -> list[Tensor]:
+        found, asked = dict(zip(names, dense.shape)), {mode: sizes[mode] for mode in own}
+        if found != asked:
+            raise ValueError(f"the tensor has the shape {found}; the network is to have {asked}")
+        tensors = invariant(legs, sizes, own, randn)
+        x, axes = wide, list(names)
+        left = set(range(len(legs.terms)))
+        for k, bond in legs.leaves_to_root(own):
+            left.remove(k)
+            # A leg that another parameter still needs stays; the others end in this one.
+            stay = {leg for j in left for leg in legs.terms[j].legs} - {bond}
+            rows = [leg for leg in legs.terms[k].legs if leg not in stay and leg != bond]
+            batch = [leg for leg in legs.terms[k].legs if leg in stay]
+            columns = [leg for leg in axes if leg not in legs.terms[k].legs]
+            room = math.prod(sizes[leg] for leg in rows)
+            if room < sizes[bond]:
+                raise ValueError(
+                    f"{sizes[bond]} directions were asked for bond {bond!r}, and {' '.join(rows)} has "
+                    f"room for {room}; ask for a smaller rank, in\n    {legs}"
+                )
+            matrix = x.permute([axes.index(leg) for leg in batch + rows + columns])
+            shape = [sizes[leg] for leg in batch]
+            matrix = matrix.reshape(*shape, room, math.prod(sizes[leg] for leg in columns))
+            u = leading_left_vectors(matrix, sizes[bond], randn)
+            x = (u.mT @ matrix).reshape(*shape, sizes[bond], *(sizes[leg] for leg in columns))
+            axes = [*batch, bond, *columns]
+            order = [*batch, *rows, bond]
+            u = u.reshape([sizes[leg] for leg in order])
+            u = u.permute([order.index(leg) for leg in legs.terms[k].legs])
+            tensors[k] = u * (rms(tensors[k]) / rms(u)).to(u)
+        return tensors
+
+    return start
+
+
+def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
+    """Orthonormal columns that span the leading left singular vectors, by subspace iteration.
+
+    Args:
+        matrix: (..., rows, columns).
+        rank: at most the number of rows.
+        randn: source of the first guess.
+
+    Returns:
+        (..., rows, rank), ordered by singular value.
+    """
+    rows, columns = matrix.shape[-2:]
+    guess = randn([columns, min(rows, rank + OVERSAMPLING)]).to(matrix)
+    q = torch.linalg.qr(matrix @ guess).Q
+    for _ in range(ROUNDS):
+        q = torch.linalg.qr(matrix @ (matrix.mT @ q)).Q
+    small = q.mT @ matrix
+    turn = torch.linalg.eigh(small @ small.mT).eigenvectors.flip(-1)[..., :rank]
+    found: Tensor = q @ turn
+    return found
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root of the mean square."""
+    return tensor.square().mean().sqrt()

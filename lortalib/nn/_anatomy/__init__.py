@@ -1,0 +1,38 @@
+"""From a model to its sites, as data; patches nothing."""
+
+from .linear import linear_sites
+from .mlp import check_experts
+from .names import ATTRIBUTE
+from .rules import BlockRule
+from .site import MLP_ROLES, ROLES, FeatureRows, Site
+from .sites import UnsupportedModelError, check_model, mlp_sites, sites, understood_sites
+from .weights import (
+    as_stored,
+    is_conv1d,
+    is_projection,
+    original_parameters,
+    original_weight,
+    site_weight,
+)
+
+__all__ = [
+    "ATTRIBUTE",
+    "MLP_ROLES",
+    "ROLES",
+    "BlockRule",
+    "FeatureRows",
+    "Site",
+    "UnsupportedModelError",
+    "as_stored",
+    "check_experts",
+    "check_model",
+    "is_conv1d",
+    "is_projection",
+    "linear_sites",
+    "mlp_sites",
+    "original_parameters",
+    "original_weight",
+    "site_weight",
+    "sites",
+    "understood_sites",
+]

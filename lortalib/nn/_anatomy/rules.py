@@ -1,0 +1,141 @@
+"""What the rules cannot read off names and widths: exceptions, as rows of data.
+
+A row names block classes by a regular expression on the class name. Users pass rows of their own for
+remote-code models: ``sites(model, rules=BlockRule("MyAttention", fused="per_head"))``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Union
+
+from .site import FeatureRows, feature_rows
+
+#: From query heads, key/value heads, and the components of a query and of a value.
+Layout = Callable[[int, int, int, int], dict[str, FeatureRows]]
+
+
+def contiguous(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
+    """All queries, then all keys, then all values."""
+    q, k = heads * qk, kv_heads * qk
+    return {
+        "q": feature_rows(0, (q, 1)),
+        "k": feature_rows(q, (k, 1)),
+        "v": feature_rows(q + k, (kv_heads * v, 1)),
+    }
+
+
+def per_head(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
+    """For each head its query, key and value."""
+    outer = (heads, 2 * qk + v)
+    return {
+        "q": feature_rows(0, outer, (qk, 1)),
+        "k": feature_rows(qk, outer, (qk, 1)),
+        "v": feature_rows(2 * qk, outer, (v, 1)),
+    }
+
+
+def per_group(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
+    """For each key/value head the queries of its group, its key and its value."""
+    queries = heads // kv_heads * qk
+    outer = (kv_heads, queries + qk + v)
+    return {
+        "q": feature_rows(0, outer, (queries, 1)),
+        "k": feature_rows(queries, outer, (qk, 1)),
+        "v": feature_rows(queries + qk, outer, (v, 1)),
+    }
+
+
+def four_blocks_qvk(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
+    """Four blocks, each with the queries, the values and the keys of a quarter of the heads."""
+    q, values = heads // 4 * qk, heads // 4 * v
+    outer = (4, 2 * q + values)
+    return {
+        "q": feature_rows(0, outer, (q, 1)),
+        "v": feature_rows(q, outer, (values, 1)),
+        "k": feature_rows(q + values, outer, (q, 1)),
+    }
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": contiguous,
+    "per_head": per_head,
+    "per_group": per_group,
+    "four_blocks_qvk": four_blocks_qvk,
+}
+
+
+Fused = Union[str, Callable[[Any], str], None]
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """A row: what holds for the blocks whose class name matches.
+
+    Attributes:
+        match: regular expression for the whole class name of a block.
+        fused: layout of a fused q, k, v (or k, v) projection, one of ``LAYOUTS`` or a function from
+            the block to one.
+        projections: role to child path, where the names mislead.
+        skip: leave such modules out: they hold no softmax attention over projections.
+        weight_read_directly: whether the projections' weights are read directly and their forward is
+            not called, or a function from the block to that; found from the source where it is at hand.
+        refuse: why such a block is not supported.
+
+    Example:
+        >>> BlockRule(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
+        True
+    """
+
+    match: str
+    fused: Fused = None
+    projections: Mapping[str, str] = field(default_factory=dict)
+    skip: bool = False
+    weight_read_directly: bool | Callable[[Any], bool] | None = None
+    refuse: str = ""
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.match)
+
+    def fits(self, module: object) -> bool:
+        """Whether the row speaks of this module."""
+        return bool(self._pattern.fullmatch(type(module).__name__))
+
+
+def _falcon(block: Any) -> str:
+    if block.new_decoder_architecture:
+        return "per_group"
+    return "contiguous" if block.multi_query else "per_head"
+
+
+def _bigcode(block: Any) -> str:
+    return "contiguous" if block.multi_query else "per_head"
+
+
+RULES: tuple[BlockRule, ...] = (
+    BlockRule(r"GPTNeoX\w*Attention|(Persimmon|Fuyu)\w*Attention", fused="per_head"),
+    BlockRule(
+        r"Bloom\w*Attention",
+        fused="per_head",
+        weight_read_directly=lambda block: block.pretraining_tp > 1 and block.slow_but_exact,
+    ),
+    BlockRule(r"DisentangledSelfAttention|Levit\w*Attention\w*", fused="per_head"),
+    BlockRule(r"Falcon\w*Attention\w*", fused=_falcon),
+    BlockRule(r"GPTBigCode\w*Attention\w*", fused=_bigcode),
+    BlockRule(r"CodeGen\w*Attention", fused="four_blocks_qvk"),
+    BlockRule(r"\w*VQ\w*AttnBlock", skip=True),  # convolutions inside an image tokeniser
+    BlockRule(r"Florence2VisionChannelAttention", skip=True),  # between channels, not tokens
+    BlockRule(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # no softmax over keys
+    BlockRule(r"AriaCrossAttention", skip=True),  # its projections feed an inner MultiheadAttention
+    BlockRule(
+        r"DiffLlama\w*Attention",
+        refuse="its value heads are paired and subtracted, so heads of v and o are not those of q",
+    ),
+    BlockRule(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
+    BlockRule(r"AXK2Attention", projections={"q_b": "q_gate_proj"}),
+    BlockRule(r"NeoMMEAttention", projections={"o": "output_projection.o_proj"}),
+)

@@ -1,0 +1,151 @@
+"""Where a model keeps its attention projections: from a model to a list of sites, as data.
+
+Rules, not a list of models. A projection's role is read from its name, a block is a module that holds
+projections with the roles q, k and v, and widths decide what names leave open (the output projection
+must read heads * head_dim). Nothing is patched here, and no weight is read: meta devices will do.
+What rules cannot know is a row in ``_families``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .attention import claimed_twice, find_blocks, overlooked_blocks
+from .block import BlockError, read_block
+from .mlp import read_mlps
+from .rules import RULES, BlockRule
+from .site import Site
+from .stacks import SiteList, bare_prefix, join_tied, number_layers
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention projections were not, or not all, found."""
+
+
+def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> SiteList:
+    """Every attention projection of a transformers model.
+
+    Args:
+        model: any transformers model; also on the meta device.
+        rules: rows that say what the rules cannot read off, for remote-code models; they go before
+            the library's own.
+
+    Returns:
+        Sites ordered by stack, layer and role; printed, the list is a table by stack.
+
+    Raises:
+        AnatomyError: no attention projection was found, or a block that looks like attention was
+            not understood; the message names the blocks and what they hold.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                     intermediate_size=64)
+        >>> site = sites(BertModel(config))[3]
+        >>> site.role, site.path, site.heads, site.head_dim, site.writer
+        ('o', 'encoder.layer.0.attention.output.dense', 4, 8, True)
+    """
+    check_model(model)
+    rules = ((rules,) if isinstance(rules, BlockRule) else tuple(rules)) + RULES
+    found, refused = _read(model, rules)
+    if refused or not found:
+        raise UnsupportedModelError(_refusal_text(model, len(found), refused))
+    return _listed(model, found)
+
+
+def understood_sites(model: nn.Module) -> SiteList:
+    """The projections of those attention blocks that are understood, however many are not.
+
+    For callers that say themselves which modules they want, such as PEFT.
+    """
+    found, refused = _read(model, RULES)
+    return _listed(model, {k: v for k, v in found.items() if k.partition(" ")[0] not in refused})
+
+
+def _read(
+    model: nn.Module, rules: Sequence[BlockRule]
+) -> tuple[dict[str, list[Site]], dict[str, str]]:
+    """Sites by name of their block, and why by path of the blocks that were not understood."""
+    modules = dict(model.named_modules())
+    found: dict[str, list[Site]] = {}
+    refused: dict[str, str] = {}
+    for block in find_blocks(modules, rules):
+        try:
+            found[block.name] = read_block(block, modules)
+        except BlockError as error:
+            refused[block.path] = str(error)
+    refused |= overlooked_blocks(modules, found, refused, rules)
+    refused |= claimed_twice(found)
+    return found, refused
+
+
+def _listed(model: nn.Module, found: dict[str, list[Site]]) -> SiteList:
+    return SiteList(
+        number_layers(join_tied(found, dict(model.named_modules())), bare_prefix(model))
+    )
+
+
+def check_model(model: object) -> None:
+    """Refuse anything but a module.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, a torch.nn.Module; found {model!r}. Load it first, for instance with "
+            "transformers.AutoModel.from_pretrained"
+        )
+
+
+def mlp_sites(model: nn.Module) -> SiteList:
+    """Every MLP projection that is recognised: gate, up (readers) and down (writers).
+
+    Experts packed as 3-D parameters are sites with ``experts`` set; shared experts and MLPs in lists
+    are ordinary ones. Their stacks carry the names of the towers that they stand in.
+
+    Raises:
+        AnatomyError: no MLP was found.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2,
+        ...                      intermediate_size=16)
+        >>> [(site.role, site.weight_shape) for site in mlp_sites(LlamaModel(config))]
+        [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
+    """
+    check_model(model)
+    found = read_mlps(dict(model.named_modules()))
+    if not found:
+        raise UnsupportedModelError(
+            f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
+            "down-projection (gate_proj/up_proj/down_proj, fc1/fc2, intermediate/output.dense, ...) "
+            "of widths that fit each other, or packed experts"
+        )
+    return _listed(model, found)
+
+
+def _refusal_text(model: nn.Module, n_found: int, refused: dict[str, str]) -> str:
+    name = type(model).__name__
+    if not refused:
+        return (
+            f"no attention was found in {name}: looked for modules that hold projections for q, k "
+            "and v (named q_proj, query, to_q, Wq, qkv, ...) and saw "
+            f"{', '.join(n for n, _ in model.named_children()) or 'no submodules'}"
+        )
+    modules = dict(model.named_modules())
+    lines = [
+        f"of {n_found + len(refused)} attention blocks in {name}, {len(refused)} were not "
+        "understood; nothing was changed. Looked for a module with projections for q, k, v (apart or "
+        "fused) and an output projection that reads heads * head_dim features. Not understood:"
+    ]
+    shown = list(refused.items())[:5]
+    lines += [f"  {path or name} ({type(modules[path]).__name__}): {why}" for path, why in shown]
+    if len(refused) > len(shown):
+        lines.append(f"  ... and {len(refused) - len(shown)} more")
+    lines.append(
+        "A row rules=lortalib.nn.BlockRule(...) tells what cannot be read off; see docs/models.md"
+    )
+    return "\n".join(lines)

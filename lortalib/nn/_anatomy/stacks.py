@@ -1,0 +1,144 @@
+"""Names the stacks of a model, numbers their layers and joins sites that hold one weight."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from .site import ROLES, FeatureRows, Site
+from .weights import original_weight
+
+
+class SiteList(list[Site]):
+    """A list of sites that prints as a table, one row for each stack and shape."""
+
+    def __str__(self) -> str:
+        rows = [("stack", "layers", "role", "heads", "head_dim", "width", "first module", "rows")]
+        alike: dict[tuple[object, ...], list[Site]] = defaultdict(list)
+        for site in self:
+            key = (site.stack, site.role, site.heads, site.head_dim, site.width, str(site.rows))
+            alike[key].append(site)
+        for members in alike.values():
+            site = members[0]
+            rows.append(
+                (
+                    site.stack,
+                    str(len(members)),
+                    site.role + (" (weight)" if site.weight_read_directly else ""),
+                    str(site.heads),
+                    str(site.head_dim),
+                    f"{site.width:,}",
+                    site.path,
+                    str(site.rows) if site.rows else "all",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        cells = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
+        return "\n".join(cells)
+
+
+def bare_prefix(model: nn.Module) -> str:
+    """The path of the bare model inside one with a head, so that both have the same stacks."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+
+_CONTAINERS = frozenset(
+    [
+        "model",
+        "transformer",
+        "layers",
+        "layer",
+        "blocks",
+        "block",
+        "h",
+        "self_attn",
+        "attn",
+        "attention",
+        "self",
+        "SelfAttention",
+        "mlp",
+        "DenseReluDense",
+        "experts",
+        "feed_forward",
+        "ffn",
+    ]
+)
+
+
+def join_tied(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
+    """Let modules that hold the same parameter be one site: what is tied in the base stays tied."""
+    first: dict[tuple[int, str, FeatureRows | None], tuple[str, int]] = {}
+    tied: dict[str, list[Site]] = {name: [] for name in found}
+    for name, members in found.items():
+        for site in members:
+            weight = original_weight(modules[site.path], site.parameter)
+            key = (id(weight), site.role, site.rows)
+            if key in first:
+                owner, position = first[key]
+                known = tied[owner][position]
+                if site.path != known.path:
+                    tied[owner][position] = replace(
+                        known, tied_paths=(*known.tied_paths, site.path)
+                    )
+            else:
+                first[key] = name, len(tied[name])
+                tied[name].append(site)
+    return {name: members for name, members in tied.items() if members}
+
+
+@dataclass
+class Stack:
+    """Blocks whose paths differ in numbers only."""
+
+    names: list[str] = field(default_factory=list)
+
+    def layers(self) -> dict[str, int]:
+        """Layer of each block: its number, or its position where several numbers vary."""
+        index = {
+            name: [int(part) for part in name.partition(" ")[0].split(".") if part.isdigit()]
+            for name in self.names
+        }
+        varying = [k for k, column in enumerate(zip(*index.values())) if len(set(column)) > 1]
+        if len(varying) <= 1:
+            column = varying[0] if varying else 0
+            return {name: numbers[column] if numbers else 0 for name, numbers in index.items()}
+        return {name: k for k, name in enumerate(sorted(self.names, key=lambda name: index[name]))}
+
+
+def number_layers(found: dict[str, list[Site]], prefix: str) -> list[Site]:
+    """Give every site its stack and its layer."""
+    stacks: dict[str, Stack] = defaultdict(Stack)
+    for name in found:
+        pattern = re.sub(r"(?<![^.])\d+(?![^. ])", "*", name.removeprefix(prefix))
+        stacks[pattern].names.append(name)
+    numbered: list[Site] = []
+    for pattern, short in _stack_names(list(stacks)).items():
+        layers = stacks[pattern].layers()
+        members = [
+            replace(site, stack=short, layer=layers[name])
+            for name in stacks[pattern].names
+            for site in found[name]
+        ]
+        numbered += sorted(members, key=lambda site: (site.layer, ROLES.index(site.role)))
+    return numbered
+
+
+def _stack_names(patterns: list[str]) -> dict[str, str]:
+    """Short names: a path without numbers and, where that stays unique, the usual containers."""
+
+    def words(pattern: str, drop: frozenset[str]) -> str:
+        kept = [word for word in re.split(r"[. ]", pattern) if word not in ("*", "", *drop)]
+        return ".".join(kept) or "layers"
+
+    candidates = [
+        [words(pattern, drop) for pattern in patterns] for drop in (_CONTAINERS, frozenset[str]())
+    ]
+    candidates.append(patterns)
+    return {
+        pattern: next(names[k] for names in candidates if names.count(names[k]) == 1)
+        for k, pattern in enumerate(patterns)
+    }

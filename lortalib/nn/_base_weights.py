@@ -1,0 +1,164 @@
+"""The base's weights while adapters are merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._anatomy import Site, original_parameters, site_weight
+
+
+class Merged(Protocol):
+    """What is merged: an adapter, as far as its weights know it."""
+
+    name: str
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every projection that it updates."""
+
+    def delta(self, site: Site | str) -> Tensor:
+        """The change of one weight."""
+
+
+class BaseWeights:
+    """Keeps the weights of the base that something is merged into, and writes the merged ones.
+
+    Merged weights are always computed from the base's own: so adapters can be merged and unmerged in
+    any order, and the last unmerge restores every bit.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._base: dict[str, Tensor] = {}
+
+    def write(self, sites: Iterable[Site], merged: Sequence[Merged]) -> None:
+        """Set the weights of these sites to the base's plus the updates of some adapters.
+
+        Args:
+            sites: whose weights.
+            merged: all adapters that are to stand in them afterwards.
+
+        Raises:
+            ValueError: a weight that is quantised or shared with a module that is not updated alike, or
+                a result that is not finite. Whatever is raised, every weight is then as it was.
+        """
+        updates = _by_weight(merged)
+        named = {weight_name(site): site for site in sites}
+        weights = {name: self._weight(site) for name, site in named.items()}
+        self._check_holders(weights, updates)
+        written: list[tuple[nn.Parameter, Tensor]] = []
+        known = set(self._base)
+        try:
+            for name, weight in weights.items():
+                present = weight.detach().clone()
+                base = self._base.setdefault(name, present)
+                result = _sum(name, base, updates.get(name, []), weight.dtype)
+                written.append((weight, present))
+                _copy(result, weight)
+        except BaseException:
+            for weight, present in written:
+                _copy(present, weight)
+            self.forget(set(self._base) - known)
+            raise
+
+    def restore(self, sites: Iterable[Site]) -> None:
+        """Give the weights of these sites every bit of the base's back. It allocates nothing, and may be
+        called again where it was interrupted."""
+        for site in {weight_name(site): site for site in sites}.values():
+            base = self._base.get(weight_name(site))
+            if base is not None:
+                _copy(base, site_weight(self._model, site))
+
+    def settle(self, adapter: Merged) -> None:
+        """Let the update of a merged adapter become part of the base."""
+        settled = {}
+        for name, members in _by_weight([adapter]).items():
+            base = self._base[name]
+            settled[name] = _sum(name, base, members, base.dtype)
+        self._base |= settled
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of the base's weights of these names."""
+        self._base = {name: base for name, base in self._base.items() if name not in set(names)}
+
+    def keep_only(self, merged: Sequence[Merged]) -> None:
+        """Let go of the base's weights that none of these adapters stands in."""
+        self.forget(set(self._base) - set(_by_weight(merged)))
+
+    def _weight(self, site: Site) -> nn.Parameter:
+        weight = site_weight(self._model, site)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise ValueError(
+                f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "
+                "Merge into the unquantised model instead"
+            )
+        if tuple(weight.shape) != site.weight_shape:
+            raise ValueError(
+                f"the weight of {site.path} has shape {tuple(weight.shape)}; expected "
+                f"{site.weight_shape}, so it cannot take an update"
+            )
+        return weight
+
+    def _check_holders(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        updates: Mapping[str, Sequence[tuple[Merged, Site]]],
+    ) -> None:
+        """Refuse a weight that a module holds whose forward the update does not change."""
+        holders: dict[int, set[str]] = {id(weight): set() for weight in weights.values()}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            for parameter in original_parameters(module).values():
+                if id(parameter) in holders:
+                    holders[id(parameter)].add(path)
+        for name, weight in weights.items():
+            for adapter, site in updates.get(name, []):
+                others = holders[id(weight)] - {site.path, *site.tied_paths}
+                if others:
+                    raise ValueError(
+                        f"the weight of {site.path} is also that of {', '.join(sorted(others))}, which "
+                        f"adapter {adapter.name!r} does not change in the same way; merging would change "
+                        "both. Give the modules weights of their own first, or leave the adapter unmerged"
+                    )
+
+
+def weight_name(site: Site) -> str:
+    """The name of a site's weight in its model."""
+    return f"{site.path}.{site.parameter}"
+
+
+def _by_weight(merged: Sequence[Merged]) -> dict[str, list[tuple[Merged, Site]]]:
+    """The adapters and sites of every weight, by its name."""
+    found: dict[str, list[tuple[Merged, Site]]] = {}
+    for adapter in merged:
+        for site in adapter.sites:
+            found.setdefault(weight_name(site), []).append((adapter, site))
+    return found
+
+
+def _sum(
+    name: str, base: Tensor, updates: Sequence[tuple[Merged, Site]], dtype: torch.dtype
+) -> Tensor:
+    """The base plus the updates, summed in float32 at least."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    total = base.to(wide)
+    for adapter, site in updates:
+        total = total + adapter.delta(site).detach().to(base.device, wide)
+    result = total.to(dtype)  # the model may have been cast since it was merged
+    if not torch.isfinite(result).all() and torch.isfinite(base).all():
+        raise ValueError(
+            f"merging would write NaN or infinity into {name} ({dtype}); nothing was "
+            "changed. Look at the adapter's factors, or merge into a wider dtype"
+        )
+    return result
+
+
+def _copy(source: Tensor, target: Any) -> None:
+    with torch.no_grad():
+        target.copy_(source)

@@ -1,0 +1,24 @@
+"""What runs in a forward. Knows no adapter, only the small protocols of ``update``."""
+
+from .attach import Handle, attach, detach
+from .hooks import by_module, watch_forwards
+from .pairs import Pair, PairSource
+from .scope import ForwardScope
+from .update import ModuleUpdate, OutputHook, Slot, add_updates, may_write_output, slots_of
+
+__all__ = [
+    "ForwardScope",
+    "Handle",
+    "ModuleUpdate",
+    "OutputHook",
+    "Pair",
+    "PairSource",
+    "Slot",
+    "add_updates",
+    "attach",
+    "by_module",
+    "detach",
+    "may_write_output",
+    "slots_of",
+    "watch_forwards",
+]

@@ -1,0 +1,53 @@
+"""Puts the hooks of an adapter on a model, and takes them off by torch's own handles."""
+
+from __future__ import annotations
+
+from typing import Protocol, Union
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .._group import Group
+from .added_weight import WeightHandle, add_to_weight
+from .hooks import UpdateHook, by_module, watch_forwards
+from .update import AdapterLike, ModuleUpdate
+
+Handle = Union[RemovableHandle, WeightHandle]
+
+
+class AttachableAdapter(AdapterLike, Protocol):
+    """An adapter, as far as its hooks know it."""
+
+    groups: tuple[Group, ...]
+
+
+def attach(model: nn.Module, adapter: AttachableAdapter) -> list[Handle]:
+    """Let every site of the adapter add its update while the adapter is on.
+
+    Returns:
+        What takes it off again. Where this fails, nothing is left on the model.
+    """
+    handles: list[Handle] = []
+    try:
+        for handle in watch_forwards(model, adapter.scope, adapter.groups):
+            handles.append(handle)
+        for path, sites in by_module(s for group in adapter.groups for s in group.sites):
+            module = model.get_submodule(path)
+            if sites[0].weight_read_directly:
+                handles += [add_to_weight(module, adapter, site) for site in sites]
+            else:
+                hook = UpdateHook(ModuleUpdate(adapter, sites))
+                handles.append(module.register_forward_hook(hook))
+        for source in adapter.sources:
+            source.prepare()
+    except BaseException:
+        detach(handles)
+        raise
+    return handles
+
+
+def detach(handles: list[Handle]) -> None:
+    """Take off what `attach` put on, last first; may be called again."""
+    while handles:
+        handles[-1].remove()
+        handles.pop()

@@ -1,0 +1,144 @@
+"""Computes the pairs of all layers as a single node of the autograd graph that saves no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class Counter:
+    """A number that only grows; its owner reads it, others count it up."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+
+class Contraction(NamedTuple):
+    """How the matrices of all pairs come out of the parameters of one network.
+
+    Attributes:
+        name: of the network, for messages.
+        layers: number of layers.
+        contract: from the parameters to tensors (layers, matrices, p, features), with size 1 on the
+            first axis where all layers are alike.
+        of_layers: from the parameters and positions of layers to the parameters restricted to these.
+        backwards: counted up by every backward.
+    """
+
+    name: str
+    layers: int
+    contract: Callable[[Sequence[Tensor]], list[Tensor]]
+    of_layers: Callable[[Sequence[Tensor], Sequence[int]], Sequence[Tensor]]
+    backwards: Counter
+
+
+def matrices(
+    how: Contraction, dtype: torch.dtype, device: torch.device, parameters: Sequence[Tensor]
+) -> tuple[list[int], tuple[Tensor, ...]]:
+    """The matrices of all layers.
+
+    Returns:
+        How many matrices a layer has in each tensor of ``how.contract``; and all matrices, ordered
+        by tensor, layer and matrix. Their graph holds the parameters and nothing of the caller.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        counts: list[int] = []
+        return counts, MakePairs.apply(how, dtype, device, counts, *parameters)
+    return _rows(how, dtype, device, parameters)
+
+
+def _rows(
+    how: Contraction, dtype: torch.dtype, device: torch.device, parameters: Sequence[Tensor]
+) -> tuple[list[int], tuple[Tensor, ...]]:
+    # Contiguous, so that the products with A and B read memory in order.
+    made = [tensor.to(device, dtype).contiguous() for tensor in how.contract(parameters)]
+    rows = [_every(tensor, how.layers).flatten(0, 1) for tensor in made]
+    return [t.shape[1] for t in made], tuple(row for tensor in rows for row in tensor.unbind())
+
+
+class MakePairs(Function):
+    """All matrices of a network's pairs as one node of the graph.
+
+    It saves no tensor: the parameters are few, and the contraction is repeated in the backward. So
+    one set of pairs serves several backwards (accumulation, reentrant checkpoints), and a forward
+    that a checkpoint repeats saves what it saved at first, whoever made the pairs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: Contraction,
+        dtype: torch.dtype,
+        device: torch.device,
+        counts: list[int],
+        *parameters: Tensor,
+    ) -> Any:
+        ctx.how, ctx.parameters = how, parameters
+        ctx.versions = [p._version for p in parameters]
+        ctx.set_materialize_grads(False)
+        found, rows = _rows(how, dtype, device, parameters)
+        counts.extend(found)
+        ctx.counts = found
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        how: Contraction = ctx.how
+        parameters: tuple[Tensor, ...] = ctx.parameters
+        if ctx.versions != [p._version for p in parameters]:
+            raise RuntimeError(
+                f"a parameter of the network {how.name!r} was changed in place between "
+                "the forward and the backward; run the forward again after a step of the optimiser"
+            )
+        how.backwards.value += 1
+        # One that was frozen since the forward is passed over, as by autograd itself.
+        trained = [k for k, p in enumerate(parameters) if p.requires_grad]
+        given = iter(gradients)
+        layers = range(how.layers)
+        rows = [[[next(given) for _ in range(n)] for _ in layers] for n in ctx.counts]
+        used = [layer for layer in layers if any(_any(row[layer]) for row in rows)]
+        none: list[Tensor | None] = [None] * len(parameters)
+        if not used:
+            return None, None, None, None, *none
+        with torch.enable_grad():
+            # Aliases: hooks on a parameter are to see its gradient once, from the outer graph.
+            aliases = [p.view_as(p) for p in parameters]
+            made = [_every(t, len(used)) for t in how.contract(how.of_layers(aliases, used))]
+        outputs, upstream = [], []
+        for tensor, row in zip(made, rows):
+            if tensor.requires_grad and any(_any(row[layer]) for layer in used):
+                outputs.append(tensor)
+                flat = [gradient for layer in used for gradient in row[layer]]
+                upstream.append(_stack(flat, tensor))
+        if not outputs:
+            return None, None, None, None, *none
+        found = torch.autograd.grad(
+            outputs,
+            [aliases[k] for k in trained],
+            upstream,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        for k, gradient in zip(trained, found):
+            none[k] = gradient
+        return None, None, None, None, *none
+
+
+def _every(tensor: Tensor, layers: int) -> Tensor:
+    """With a row for each layer, also where all layers are alike."""
+    return tensor.expand(layers, *tensor.shape[1:])
+
+
+def _any(row: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in row)
+
+
+def _stack(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Gradients in the shape and dtype of what was made; zero where there is none."""
+    zero = next(row for row in rows if row is not None).new_zeros(like.shape[2:])
+    found = torch.stack([zero if row is None else row for row in rows])
+    return found.to(like.device, like.dtype).view(like.shape)

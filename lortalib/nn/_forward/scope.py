@@ -1,0 +1,209 @@
+"""What belongs to one forward: its low-rank pairs, and the product that q, k and v share.
+
+A forward here is that of the outermost module around projections, whichever part of the model is
+called. What is made in it ends with it; only a backward (whose checkpoints run modules again) may still
+use its pairs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._torch import is_in_backward
+from .lowrank import down
+from .pairs import Pair, PairSource
+
+
+@dataclass
+class CachedProduct:
+    """``x @ first^T``, and what has to be the same for it to be used again."""
+
+    x: weakref.ref[Tensor]
+    mark: tuple[Any, ...]
+    first: Tensor
+    h: Tensor
+    left: int
+
+
+class PairSet:
+    """The pairs that one forward made of its sources, and the state of the parameters at that time."""
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self._sources = sources
+        self._state = _state(sources)
+        self._made: dict[tuple[Any, ...], list[list[Pair]]] = {}
+
+    def of(self, source: PairSource, dtype: torch.dtype, device: torch.device) -> list[list[Pair]]:
+        """The pairs of a source by layer and signature, for the present mode of autograd."""
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = id(source), dtype, device, mode
+        if key not in self._made:
+            self._made[key] = source.pairs(dtype, device)
+        return self._made[key]
+
+    def is_current(self) -> bool:
+        """Whether the parameters are the same objects in the same state: version, memory and flag.
+
+        Writes through ``p.data`` and by some fused optimisers leave no trace in these. Between a forward
+        and its backward nobody writes so; else `ForwardScope.keep` says what follows.
+        """
+        return bool(self._state) and self._state == _state(self._sources)
+
+
+def _state(sources: Sequence[PairSource]) -> list[tuple[int, int, int, bool]]:
+    tensors = [tensor for source in sources for tensor in source.network.tensors]
+    if any(t.is_inference() for t in tensors):
+        return []  # they count no versions
+    return [
+        (id(t), t._version, t.data_ptr() if not t.is_meta else 0, t.requires_grad) for t in tensors
+    ]
+
+
+@dataclass
+class Running:
+    """The forward that is under way in a thread.
+
+    Attributes:
+        module: the outermost module around projections.
+        frame: of its call.
+        pairs: what it made so far.
+        product: the last product with an A that several modules share.
+    """
+
+    module: nn.Module
+    frame: FrameType
+    pairs: PairSet
+    product: CachedProduct | None = field(default=None)
+
+    def is_on_stack(self) -> bool:
+        """Whether the call is still under way: an interrupt ends it without a word to its hooks."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is self.frame:
+                return True
+            frame = frame.f_back
+        return False
+
+
+class ForwardScope:
+    """The forwards of the modules that one adapter, or one bank, updates. Each thread has its own.
+
+    Args:
+        sources: what makes the pairs; the list may still grow.
+    """
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self._sources = sources
+        self._reset()
+
+    def _reset(self) -> None:
+        self._local = threading.local()
+        self._last: PairSet | None = None  # of the last forward that a backward can follow
+        self._keeping = 0
+
+    @property
+    def running(self) -> Running | None:
+        """The forward under way in this thread."""
+        return getattr(self._local, "running", None)
+
+    def begin(self, module: nn.Module, frame: FrameType) -> None:
+        """The forward of a module around projections begins; nothing happens inside of another.
+
+        Args:
+            module: the module.
+            frame: of its call.
+        """
+        running = self.running
+        if running is not None and running.module is not module and running.is_on_stack():
+            return
+        pairs = self._last
+        again = self._keeping or is_in_backward()  # a checkpoint runs its modules within a backward
+        if pairs is None or not again or not pairs.is_current():
+            pairs = PairSet(self._sources)
+        self._last = pairs if again else None
+        self._local.running = Running(module, frame, pairs)
+
+    def end(self, module: nn.Module) -> None:
+        """The forward of a module around projections ends."""
+        running = self.running
+        if running is None:
+            return
+        running.product = None
+        if running.module is module:
+            self._local.running = None
+            if torch.is_grad_enabled() or self._keeping:
+                self._last = running.pairs
+
+    def forget(self) -> None:
+        """Let go of all pairs."""
+        self._reset()
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Let forwards within this context use the pairs of the forward before, while the parameters
+        are unchanged as `PairSet.is_current` can tell."""
+        self._keeping += 1
+        try:
+            yield
+        finally:
+            self._keeping -= 1
+            if not self._keeping:
+                self._last = None
+
+    def pair(
+        self,
+        source: PairSource,
+        number: int,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Pair:
+        """The pair of one module: with those of all layers in a forward, else by itself."""
+        running = self.running
+        if running is None:
+            return source.pair(number, layer, dtype, device)
+        return running.pairs.of(source, dtype, device)[layer][number]
+
+    def product(self, x: Tensor, first: Tensor, users: int, p: float) -> Tensor:
+        """``x @ first^T``, taken once where several modules of a layer have one x and one first.
+
+        The product is given out again only for the very same x, unchanged, and the very same first,
+        and not after a backward, which frees the graph behind it.
+
+        Args:
+            x: (..., features).
+            first: (p, features), or (rows, p, features) for rows of a batch with maps of their own.
+            users: how many modules of a layer have this first.
+            p: probability of dropping a feature of x; one mask for all that share x.
+        """
+        running = self.running
+        if users == 1 or running is None or x.is_inference():  # inference tensors count no changes
+            return down(x, first, p)
+        known = running.product
+        backwards = sum(source.backwards.value for source in self._sources)
+        mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, backwards
+        if known is not None and known.x() is x and known.first is first and known.mark == mark:
+            known.left -= 1
+            if known.left == 0:
+                running.product = None
+            return known.h
+        h = down(x, first, p)
+        running.product = CachedProduct(weakref.ref(x), mark, first, h, users - 1)
+        return h
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sources": self._sources}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._sources = state["_sources"]
+        self._reset()

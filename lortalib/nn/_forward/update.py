@@ -1,0 +1,156 @@
+"""What one module adds to its output: the one body behind hooks, banks and PEFT's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..._torch import is_tracing
+from .._anatomy import Site, is_conv1d
+from .lowrank import add_up, down
+from .pairs import ModuleSites, Pair, PairSource
+from .scope import ForwardScope
+
+
+class UpdateOwner(Protocol):
+    """Whose updates are added: an adapter, or a bank.
+
+    Attributes:
+        scope: the forward under way.
+    """
+
+    scope: ForwardScope
+
+    @property
+    def sources(self) -> Sequence[PairSource]:
+        """What makes its pairs, one for each network."""
+
+
+class AdapterLike(UpdateOwner, Protocol):
+    """An owner that is switched on and off, and drops features in training."""
+
+    active: bool
+    merged: bool
+    training: bool
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an input feature in training."""
+
+    def delta(self, site: Site | str) -> Tensor:
+        """The dense update of one weight."""
+
+
+class Slot(NamedTuple):
+    """A module's place in one network.
+
+    Attributes:
+        source: what makes its pairs.
+        number: the number of its signature there.
+        layer: position on the mode ``layer``.
+    """
+
+    source: PairSource
+    number: int
+    layer: int
+
+
+def slots_of(owner: UpdateOwner, sites: Sequence[Site]) -> list[Slot]:
+    """The slots of one module; several where its sites are in several groups."""
+    slots = []
+    for source in owner.sources:
+        own = tuple(site for site in sites if site in source.group.members)
+        if own:
+            module = ModuleSites(source.group, own)
+            slots.append(Slot(source, source.add(module), module.layer))
+    return slots
+
+
+class ModuleUpdate:
+    """The update of one module: ``update(x, y)`` is its output y with the update for x added.
+
+    Args:
+        owner: the adapter.
+        sites: the sites of the module.
+    """
+
+    def __init__(self, owner: AdapterLike, sites: Sequence[Site]) -> None:
+        self.owner = owner
+        self.sites = tuple(sites)
+        self.slots = slots_of(owner, sites)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the update is to be added, and does not stand in the weight already."""
+        return self.owner.active and not self.owner.merged
+
+    def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
+        """Add the update.
+
+        Args:
+            x: the module's input, (..., features read).
+            y: the module's output, (..., features written).
+            may_write: whether nobody else uses y, so that it can be added to in place.
+        """
+        owner = self.owner
+        p = owner.dropout if owner.training else 0.0
+        return add_updates(owner.scope, self.slots, self._pairs(y), x, y, p, may_write)
+
+    def _pairs(self, y: Tensor) -> Iterator[Pair]:
+        if is_tracing():
+            return (s.source.pair(s.number, s.layer, y.dtype, y.device) for s in self.slots)
+        scope = self.owner.scope
+        return (scope.pair(*slot, y.dtype, y.device) for slot in self.slots)
+
+    def pair(self, dtype: torch.dtype, device: torch.device | None = None) -> Pair:
+        """The whole update as one pair: first (p, features read), second (p, features written).
+
+        Args:
+            dtype: of the result.
+            device: of the result; that of the factors by default.
+        """
+        pairs = [
+            s.source.pair(s.number, s.layer, dtype, device or s.source.network.tensors[0].device)
+            for s in self.slots
+        ]
+        return pairs[0] if len(pairs) == 1 else Pair(*map(torch.cat, zip(*pairs)))
+
+
+def add_updates(
+    scope: ForwardScope,
+    slots: Sequence[Slot],
+    pairs: Iterable[Pair],
+    x: Tensor,
+    y: Tensor,
+    p: float,
+    may_write: bool,
+) -> Tensor:
+    """``y`` with ``(x @ first^T) @ second`` of each pair added; x is read once for modules that share it."""
+    tracing = is_tracing()
+    for (source, number, _), (first, second) in zip(slots, pairs):
+        h = down(x, first, p) if tracing else scope.product(x, first, source.users(number), p)
+        y = add_up(y, h, second, may_write)
+        may_write = True
+    return y
+
+
+class OutputHook:
+    """A forward hook that adds to a module's output and keeps nothing of it."""
+
+
+def may_write_output(module: nn.Module) -> bool:
+    """Whether the output of a module is a fresh tensor that nobody but the hooks of updates has seen.
+
+    Autograd does not need the output of a linear map, so it can then be added to in place.
+    """
+    return (
+        (type(module) is nn.Linear or is_conv1d(module))
+        and "forward" not in module.__dict__
+        and (
+            len(module._forward_hooks) < 2  # the one that asks
+            or all(isinstance(hook, OutputHook) for hook in module._forward_hooks.values())
+        )
+    )

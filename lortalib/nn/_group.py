@@ -1,0 +1,139 @@
+"""Which sites share one tensor: those of a stack whose head count and widths are equal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .._torch import without_autocast
+from ..decomp import Cut, Shape, TensorNetwork
+from ._anatomy import ROLES, Site
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that share one tensor T[layer, head, matrix, in, out].
+
+    Attributes:
+        name: name of the group's network in the adapter, unique there.
+        heads: size of the mode ``head``; a multiple of the heads of each site.
+        sites: ordered by layer and role.
+        layers: layer index of the model for each position of the mode ``layer``.
+        roles: role for each position of the mode ``matrix``.
+    """
+
+    name: str
+    heads: int
+    sites: tuple[Site, ...]
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+
+    @cached_property
+    def members(self) -> frozenset[Site]:
+        """The sites, for looking one up."""
+        return frozenset(self.sites)
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the group's tensor."""
+        site = self.sites[0]
+        expert = {"expert": site.experts} if site.experts else {}
+        return Shape(
+            {
+                "layer": len(self.layers),
+                **expert,
+                "head": self.heads,
+                "matrix": len(self.roles),
+                "in": site.width,
+                "out": site.head_dim,
+            }
+        )
+
+    def head_means(self, heads: int, like: Tensor) -> Tensor:
+        """(heads, query heads): each key/value head takes the mean of its group of query heads.
+
+        Args:
+            heads: heads of a site with grouped queries.
+            like: a tensor of the dtype and device that the matrix is to have.
+        """
+        size = self.heads // heads
+        eye = torch.eye(heads, dtype=like.dtype, device=like.device)
+        return eye.repeat_interleave(size, 1) / size
+
+    def slice(self, network: TensorNetwork, site: Site) -> TensorNetwork:
+        """The part of the group's network that is one site's update, over its own heads."""
+        at = {"layer": self.layers.index(site.layer), "matrix": self.roles.index(site.role)}
+        view = network.select(**at)
+        if site.heads == self.heads:
+            return view
+        return view.mode_dot(self.head_means(site.heads, network.tensors[0]), "head")
+
+    def pair(self, network: TensorNetwork, site: Site) -> Cut:
+        """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p)."""
+        return self.slice(network, site).cut()
+
+    def dense(self, network: TensorNetwork, site: Site) -> Tensor:
+        """The update of one site before scaling, also under autocast in the factors' dtype:
+        (heads*head_dim, width), with a leading axis for packed experts."""
+        with without_autocast(network.tensors[0].device.type):
+            if not site.experts:
+                a, b = self.pair(network, site)
+                return b @ a
+            view = self.slice(network, site)
+            order = [view.modes.index(mode) for mode in ("expert", "head", "out", "in")]
+            return view.dense().permute(order).reshape(site.experts, site.features, site.width)
+
+    def head_norms(self, network: TensorNetwork, site: Site) -> Tensor:
+        """Frobenius norm of the update of each head, before scaling, from the pair: no update is formed.
+
+        Returns:
+            (heads,), or (experts, heads) for packed experts.
+        """
+        view = self.slice(network, site)
+        a, b = view.cut("expert") if site.experts else view.cut()
+        gram = a @ a.mT
+        heads = b.unflatten(-2, (site.heads, -1))
+        squares = torch.einsum("...hop,...pq,...hoq->...h", heads, gram, heads)
+        norms = squares.clamp(min=0).sqrt()
+        return norms.expand(site.experts, -1) if site.experts else norms
+
+
+def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
+    """Divide sites into groups of equal stack, heads, width and head_dim.
+
+    Args:
+        sites: what to group.
+        gqa: ``"pool"`` gives keys and values the query heads, so that they share the queries'
+            tensor; ``"split"`` gives them a tensor of their own where their head count differs.
+
+    Raises:
+        ValueError: an unknown ``gqa``.
+    """
+    if gqa not in ("pool", "split"):
+        raise ValueError(f"gqa must be 'pool' or 'split'; found {gqa!r}")
+    members: dict[tuple[str, int, int, int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        heads = site.query_heads if gqa == "pool" else site.heads
+        members[site.stack, heads, site.width, site.head_dim, site.experts].append(site)
+    stacks = [stack for stack, *_ in members]
+    groups: list[Group] = []
+    for (stack, heads, width, head_dim, experts), found in members.items():
+        name = stack.replace(".", "_")
+        if stacks.count(stack) > 1:
+            name += f"_{experts}x" * bool(experts) + f"_{heads}x{head_dim}_{width}"
+        while any(group.name == name for group in groups):
+            name += "_"
+        layers = tuple(sorted({site.layer for site in found}))
+        roles = tuple(sorted({site.role: None for site in found}, key=_order))
+        groups.append(Group(name, heads, tuple(found), layers, roles))
+    return groups
+
+
+def _order(role: str) -> int:
+    """Position of a role on the mode ``matrix``; names of other projections follow as they come."""
+    return ROLES.index(role) if role in ROLES else len(ROLES)

@@ -1,0 +1,292 @@
+"""Plans an adapter: chooses sites, groups them, makes a network for each group. Changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Union
+
+import torch
+from torch import nn
+
+from ..decomp import Network, Rank, Shape, StartLike, get_format, get_start
+from ._adapter import AdapterConfig
+from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
+from ._group import Group, group_sites
+from ._table import lora_count, network_table
+from ._targets import Targets, choose_sites, find_candidates
+
+#: The name of a format, a line of legs, or a callable ``(shape, rank, ...)`` that returns a network.
+Decomposition = Union[str, Callable[..., Network]]
+Device = Union[torch.device, str, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What an adapter would be, before it is on a model; printed, a table of its tensors.
+
+    Attributes:
+        groups: which sites share which network.
+        networks: a network for each group, by its name.
+        config: how the adapter is asked for.
+    """
+
+    groups: tuple[Group, ...]
+    networks: Mapping[str, Network]
+    config: AdapterConfig
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every projection that would be updated."""
+        return [site for group in self.groups for site in group.sites]
+
+    def count(self, trainable_only: bool = True) -> int:
+        """How many parameters the networks have; one that several share counts once.
+
+        Args:
+            trainable_only: whether parameters marked ``(frozen)`` are left out.
+        """
+        tensors = {
+            id(tensor): tensor.numel()
+            for network in self.networks.values()
+            for tensor, term in zip(network.tensors, network.legs.terms)
+            if not (trainable_only and term.frozen)
+        }
+        return sum(tensors.values())
+
+    def lora_count(self, rank: int) -> int:
+        """How many parameters PEFT's LoRA of this rank has on the same modules.
+
+        Args:
+            rank: of the LoRA.
+        """
+        return lora_count(self.groups, rank)
+
+    def __str__(self) -> str:
+        count, rank = self.count(), _largest_rank(self.networks)
+        lora = self.lora_count(rank)
+        return "\n".join(
+            [
+                f"Plan: {self.config.decomposition}, scaling {self.config.scaling:g}",
+                *network_table(self.groups, self.networks),
+                f"  {count:,} trainable parameters; LoRA of rank {rank} on these "
+                f"{len(self.sites)} projections has {lora:,}",
+            ]
+        )
+
+
+def plan(
+    model: nn.Module,
+    decomposition: Decomposition = "cp",
+    rank: Rank = 8,
+    *,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    targets: Targets = "qkvo",
+    layers: int | Iterable[int] | None = None,
+    init: StartLike = "invariant",
+    gqa: str = "pool",
+    share_residual: bool = False,
+    rules: BlockRule | Sequence[BlockRule] = (),
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """What `apply` would put on a model; nothing is changed.
+
+    Args:
+        model: the model, also on the meta device.
+        decomposition, rank, alpha, dropout, targets, layers, init, gqa, share_residual, rules, generator,
+            dtype: as for `apply`.
+        device: of the networks, by default that of the weights; ``"meta"`` makes no numbers.
+
+    Raises:
+        UnsupportedModelError: the model's attention was not, or not wholly, found.
+        ValueError: a bad argument, or targets that choose nothing.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> print(plan(model, "cp", 2, device="meta"))
+        Plan: cp, scaling 1
+          stack    matrices  layers  heads  in  out  legs                                    ranks  parameters
+          encoder  q k v o   2       4      32  8    in r, out r, head r, layer r, matrix r  2      100
+          100 trainable parameters; LoRA of rank 2 on these 8 projections has 1,024
+    """
+    check_model(model)
+    check_settings(alpha, dropout, init)
+    chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
+    check_experts(model, chosen)
+    weights = {site: site_weight(model, site) for site in chosen}
+    check_whole(model, {site.path: weight for site, weight in weights.items()})
+    return plan_sites(
+        chosen,
+        decomposition,
+        rank,
+        alpha=alpha,
+        dropout=dropout,
+        init=init,
+        gqa=gqa,
+        share_residual=share_residual,
+        generator=generator,
+        device=device or (lambda site: getattr(weights[site], "device", None)),
+        dtype=dtype,
+    )
+
+
+def plan_sites(
+    sites: Sequence[Site],
+    decomposition: Decomposition,
+    rank: Rank,
+    *,
+    alpha: float = 1.0,
+    dropout: float = 0.0,
+    init: StartLike = "invariant",
+    gqa: str = "pool",
+    share_residual: bool = False,
+    generator: torch.Generator | None = None,
+    device: Device | Callable[[Site], Device] = None,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """The plan of an adapter on these sites, for doors that find the sites themselves.
+
+    Args:
+        sites: what is to be updated.
+        decomposition, rank, alpha, dropout, init, gqa, share_residual, generator, dtype: as for `apply`.
+        device: of the networks, or a function from the first site of each to it.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+    check_settings(alpha, dropout, init)
+    groups = group_sites(sites, gqa)
+    networks = {}
+    for group in groups:
+        options: dict[str, Any] = {"init": init, "generator": generator, "dtype": dtype}
+        options["device"] = device(group.sites[0]) if callable(device) else device
+        networks[group.name] = make_network(decomposition, group, rank, options)
+    if share_residual:
+        share_input_factor(groups, networks)
+    config = AdapterConfig(
+        decomposition=_name_of(decomposition),
+        alpha=float(alpha),
+        scaling=float(alpha) / (_published_rank(networks) if init == "lorta" else 1),
+        dropout=float(dropout),
+        gqa=gqa,
+        init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
+        share_residual=share_residual,
+    )
+    return Plan(tuple(groups), networks, config)
+
+
+def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
+    """Refuse what no adapter can be made with.
+
+    Raises:
+        ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
+            init.
+    """
+    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
+    check_alpha(alpha)
+    get_start(init)
+
+
+def check_alpha(alpha: object) -> None:
+    """Refuse a scaling that makes no update, or none that float32 can hold.
+
+    Raises:
+        ValueError: an alpha that is zero, or beyond the range of float32.
+    """
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(alpha, Real) or not 0 < abs(float(alpha)) <= largest:
+        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
+
+
+def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of which every process holds a part (tensor parallelism).
+
+    Args:
+        model: that they belong to.
+        weights: by path of their module.
+
+    Raises:
+        ValueError: a weight that is a DTensor, unless FSDP2 made it, which gathers the whole.
+    """
+    divided = {path: w for path, w in weights.items() if hasattr(w, "device_mesh")}
+    if divided and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+        path, weight = next(iter(divided.items()))
+        raise ValueError(
+            f"the weight of {path} is divided over the processes of {weight.device_mesh} (tensor "
+            "parallelism): a share would be added to a part of an output as if it were the whole. "
+            "Load the model without tp_plan; DDP and FSDP2 work, and for serving merge the adapter "
+            "or export it as a LoRA"
+        )
+
+
+def make_network(
+    decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
+) -> Network:
+    """The network of a group, checked against the group's shape."""
+    shape = group.shape
+    if isinstance(decomposition, str):
+        return get_format(decomposition)(shape, rank, **options)
+    if not callable(decomposition):
+        raise ValueError(
+            f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"
+        )
+    network = _call(decomposition, shape, {"rank": rank, **options})
+    if not isinstance(network, Network):
+        raise ValueError(f"the decomposition {decomposition!r} returned no Network but {network!r}")
+    if dict(network.shape) != dict(shape):
+        raise ValueError(
+            f"the decomposition {decomposition!r} was asked for {shape} and returned {network.shape}"
+        )
+    return network.to(options["device"], options["dtype"])
+
+
+def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any]) -> Network:
+    """Call with those of the options that it takes by name; a second position takes the rank."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return function(shape, **options)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    accepted = {name: value for name, value in options.items() if name in named}
+    second = parameters[1] if len(parameters) > 1 else None
+    if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
+        return function(shape, options["rank"], **accepted)
+    return function(shape, **accepted)
+
+
+def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network]) -> None:
+    """Give the networks of one stack one parameter for ``in``, where it has the same legs and size."""
+    owners: dict[tuple[object, ...], nn.Parameter] = {}
+    for group in groups:
+        network = networks[group.name]
+        for name, term in zip(network.names, network.legs.terms):
+            if "in" in term.legs and not set(term.legs) & {"layer", "matrix", "head", "expert"}:
+                own = network.get_parameter(name)
+                key = (group.sites[0].stack, term.legs, own.shape)
+                network.register_parameter(name, owners.setdefault(key, own))
+
+
+def _name_of(decomposition: Decomposition) -> str:
+    if isinstance(decomposition, str):
+        return get_format(decomposition).name or decomposition
+    name = getattr(decomposition, "name", "") or getattr(decomposition, "__name__", "")
+    return name or type(decomposition).__name__
+
+
+def _published_rank(networks: Mapping[str, Network]) -> int:
+    """The r of alpha/r: the size of the bonds at the parameter that starts at zero."""
+    network = next(iter(networks.values()))
+    term = network.legs.terms[network.legs.zero]
+    return math.prod(network.sizes[leg] for leg in term.legs if leg in network.ranks)
+
+
+def _largest_rank(networks: Mapping[str, Network]) -> int:
+    return max((n for net in networks.values() for n in net.ranks.values()), default=1)

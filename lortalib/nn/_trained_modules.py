@@ -1,0 +1,157 @@
+"""Modules of the model that train as a whole with an adapter, such as a new classifier head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._anatomy import ATTRIBUTE
+
+#: Path of a module, name in it, tensor.
+Values = dict[str, dict[str, Tensor]]
+
+
+class TrainedModules:
+    """Whole modules that an adapter trains in place, owns and takes with it.
+
+    While the adapter is active the modules have its values, else those of the base. So a disabled
+    adapter leaves no trace, and two adapters can each have a head of their own (but not both be
+    active).
+
+    Args:
+        paths: paths of the modules.
+        values: the adapter's own values; by default those that the modules have when swapped in.
+    """
+
+    def __init__(self, paths: Iterable[str] = (), values: Values | None = None) -> None:
+        self.paths = tuple(paths)
+        self._inside = False
+        self._other: Values = values or {}  # the base's values while inside, else the adapter's own
+
+    def values(self, model: nn.Module | None) -> Values:
+        """The adapter's own values: path of the module, name in it, tensor."""
+        if model is not None and (self._inside or not self._other):
+            return _read(model, self.paths)
+        return self._other
+
+    def conflict(self, others: Iterable[TrainedModules]) -> str | None:
+        """A module that one of ``others`` trains too."""
+        taken = {path for other in others for path in other.paths}
+        return next((path for path in self.paths if path in taken), None)
+
+    def swap_in(self, model: nn.Module, others: Iterable[TrainedModules]) -> None:
+        """Put the adapter's values into the modules and keep the base's. Where this fails, all is as
+        it was.
+
+        Args:
+            model: the model.
+            others: those of the other active adapters.
+
+        Raises:
+            ValueError: one of the modules has the values of another active adapter, or was resized.
+        """
+        if self._inside:
+            return
+        taken = self.conflict(others)
+        if taken:
+            raise ValueError(
+                f"{taken!r} is trained by another active adapter and can hold only one's values; "
+                "disable that adapter first"
+            )
+        self._swap(model)
+
+    def swap_out(self, model: nn.Module) -> None:
+        """Give the modules the base's values back and keep the adapter's. Where this fails, all is as it
+        was.
+
+        Raises:
+            ValueError: a module was resized meanwhile.
+        """
+        if self._inside:
+            self._swap(model)
+
+    def leave_in(self) -> None:
+        """Let the modules keep the adapter's values for good."""
+        self._inside, self._other = False, {}
+
+    def set_trainable(self, model: nn.Module, trainable: bool) -> None:
+        """Set ``requires_grad`` of every parameter of the modules."""
+        for path in self.paths:
+            model.get_submodule(path).requires_grad_(trainable)
+
+    def _swap(self, model: nn.Module) -> None:
+        _check_shapes(model, self._other)
+        present = _read(model, self.paths)
+        try:
+            _write(model, self._other)
+        except BaseException:
+            _write(model, present)
+            raise
+        self._other, self._inside = present, not self._inside
+
+
+def _read(model: nn.Module, paths: Iterable[str]) -> Values:
+    return {
+        path: {k: t.detach().clone() for k, t in model.get_submodule(path).state_dict().items()}
+        for path in paths
+    }
+
+
+def _write(model: nn.Module, values: Values) -> None:
+    with torch.no_grad():
+        for path, tensors in values.items():
+            own = model.get_submodule(path).state_dict()
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+
+def _check_shapes(model: nn.Module, values: Values) -> None:
+    """Refuse values that do not fit their modules any more."""
+    for path, tensors in values.items():
+        own = model.get_submodule(path).state_dict()
+        for name, tensor in tensors.items():
+            found = tuple(own[name].shape) if name in own else None
+            if found != tuple(tensor.shape):
+                raise ValueError(
+                    f"{path}.{name} had the shape {tuple(tensor.shape)} and now has {found}: the module was "
+                    "resized or replaced after the adapter that trains it was applied. Give it its old size "
+                    "back, or call remove(merged=True), which leaves the module as it is"
+                )
+
+
+def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[str]) -> list[str]:
+    """Paths of the modules that ``names`` mean: a path, or the end of one.
+
+    Raises:
+        ValueError: a name that fits no module, one without parameters, or one that holds an
+            adapted projection.
+    """
+    if isinstance(names, str):
+        names = [names]
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if not path.startswith(f"{ATTRIBUTE}.")
+    }
+    site_paths = list(site_paths)
+    found: list[str] = []
+    for name in names:
+        fits = [path for path in modules if name and (path == name or path.endswith(f".{name}"))]
+        if not fits:
+            raise ValueError(
+                f"train_also={name!r} fits no module; the model's own are "
+                f"{', '.join(child for child, _ in model.named_children())}"
+            )
+        for path in fits:
+            if not any(True for _ in modules[path].parameters()):
+                raise ValueError(f"train_also={name!r}: {path!r} has no parameters to train")
+            inner = [site for site in site_paths if site == path or site.startswith(f"{path}.")]
+            if inner:
+                raise ValueError(
+                    f"train_also={name!r}: {path!r} holds the adapted projection {inner[0]!r}; "
+                    "a weight takes an update or trains as a whole, not both"
+                )
+        found += [path for path in fits if path not in found]
+    return [p for p in found if not any(p != q and p.startswith(f"{q}.") for q in found)]

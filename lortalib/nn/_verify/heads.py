@@ -1,0 +1,366 @@
+"""What attention calls are made of: from queries, keys and values back to projections, and from the
+output on to the projection that reads it, head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from .._anatomy import Site
+from .recorder import AttentionCall, AttentionRecorder
+
+#: The most numbers in a gradient of the attention weights that are computed at once.
+_MOST_NUMBERS = 2**26
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward, taken apart.
+
+    Attributes:
+        calls: the attention calls, in order.
+        leaves: for each projection that reads the residual stream, by `weight_name`, a zero added to each of
+            its output features.
+        flows: for each call the paths of the projections that read its output, with a pair of
+            tensors that tells which of their input features depend on which head.
+        written: paths of the output projections that were called.
+    """
+
+    calls: list[AttentionCall]
+    leaves: dict[str, Tensor]
+    flows: list[list[tuple[str, Tensor, Tensor]]]
+    written: set[str]
+
+
+@dataclass(eq=False)
+class Trace:
+    """What some heads of one call are fed by, and what they feed.
+
+    Attributes:
+        sources: for ``"q"``, ``"k"`` and ``"v"``, and for each leaf that feeds them, how strongly each
+            feature feeds each traced head: (n, features), not negative.
+        sinks: for each output projection, by path, how strongly each head feeds each of its input
+            features: (n, features).
+    """
+
+    sources: dict[str, dict[str, Tensor]]
+    sinks: dict[str, Tensor]
+
+
+def weight_name(site: Site) -> str:
+    """Name of the weight of a site; sites of one fused projection have one in common."""
+    return f"{site.path}.{site.parameter}"
+
+
+def record_forward(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
+    """One forward of the live model, tapped. The model is afterwards what it was before.
+
+    Args:
+        model: the model.
+        inputs: what it is called with: keyword arguments in a mapping, positional ones in a tuple or
+            list, or a single one.
+        sites: projections to watch.
+
+    Raises:
+        Exception: whatever the model's own forward raises.
+    """
+    leaves: dict[str, Tensor] = {}
+    written: list[tuple[str, Tensor]] = []
+    with ExitStack() as stack:
+        for context in (evaluating(model), _frozen(model), _plain(model), parametrize.cached()):
+            stack.enter_context(context)
+        direct: dict[str, Tensor] = {}
+        replaced: dict[str, Tensor] = {}
+        for site in {weight_name(site): site for site in sites}.values():
+            owners = (model.get_submodule(path) for path in (site.path, *site.tied_paths))
+            modules = list(dict.fromkeys(owners))
+            if not site.weight_read_directly:
+                hook = (
+                    CaptureInputHook(site.path, written)
+                    if site.writer
+                    else AddLeafHook(weight_name(site), leaves)
+                )
+                for module in modules:
+                    stack.callback(module.register_forward_hook(hook).remove)
+            elif site.writer:
+                direct[site.path] = getattr(modules[0], site.parameter)
+            else:
+                name, weight = _stored(modules[0], site)
+                leaves[weight_name(site)], replaced[name] = _with_leaf(weight, site.transposed)
+        taps = AttentionRecorder({module: path for path, module in model.named_modules()}, direct)
+        args, kwargs = arguments(inputs)
+        with taps:
+            functional_call(model, replaced, args, kwargs)
+    written += taps.written
+    flows = _flows(taps.calls, written)
+    return Forward(taps.calls, leaves, flows, {path for path, _ in written})
+
+
+def trace_heads(forward: Forward, number: int, units: Tensor, queries: Tensor) -> Trace:
+    """Follow some heads of a call to the projections.
+
+    Args:
+        forward: what `record_forward` returned.
+        number: which call.
+        units: (n,), the units of the call to follow.
+        queries: (n, queries), how strongly through each query.
+
+    Raises:
+        RuntimeError: torch cannot differentiate what the model did.
+    """
+    call = forward.calls[number]
+    back = BatchedGradients(max(1, _MOST_NUMBERS // call.weights.numel()), forward.leaves)
+    units = units.to(call.gate.device)
+    mix = queries.to(call.gate.device, call.weights.dtype)[:, :, None]
+    sources: dict[str, dict[str, Tensor]] = {"q": {}, "k": {}, "v": {}}
+    weights = (call.weights[units] * mix).sum(1)
+    operands = _operands(call)
+    reached = back.gradients(weights, [tensor for tensor, _ in operands], _seeds(weights))
+    for (tensor, role), seeds in zip(operands, reached):
+        if seeds is not None:
+            _add(sources[role], back.to_leaves(tensor, seeds))
+    mixed = (call.mixed[units] * mix).sum(1)
+    _add(sources["v"], back.to_leaves(mixed, _seeds(mixed)))
+    sinks: dict[str, Tensor] = {}
+    for path, probe, response in forward.flows[number]:
+        gates = (response[units] * mix[..., 0]).sum(1)
+        (features,) = back.gradients(gates, [probe], _seeds(gates))
+        if features is not None and features.any():
+            _add(sinks, {path: features.flatten(1, -2).abs().sum(1)})
+    return Trace(sources, sinks)
+
+
+def whole_units(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
+    """The first units, through all of their queries: arguments of `trace`."""
+    n_units, n_queries = call.gate.shape
+    return torch.arange(min(n_units, most)), _random(n_queries).expand(min(n_units, most), -1)
+
+
+def single_queries(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
+    """Every unit through every query by itself, as heads can hide among the queries."""
+    n_units, n_queries = call.gate.shape
+    pairs = torch.cartesian_prod(torch.arange(n_queries), torch.arange(n_units))[:most]
+    return pairs[:, 1], torch.eye(n_queries)[pairs[:, 0]]
+
+
+class AddLeafHook:
+    """A forward hook that adds a leaf to the output features of a projection, times a random number
+    for each token: what is the same for all keys would not change a softmax."""
+
+    def __init__(self, name: str, leaves: dict[str, Tensor]) -> None:
+        self.name, self.leaves = name, leaves
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # a quantised projection that returns its scale too
+            return (self(module, args, output[0]), *output[1:])
+        if self.name not in self.leaves:
+            self.leaves[self.name] = _zeros(output, output.shape[-1])
+        weight_name = self.leaves[self.name]
+        noise = torch.randn(output.shape[:-1], dtype=weight_name.dtype, device=weight_name.device)
+        return (output + weight_name * noise[..., None]).to(output.dtype)
+
+
+class CaptureInputHook:
+    """A forward hook that collects the input of an output projection and cuts the graph behind it."""
+
+    def __init__(self, path: str, written: list[tuple[str, Tensor]]) -> None:
+        self.path, self.written = path, written
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.written.append((self.path, args[0]))
+        if isinstance(output, tuple):
+            return (output[0].detach(), *output[1:])
+        return output.detach()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; at the end the modes of all modules and the random numbers are as they were."""
+    training = [module for module in model.modules() if module.training]
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients; at the end those do that did."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Configs that ask for a kernel that cannot be looked into ask for eager attention instead."""
+    name = "_attn_implementation_internal"
+    configs = {id(config): config for config in _configs(model)}.values()
+    asked = [(config, getattr(config, name, None)) for config in configs]
+    changed = [(c, value) for c, value in asked if value not in (None, "eager", "sdpa")]
+    try:
+        for config, _ in changed:
+            setattr(config, name, "eager")
+        yield
+    finally:
+        for config, value in changed:
+            setattr(config, name, value)
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            yield config
+
+
+def _stored(module: nn.Module, site: Site) -> tuple[str, Tensor]:
+    """Name and value of the parameter behind a site's weight."""
+    name = site.parameter
+    if parametrize.is_parametrized(module, name):
+        name = f"parametrizations.{name}.original"
+    return f"{site.path}.{name}", module.get_parameter(name)
+
+
+def _with_leaf(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A leaf for each output feature, and the weight to which it is joined."""
+    out, reads = (1, 0) if transposed else (0, 1)
+    zeros = _zeros(weight, weight.shape[out])
+    rank_one = torch.outer(zeros, torch.randn_like(zeros[:1].expand(weight.shape[reads])))
+    joined = weight.detach() + (rank_one.mT if transposed else rank_one)
+    return zeros, joined.to(weight.dtype)
+
+
+def _zeros(like: Tensor, size: int) -> Tensor:
+    """Of single precision at least, so that sums over tokens do not cancel by rounding."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(size, dtype=dtype, device=like.device, requires_grad=True)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: of a mapping, a tuple or list, or anything else."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _flows(
+    calls: Sequence[AttentionCall], written: Iterable[tuple[str, Tensor]]
+) -> list[list[tuple[str, Tensor, Tensor]]]:
+    """For each call who reads it. The gradient of ``<probe, x>`` with respect to the gates is linear in
+    the probe; differentiated once more, it gives the features of x that each gate reaches."""
+    flows: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in calls]
+    gates = [call.gate for call in calls]
+    for path, x in written:
+        if not x.requires_grad or not gates:
+            continue
+        probe = torch.zeros_like(x, requires_grad=True)
+        responses = torch.autograd.grad(
+            x, gates, probe, create_graph=True, allow_unused=True, retain_graph=True
+        )
+        for flow, response in zip(flows, responses):
+            if response is not None:
+                flow.append((path, probe, response))
+    return flows
+
+
+def _operands(call: AttentionCall) -> list[tuple[Tensor, str]]:
+    """What the scores were made of, each with the role ``"q"`` or ``"k"``."""
+    operands: dict[int, tuple[Tensor, str]] = {}
+    for pair in call.pairs:
+        one, other = pair.one, pair.other
+        flipped = not pair.ordered and _is_flipped(call, one, other)
+        for tensor, role in ((one, "qk"[flipped]), (other, "kq"[flipped])):
+            if tensor.requires_grad:
+                operands.setdefault(id(tensor), (tensor, role))
+    return list(operands.values())
+
+
+def _is_flipped(call: AttentionCall, one: Tensor, other: Tensor) -> bool:
+    """Whether the second operand holds the queries.
+
+    Two queries have different vectors in the operand of queries, and the same in that of keys; a
+    single query has one vector there, and as many there as it attends to.
+    """
+    chosen = [tensor for tensor in (one, other) if tensor.requires_grad]
+    if not chosen or not call.weights.requires_grad:
+        return False
+    n_queries = call.weights.shape[1]
+    back = BatchedGradients(2, {})
+    shared = [0] * len(chosen)
+    for query in {1 % n_queries, n_queries // 2, n_queries - 1}:
+        weights = call.weights[0, [query - 1, query] if n_queries > 1 else [query]]
+        for k, gradients in enumerate(back.gradients(weights, chosen, _seeds(weights))):
+            if gradients is not None:
+                shared[k] += int((gradients.flatten(1) != 0).all(0).sum())
+    if len(chosen) == 2:
+        return shared[0] > shared[1]
+    return n_queries > 1 and (chosen[0] is one) == (shared[0] > 0)
+
+
+class BatchedGradients:
+    """Gradients, so many at once where torch can do that."""
+
+    def __init__(self, at_once: int, leaves: Mapping[str, Tensor]) -> None:
+        self.at_once, self.leaves = at_once, leaves
+
+    def to_leaves(self, tensor: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        """|gradient| of each leaf that the tensor depends on, (n, features)."""
+        found = self.gradients(tensor, list(self.leaves.values()), seeds)
+        return {name: g.abs() for name, g in zip(self.leaves, found) if g is not None and g.any()}
+
+    def gradients(
+        self, output: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+    ) -> list[Tensor | None]:
+        """Gradient of each input for each seed: (n, *input.shape) for seeds (n, *output.shape)."""
+        if not inputs or not output.requires_grad:
+            return [None] * len(inputs)
+        parts = [self._some(output, inputs, part) for part in seeds.split(self.at_once)]
+        return [None if column[0] is None else torch.cat(column) for column in zip(*parts)]
+
+    def _some(self, output: Tensor, inputs: Sequence[Tensor], seeds: Tensor) -> list[Any]:
+        try:
+            return list(_grad(output, inputs, seeds, is_grads_batched=True))
+        except RuntimeError:
+            rows = [_grad(output, inputs, seed) for seed in seeds]
+            return [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
+
+
+def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, tensor in more.items():
+        total[name] = total[name] + tensor if name in total else tensor
+
+
+def _seeds(tensor: Tensor) -> Tensor:
+    """(n, *shape) for a tensor (n, ...): its n parts one at a time, each in a random direction."""
+    alone = torch.eye(len(tensor)).reshape(len(tensor), len(tensor), *[1] * (tensor.dim() - 1))
+    return (alone * _random(*tensor.shape)).to(tensor.device, tensor.dtype)
+
+
+def _random(*shape: int) -> Tensor:
+    """Random numbers that are not small, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.rand(shape, generator=generator) + 0.5
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, -size, size)
+
+
+def _grad(output: Tensor, inputs: Sequence[Tensor], seeds: Tensor, **options: bool) -> Any:
+    return torch.autograd.grad(
+        output, inputs, seeds, retain_graph=True, allow_unused=True, **options
+    )

@@ -1,0 +1,261 @@
+"""Does the model compute what its sites say? A check by running it, which looks at no name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._anatomy import Site, UnsupportedModelError
+from .._anatomy import sites as find_sites
+from .compare import WORDS, CallFindings, PlannedBlocks, features
+from .heads import Forward, record_forward, single_queries, trace_heads, weight_name, whole_units
+
+_ROLES = ("q", "k", "v", "o", "q_a", "kv_a")
+
+
+#: How many single queries are followed where a call as a whole does not fit the plan.
+_MOST_SINGLE = 256
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """What was found of one stack.
+
+    Attributes:
+        stack: its name.
+        sites: planned attention projections.
+        calls: attention calls that they take part in.
+        checked: heads checked: one for each layer, role and head.
+        agreed: heads whose features are exactly the planned ones.
+        coupled: heads that depend on the features of other heads too, but most on the planned ones:
+            something between the projection and the heads, such as a norm over the full width,
+            mixes them.
+        unseen: layers for which no call was seen.
+        missed: what takes part in the calls and is not planned, or is planned and was not seen.
+        disagreements: where the plan is wrong, and how.
+    """
+
+    stack: str
+    sites: int
+    calls: int
+    checked: int
+    agreed: int
+    coupled: int
+    unseen: tuple[int, ...]
+    missed: tuple[str, ...]
+    disagreements: tuple[str, ...]
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether every layer was seen to compute what is planned, and nothing else."""
+        return not (self.unseen or self.missed or self.disagreements)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan of sites beside what the model computed; printed, a table by stack.
+
+    Attributes:
+        model: class of the model.
+        stacks: one entry for each planned stack.
+        unplanned: attention calls that no planned site takes part in.
+        uncalled: paths of planned projections that were not called: they were not needed for these
+            inputs, or their weights are read directly, and the plan does not know (``weight_read_directly``).
+    """
+
+    model: str
+    stacks: tuple[StackReport, ...]
+    unplanned: tuple[str, ...]
+    uncalled: tuple[str, ...] = ()
+
+    @property
+    def disagreements(self) -> tuple[str, ...]:
+        """Where the plan is wrong, over all stacks."""
+        return tuple(f"{s.stack}: {reason}" for s in self.stacks for reason in s.disagreements)
+
+    @property
+    def ok(self) -> bool:
+        """No disagreement, and something was seen."""
+        return not self.disagreements and any(stack.calls for stack in self.stacks)
+
+    @property
+    def complete(self) -> bool:
+        """Every planned stack was confirmed, and no attention call was missed."""
+        return self.ok and not self.unplanned and all(stack.confirmed for stack in self.stacks)
+
+    def raise_for_disagreement(self) -> None:
+        """Do nothing if `ok`.
+
+        Raises:
+            AnatomyError: the plan is wrong, or nothing was seen that could confirm it.
+        """
+        if not self.ok:
+            seen = "" if self.disagreements else " No attention call of a planned site was seen."
+            raise UnsupportedModelError(
+                f"the plan of sites is not what {self.model} computes.{seen}\n{self}\n"
+                "A row rules=lortalib.nn.BlockRule(...) corrects the plan; see docs/models.md"
+            )
+
+    def __str__(self) -> str:
+        columns = "stack sites calls heads agreed coupled".split()
+        rows = [[*columns, ""]]
+        for s in self.stacks:
+            numbers = (s.sites, s.calls, s.checked, s.agreed, s.coupled)
+            rows.append(
+                [s.stack, *map(str, numbers), "confirmed" if s.confirmed else "NOT CONFIRMED"]
+            )
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths)).rstrip() for row in rows]
+        for s in self.stacks:
+            lines += _first(f"  {s.stack}: WRONG: {reason}" for reason in s.disagreements)
+            lines += _first(f"  {s.stack}: not confirmed: {reason}" for reason in s.missed)
+            if s.unseen:
+                layers = ", ".join(map(str, s.unseen))
+                lines.append(f"  {s.stack}: no attention call was seen for layers {layers}")
+        lines += _first(f"  attention without planned sites: {call}" for call in self.unplanned)
+        if self.unplanned:
+            lines += _first(f"  planned, but not called: {path}" for path in self.uncalled)
+        return "\n".join(lines)
+
+
+def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | None = None) -> Report:
+    """Check by running the model that its attention projections are what the sites say.
+
+    One forward, in which the attention arithmetic itself is watched: products of queries and keys,
+    softmax, products with values, whoever computes them. From each head of each call gradients go
+    back to the features of the projections that feed it, and on to the features that the output
+    projection reads. No name of a module plays a part.
+
+    Args:
+        model: a live transformers model, on any device. It is left as it was: weights, flags, hooks and
+            the state of the random numbers.
+        example_inputs: what the model is called with: a mapping of keyword arguments, a tuple or list
+            of positional ones, or a single one. Few and short examples will do: two tokens are
+            enough.
+        sites: the plan; ``sites(model)`` by default. Sites of the MLP are not looked at.
+
+    Returns:
+        A `Report`; print it. ``report.ok`` is true where nothing disagrees.
+
+    Raises:
+        AnatomyError: no plan could be made, or one that does not fit the widths of the model.
+        ValueError: the model has no weights (meta device).
+        Exception: whatever the model's own forward raises.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                      num_key_value_heads=2, intermediate_size=64, vocab_size=50)
+        >>> print(verify(LlamaModel(config), torch.tensor([[3, 14, 15, 9]])))
+        stack   sites  calls  heads  agreed  coupled
+        layers  8      2      24     24      0        confirmed
+    """
+    planned = [s for s in (find_sites(model) if sites is None else sites) if s.role in _ROLES]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a model on the meta device cannot be run, so nothing can be verified")
+    with torch.enable_grad():
+        forward = record_forward(model, example_inputs, planned)
+        return _report(model, planned, forward)
+
+
+def _first(lines: Iterable[str], most: int = 6) -> list[str]:
+    lines = list(lines)
+    return lines[:most] + ([f"  ... and {len(lines) - most} more"] if len(lines) > most else [])
+
+
+class _Findings:
+    """What the calls of one stack showed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.layers: set[int] = set()
+        self.states: dict[tuple[int, str, int], str] = {}
+        self.missed: dict[str, None] = {}
+        self.wrong: dict[str, None] = {}
+
+    def add(self, match: CallFindings) -> None:
+        """Take in one call."""
+        layer = match.block[1]
+        self.calls += 1
+        self.layers.add(layer)
+        for (role, head), state in match.states.items():
+            known = self.states.get((layer, role, head), "agreed")
+            self.states[layer, role, head] = state if known == "agreed" else known
+        self.missed |= dict.fromkeys(f"layer {layer}: {reason}" for reason in match.missed)
+        self.wrong |= dict.fromkeys(f"layer {layer}: {reason}" for reason in match.wrong)
+
+    def report(self, stack: str, sites: Sequence[Site]) -> StackReport:
+        """The findings of all calls."""
+        for site in sites:
+            heads = {(site.layer, site.role, head) for head in range(site.heads)}
+            unseen = len(heads - self.states.keys())
+            what = f"layer {site.layer}: {site.path} (planned as {site.role})"
+            if site.layer not in self.layers or site.role not in WORDS or not unseen:
+                continue
+            if unseen == site.heads:
+                self.wrong[f"{what} takes part in no attention call"] = None
+            elif not self.wrong:
+                self.missed[f"{what}: {unseen} of {site.heads} heads were not seen"] = None
+        states = list(self.states.values())
+        return StackReport(
+            stack=stack,
+            sites=len(sites),
+            calls=self.calls,
+            checked=len(states),
+            agreed=states.count("agreed"),
+            coupled=states.count("coupled"),
+            unseen=tuple(sorted({site.layer for site in sites} - self.layers)),
+            missed=tuple(self.missed),
+            disagreements=tuple(self.wrong),
+        )
+
+
+def _check_widths(planned: Sequence[Site], forward: Forward) -> None:
+    """Refuse sites that lie outside of their projections."""
+    widths = {name: len(zeros) for name, zeros in forward.leaves.items()}
+    widths |= {f"{path}.weight": probe.shape[-1] for f in forward.flows for path, probe, _ in f}
+    for site in planned:
+        last = int(features(site).max())
+        if last >= widths.get(weight_name(site), last + 1):
+            raise UnsupportedModelError(
+                f"the plan does not fit: the {site.role} of {site.path} has feature {last}, but the "
+                f"projection has only {widths[weight_name(site)]} features"
+            )
+
+
+def _report(model: nn.Module, planned: Sequence[Site], forward: Forward) -> Report:
+    _check_widths(planned, forward)
+    plan = PlannedBlocks(planned)
+    findings: dict[str, _Findings] = defaultdict(_Findings)
+    unplanned: dict[str, None] = {}
+    most = max((site.query_heads for site in planned), default=1)
+    for number, call in enumerate(forward.calls):
+        units, queries, keys = call.weights.shape
+        where = f"in {call.where or type(model).__name__}, {units} x {queries} queries, {keys} keys"
+        try:
+            match = plan.compare(trace_heads(forward, number, *whole_units(call, most)))
+            if match and (match.wrong or len(set(match.heads)) < match.planned):
+                closer = plan.compare(
+                    trace_heads(forward, number, *single_queries(call, _MOST_SINGLE))
+                )
+                match = closer if closer and not closer.wrong else match
+        except RuntimeError as error:
+            unplanned[f"{where}, could not be differentiated: {error}"] = None
+            continue
+        if match is None:
+            unplanned[where] = None
+        else:
+            findings[match.block[0]].add(match)
+    by_stack: dict[str, list[Site]] = defaultdict(list)
+    for site in planned:
+        by_stack[site.stack].append(site)
+    stacks = tuple(findings[stack].report(stack, sites) for stack, sites in by_stack.items())
+    called = {*forward.leaves, *(f"{path}.weight" for path in forward.written)}
+    uncalled = dict.fromkeys(site.path for site in planned if weight_name(site) not in called)
+    return Report(type(model).__name__, stacks, tuple(unplanned), tuple(uncalled))
