@@ -167,7 +167,7 @@ def measure_sizes(sizes: tuple[int, ...], progress: Progress) -> list[dict[str, 
             {
                 "adapters": size,
                 "bytes": held / size,
-                "numbers": bank.count,
+                "numbers": bank.count(),
                 "fill": filled,
                 "replace": seconds(lambda n=size: bank.add(f"user-{draw.randrange(n)}", one), 50),
                 "gather": seconds(lambda names=chosen: gather(bank, names), 50),

@@ -113,8 +113,8 @@ def measure_apply(model: nn.Module, times: int) -> dict[str, Any]:
 def make_factors(adapter: lortalib.nn.Adapter) -> list[Tensor]:
     """All low-rank pairs of a step, as the library makes them."""
     made = []
-    for factors in adapter._factors:
-        made += factors.make(factors.network.tensors)[0]
+    for source in adapter.sources:
+        made += source.contract(source.network.tensors)
     return made
 
 

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import lortalib
 from lortalib.nn import Group, Site
-from lortalib.nn._share import site_weight
+
+
+def stored_weight(model: nn.Module, site: Site) -> Tensor:
+    """The weight of a site as it is stored, also where an adapter's update is added to it when read."""
+    module = model.get_submodule(site.path)
+    if is_parametrized(module, site.parameter):
+        return module.parametrizations[site.parameter].original
+    return getattr(module, site.parameter)
 
 
 class Trial:
@@ -54,7 +62,7 @@ class Trial:
 
     def gradient(self) -> str:
         """Every factor gets a gradient, in each layer, role and head where the base's weight does."""
-        weights = {site: site_weight(self.model, site) for site in self.adapter.sites}
+        weights = {site: stored_weight(self.model, site) for site in self.adapter.sites}
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)

@@ -1,12 +1,31 @@
 """lortalib: fine-tune a transformer through one low-rank tensor.
 
-`lortalib.decomp` makes tensor networks; `lortalib.nn` puts them on a model.
+`lortalib.decomp` makes tensor networks; `lortalib.nn` puts them on a model; `lortalib.peft` is the same as
+a method of PEFT; `lortalib.cli` is the command line. Each is loaded when it is first touched.
 """
 
-from . import decomp
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from ._version import __version__
 from ._with_peft import register_when_imported
 
+if TYPE_CHECKING:
+    from . import cli, decomp, nn, peft
+
 register_when_imported()
 
-__all__ = ["__version__", "decomp"]
+__all__ = ["__version__", "cli", "decomp", "nn", "peft"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *(name for name in __all__ if name not in globals())]

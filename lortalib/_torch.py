@@ -5,11 +5,14 @@ Read against torch 2.4 to 2.13; tests/test_private_names.py checks that each nam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.module import _global_forward_hooks
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -31,6 +34,15 @@ def is_tracing() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
+
+
+def as_constant(function: Function) -> Function:
+    """Let torch.compile take the results of a pure function as constants.
+
+    What `torch.compiler.assume_constant_result` does, without loading the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_in_backward() -> bool:

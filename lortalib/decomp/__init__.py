@@ -1,4 +1,12 @@
-"""Tensor decompositions as networks of named legs, over PyTorch and TensorLy."""
+"""Tensor decompositions as networks of named legs, over PyTorch and TensorLy.
+
+TensorLy is loaded when something of the bridge to it is first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ._build import Rank
 from ._cut import Cut, CutPlan
@@ -26,7 +34,9 @@ from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
 from ._network import Network, NetworkView, TensorNetwork
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
-from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
+
+if TYPE_CHECKING:
+    from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
 
 __all__ = [
     "LORTA_MODES",
@@ -71,3 +81,13 @@ __all__ = [
     "tucker",
     "vera",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Fit", "decompose", "from_tensorly", "to_tensorly"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("._tensorly", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

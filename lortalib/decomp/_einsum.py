@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import is_tracing, without_autocast
+from .._torch import as_constant, is_tracing, without_autocast
 
 #: Multiplications that take as long as reading or writing one number of a step.
 COST_OF_ONE_PASS = 100
@@ -40,7 +40,7 @@ def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
     def call(*args: object) -> Plan:
         return cached(*args)
 
-    return torch.compiler.assume_constant_result(call)  # type: ignore[no-any-return]
+    return as_constant(call)
 
 
 @compile_constant

@@ -171,7 +171,7 @@ def register_format(
         LegsError: the line cannot be read.
 
     Example:
-        >>> _ = register("layerwise", "layer in r, layer matrix head out r", "A shared by q, k, v")
+        >>> _ = register_format("layerwise", "layer in r, layer matrix head out r", "A shared by q, k, v")
         >>> get_format("layerwise")((2, 2, 4, 8, 4), 3).count()
         240
         >>> del registry["layerwise"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,10 +13,6 @@ from ._cut import Cut, CutPlan, make_cut_plan
 from ._einsum import contract
 from ._legs import Legs, LegsError, Term
 from ._modes import Shape
-
-if TYPE_CHECKING:
-    from ._tensorly import TensorLyObject
-
 
 _FAR = ("head", "out")
 
@@ -141,6 +137,7 @@ class TensorNetwork(ABC):
             IndexError: a position outside the mode.
 
         Example:
+            >>> import torch
             >>> from lortalib.decomp import cp
             >>> net = cp({"layer": 6, "in": 64, "out": 16}, rank=2)
             >>> net.index_select("layer", torch.tensor([5, 0])).shape
@@ -178,6 +175,7 @@ class TensorNetwork(ABC):
             ValueError: a matrix of another shape.
 
         Example:
+            >>> import torch
             >>> from lortalib.decomp import cp
             >>> means = torch.full((1, 4), 0.25)
             >>> net = cp({"head": 4, "in": 5, "out": 3}, rank=2).mode_dot(means, "head")
@@ -266,7 +264,7 @@ class TensorNetwork(ABC):
                 * bool(others)
             )
 
-    def to_tensorly(self) -> TensorLyObject:
+    def to_tensorly(self) -> Any:
         """The network as a TensorLy object with live autograd; see `lortalib.decomp.to_tensorly`."""
         from ._tensorly import to_tensorly
 
@@ -326,6 +324,7 @@ class Network(TensorNetwork, nn.Module):
         LegsError: the line is ill-formed, does not fit the modes, or the sizes disagree.
 
     Example:
+        >>> import torch
         >>> net = Network("in r, out r", [torch.ones(3, 2), torch.ones(4, 2)], ["in", "out"])
         >>> net.dense().shape, net.count()
         (torch.Size([3, 4]), 14)

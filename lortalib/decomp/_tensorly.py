@@ -19,7 +19,7 @@ from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
-from torch.linalg import LinAlgError
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ._build import Rank
 from ._formats import get_format, train_line

@@ -1,9 +1,19 @@
 """Adapters on transformers models: one low-rank tensor for all attention projections."""
 
-from ._adapter import Adapter, AdapterConfig
+from ._adapter import Adapter
 from ._align import align_to_gradient
-from ._anatomy import BlockRule, FeatureRows, Site, UnsupportedModelError, mlp_sites, sites
+from ._anatomy import (
+    BlockRule,
+    FeatureRows,
+    NoAttentionError,
+    Site,
+    UnsupportedModelError,
+    mlp_sites,
+    sites,
+)
 from ._apply import apply
+from ._bank import Bank, bank
+from ._config import AdapterConfig
 from ._files import AdapterFileError, export_lora, load, load_lora
 from ._group import Group
 from ._host import adapters, set_active
@@ -14,9 +24,11 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterFileError",
+    "Bank",
     "BlockRule",
     "FeatureRows",
     "Group",
+    "NoAttentionError",
     "Plan",
     "Report",
     "Site",
@@ -24,6 +36,7 @@ __all__ = [
     "adapters",
     "align_to_gradient",
     "apply",
+    "bank",
     "check_effect",
     "export_lora",
     "load",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,33 +13,11 @@ from torch import Tensor, nn
 
 from ..decomp import Cut, Network
 from ._anatomy import Site, as_stored
+from ._config import AdapterConfig
 from ._forward import ForwardScope, PairSource
 from ._group import Group
 from ._table import lora_count, network_table
 from ._trained_modules import TrainedModules
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """How an adapter was asked for; written to its file.
-
-    Attributes:
-        decomposition: name of the format, or the line of legs.
-        alpha: what the user gave.
-        scaling: the factor of the tensor in the update, made from alpha.
-        dropout: probability of dropping an input feature of the adapter in training.
-        gqa: ``"pool"`` or ``"split"``.
-        init: name of the start.
-        share_residual: whether networks of one stack have one factor for ``in``.
-    """
-
-    decomposition: str
-    alpha: float
-    scaling: float
-    dropout: float
-    gqa: str
-    init: str
-    share_residual: bool = False
 
 
 class Host(Protocol):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -85,11 +84,22 @@ def align_to_gradient(
             device=gradient.device,
         )
         found.append((net, started))
+    config = replace(adapter.config, init="gradient")
+    pairs = [pair for net, new in found for pair in zip(net.tensors, new.tensors)]
+    kept = [(own, own.detach().clone()) for own, _ in pairs]
+    try:
+        _copy(pairs)
+    except BaseException:
+        _copy(kept)
+        raise
+    adapter.config = config
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write tensors into others."""
     with torch.no_grad():
-        for net, started in found:
-            for own, tensor in zip(net.tensors, started.tensors):
-                own.copy_(tensor)
-    adapter.config = replace(adapter.config, init="gradient")
+        for own, tensor in pairs:
+            own.copy_(tensor)
 
 
 def _check(adapter: Adapter) -> None:
@@ -121,7 +131,9 @@ def _gradients(
 
     A network of one parameter that carries every mode is T, so its gradient is T's.
     """
-    with _whole(model, adapter) as whole:
+    whole = _whole(model, adapter)
+    install(whole, model, active=True, freeze=False)
+    try:
         parameters = list(whole.parameters())
         total = [torch.zeros_like(parameter) for parameter in parameters]
         count = 0
@@ -135,6 +147,8 @@ def _gradients(
         if not count:
             raise ValueError("no batch was given; a loader that was read to its end gives none")
         return {group.name: mean / count for group, mean in zip(whole.groups, total)}
+    finally:
+        whole.remove()
 
 
 def _number(loss: Any) -> Tensor:
@@ -150,9 +164,8 @@ def _number(loss: Any) -> Tensor:
     return loss
 
 
-@contextmanager
-def _whole(model: nn.Module, adapter: Adapter) -> Iterator[Adapter]:
-    """A second adapter on the same sites whose networks are T itself."""
+def _whole(model: nn.Module, adapter: Adapter) -> Adapter:
+    """A second adapter for the same sites whose networks are T itself."""
     networks = {}
     for group in adapter.groups:
         net = adapter.network(group)
@@ -162,9 +175,4 @@ def _whole(model: nn.Module, adapter: Adapter) -> Iterator[Adapter]:
     config, name = replace(adapter.config, dropout=0.0), f"{adapter.name}_gradient"
     while name in adapters(model):
         name += "_"
-    whole = Adapter(name, config, adapter.groups, networks, TrainedModules())
-    install(whole, model, active=True, freeze=False)
-    try:
-        yield whole
-    finally:
-        whole.remove()
+    return Adapter(name, config, adapter.groups, networks, TrainedModules())

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ._anatomy import Site, original_parameters, site_weight
 
@@ -114,6 +115,8 @@ class BaseWeights:
         """Refuse a weight that a module holds whose forward the update does not change."""
         holders: dict[int, set[str]] = {id(weight): set() for weight in weights.values()}
         for path, module in self._model.named_modules(remove_duplicate=False):
+            if isinstance(module, ParametrizationList):  # its owner counts
+                continue
             for parameter in original_parameters(module).values():
                 if id(parameter) in holders:
                     holders[id(parameter)].add(path)
@@ -153,7 +156,7 @@ def _sum(
     result = total.to(dtype)  # the model may have been cast since it was merged
     if not torch.isfinite(result).all() and torch.isfinite(base).all():
         raise ValueError(
-            f"merging would write NaN or infinity into {name} ({dtype}); nothing was "
+            f"merging would write NaN or infinity into {name.removesuffix('.weight')} ({dtype}); nothing was "
             "changed. Look at the adapter's factors, or merge into a wider dtype"
         )
     return result

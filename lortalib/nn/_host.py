@@ -1,7 +1,8 @@
 """The adapters of one model, and their life on it: on and off, in the weights and out, frozen flags.
 
 Every change of state is a transaction: what can fail comes first, the flag that counts is set last, and
-whatever is raised before it (an interrupt too) leaves all as it was.
+whatever is raised before it (an interrupt too) leaves all as it was. Flags are set through ``vars``: past
+nn.Module's ``__setattr__``, which is code that can be interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, check_model
-from ._base_weights import BaseWeights
+from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._trained_modules import TrainedModules
 
@@ -59,22 +60,23 @@ class AdapterHost(nn.ModuleDict):
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
             adapter.trained_modules.swap_in(self.model, others)
-            adapter.active = True
+            vars(adapter)["active"] = True
 
     def disable(self, adapter: Adapter) -> None:
         """See `Adapter.disable`."""
         if not adapter.active:
             return
-        adapter.trained_modules.swap_out(self.model)
+        merged = adapter.merged
         try:
+            adapter.trained_modules.swap_out(self.model)
             self.unmerge(adapter)
         except BaseException:
-            if adapter.merged:
+            if merged and not adapter.merged:  # the base is back: what is left cannot fail
+                vars(adapter)["active"] = False
+            else:
                 adapter.trained_modules.swap_in(self.model, [])
-            else:  # interrupted while the base came back, which was then brought to its end
-                adapter.active = False
             raise
-        adapter.active = False
+        vars(adapter)["active"] = False
 
     def set_active(self, wanted: list[Adapter]) -> None:
         """Let exactly these adapters take part in the forward."""
@@ -98,71 +100,83 @@ class AdapterHost(nn.ModuleDict):
         if adapter.merged:
             return
         _check_finite(adapter)
-        merged = [other for other in self._others(adapter) if other.merged]
-        with ExitStack() as undo:
-            if not adapter.active:
-                undo.callback(self.disable, adapter)
-                self.enable(adapter)
-            self._weights.write(adapter.sites, [*merged, adapter])
-            adapter.merged = True  # from here on its hooks add nothing
-            undo.pop_all()
-        self._detach(adapter)
+        merged = [other for other in self.adapters() if other.merged or other is adapter]
+        active = adapter.active
+        try:
+            self.enable(adapter)
+            self._weights.write(adapter.sites, merged)
+            vars(adapter)["merged"] = True  # from here on its hooks add nothing
+            self._detach(adapter)
+        except BaseException:
+            if adapter.merged:
+                self._detach(adapter)
+            elif not active:
+                self.disable(adapter)
+            raise
 
     def unmerge(self, adapter: Adapter) -> None:
         """See `Adapter.unmerge`."""
         if not adapter.merged:
             return
-        self._detach(adapter)
-        self._handles[adapter.name] = attach(self.model, adapter)  # adds nothing while merged
         rest = [other for other in self._others(adapter) if other.merged]
-        shared = {site.path for other in rest for site in other.sites}
         try:
-            if any(site.path in shared for site in adapter.sites):
-                self._weights.write(adapter.sites, rest)
-            else:
-                self._restore(adapter)
+            self._attach(adapter)  # its hooks add nothing while it is merged
+            self._unmerge(adapter, rest)
+            self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
                 self._detach(adapter)
+            else:
+                self._weights.keep_only(rest)
             raise
-        adapter.merged = False
-        self._weights.keep_only(rest)
 
-    def _restore(self, adapter: Adapter) -> None:
-        """Give the weights of an adapter back to the base; an interrupt comes before or behind it."""
-        try:
-            self._weights.restore(adapter.sites)
-        except BaseException:
-            self._weights.restore(adapter.sites)
-            adapter.merged = False
-            raise
+    def _unmerge(self, adapter: Adapter, rest: list[Adapter]) -> None:
+        """Take the update out of the weights and set the flag; ``rest`` stays in them."""
+        names = {weight_name(site) for other in rest for site in other.sites}
+        if any(weight_name(site) in names for site in adapter.sites):
+            self._weights.write(adapter.sites, rest)
+        else:  # nothing to compute, hence nothing that could not be brought to its end
+            try:
+                self._weights.restore(adapter.sites)
+            except BaseException:
+                self._weights.restore(adapter.sites)
+                vars(adapter)["merged"] = False
+                raise
+        vars(adapter)["merged"] = False
 
     # Off the model
 
     def remove(self, adapter: Adapter, merged: bool) -> None:
         """See `Adapter.remove`."""
-        if merged:
-            with ExitStack() as undo:
-                if not adapter.active:
-                    undo.callback(self.disable, adapter)
-                if not adapter.merged:
-                    undo.callback(self.unmerge, adapter)
-                    self.merge(adapter)
-                self._weights.settle(adapter)
-                undo.pop_all()
-            adapter.trained_modules.leave_in()
-        else:
-            self.disable(adapter)
+        settled = False
         try:
+            if merged:
+                self._settle(adapter)
+                settled = True
+                adapter.trained_modules.leave_in()
+            else:
+                self.disable(adapter)
             self._take_off(adapter)
         except BaseException:
-            self._take_off(adapter)
+            if settled or not (merged or adapter.active):
+                self._take_off(adapter)
             raise
+
+    def _settle(self, adapter: Adapter) -> None:
+        """Let an adapter's update become part of the base."""
+        with ExitStack() as undo:
+            if not adapter.active:
+                undo.callback(self.disable, adapter)
+            if not adapter.merged:
+                undo.callback(self.unmerge, adapter)
+                self.merge(adapter)
+            self._weights.settle(adapter)
+            undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
         """Forget an adapter that takes no part any more; may be called again."""
         self._detach(adapter)
-        adapter.active = adapter.merged = False
+        vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
             self._freezing.discard(adapter.name)
             if not adapter.trained_modules.conflict(self._trained_by_others(adapter, active=False)):
@@ -184,7 +198,11 @@ class AdapterHost(nn.ModuleDict):
                 before = self._required_grad.get(f"{path}.{name}", False)
                 parameter.requires_grad_(before and not self._freezing)
 
+    def _attach(self, adapter: Adapter) -> None:
+        attach(self.model, adapter, self._handles.setdefault(adapter.name, []))
+
     def _detach(self, adapter: Adapter) -> None:
+        """Take the hooks of an adapter off; may be called again."""
         detach(self._handles.get(adapter.name, []))
         self._handles.pop(adapter.name, None)
         adapter.scope.forget()
@@ -192,9 +210,9 @@ class AdapterHost(nn.ModuleDict):
     def release(self) -> None:
         """Take the host off the model and give back the ``requires_grad`` flags of the base."""
         if self.model._modules.get(ATTRIBUTE) is self:
-            delattr(self.model, ATTRIBUTE)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+            delattr(self.model, ATTRIBUTE)
 
     # Onto the model
 
@@ -215,7 +233,7 @@ class AdapterHost(nn.ModuleDict):
         adapter._host = [self]
         adapter.train(self.model.training)
         adapter.trained_modules.set_trainable(self.model, True)
-        self._handles[adapter.name] = attach(self.model, adapter)
+        self._attach(adapter)
         if active:
             undo.callback(self.disable, adapter)
             self.enable(adapter)

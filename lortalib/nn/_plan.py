@@ -6,15 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Union
 
 import torch
 from torch import nn
 
-from ..decomp import Network, Rank, Shape, StartLike, get_format, get_start
-from ._adapter import AdapterConfig
+from ..decomp import Network, Rank, Shape, StartLike, get_format
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
+from ._config import AdapterConfig, check_settings
 from ._group import Group, group_sites
 from ._table import lora_count, network_table
 from ._targets import Targets, choose_sites, find_candidates
@@ -181,30 +180,6 @@ def plan_sites(
         share_residual=share_residual,
     )
     return Plan(tuple(groups), networks, config)
-
-
-def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
-    """Refuse what no adapter can be made with.
-
-    Raises:
-        ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
-            init.
-    """
-    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
-    check_alpha(alpha)
-    get_start(init)
-
-
-def check_alpha(alpha: object) -> None:
-    """Refuse a scaling that makes no update, or none that float32 can hold.
-
-    Raises:
-        ValueError: an alpha that is zero, or beyond the range of float32.
-    """
-    largest = torch.finfo(torch.float32).max
-    if not isinstance(alpha, Real) or not 0 < abs(float(alpha)) <= largest:
-        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
 
 
 def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:

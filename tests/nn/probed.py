@@ -8,9 +8,7 @@ import torch
 import transformers
 from models import BART, BERT, CLIP, IMAGE, LLAMA, T5, both_sides, image, image_and_words, words
 
-from lortalib.nn import sites
-from lortalib.nn._probe import verify
-from lortalib.nn._site import FeatureRows
+from lortalib.nn import FeatureRows, sites, verify
 
 GPT2 = {"vocab_size": 64, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
 CODEGEN = {**GPT2, "n_embd": 32, "n_head": 8, "rotary_dim": 4}

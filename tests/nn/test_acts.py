@@ -8,9 +8,8 @@ import transformers
 from harness import output, put, unchanged
 from models import BERT, CLIP, FAMILIES, image, image_and_words, words
 
-from lortalib.nn import apply
-from lortalib.nn._acts import check_effect
-from lortalib.nn._share import detach
+from lortalib.nn import apply, check_effect
+from lortalib.nn._host import host_of
 
 SIGLIP = CLIP | {"text_config": {**BERT, "projection_size": 16}}
 
@@ -26,7 +25,7 @@ def siglip():
 def test_every_network_acts(name, init):
     family = FAMILIES[name]
     adapter = put(family.model(), init=init)
-    with unchanged(adapter.host.model):
+    with unchanged(adapter.model):
         found = check_effect(adapter, family.inputs())
     assert found == dict.fromkeys((group.name for group in adapter.groups), True)
 
@@ -51,8 +50,8 @@ def test_any_precision(dtype):
 
 def test_shares_that_are_lost_are_noticed():
     adapter = put(FAMILIES["Bert"].model())
-    detach(adapter.host.model, adapter)
-    with unchanged(adapter.host.model):
+    host_of(adapter.model)._detach(adapter)
+    with unchanged(adapter.model):
         assert check_effect(adapter, words()) == {"encoder": False}
 
 
@@ -89,7 +88,7 @@ def test_random_models_are_compared_under_the_same_random_numbers():
     model = FAMILIES["Bert"].model()
     model.embeddings.register_forward_hook(lambda _, args, out: out + torch.randn_like(out))
     adapter = put(model)
-    detach(model, adapter)
+    host_of(model)._detach(adapter)
     state = torch.get_rng_state()
     assert check_effect(adapter, words()) == {"encoder": False}
     assert torch.equal(torch.get_rng_state(), state)
@@ -122,7 +121,7 @@ def test_an_error_while_perturbed_restores_every_bit():
 
 def test_merged_and_inactive_adapters_are_refused():
     adapter = put(FAMILIES["Bert"].model())
-    before = output(adapter.host.model, words())
+    before = output(adapter.model, words())
     adapter.merge()
     with pytest.raises(ValueError, match=r"is merged.*call adapter\.unmerge\(\) first"):
         check_effect(adapter, words())
@@ -131,4 +130,4 @@ def test_merged_and_inactive_adapters_are_refused():
         check_effect(adapter, words())
     adapter.enable()
     assert check_effect(adapter, words()) == {"encoder": True}
-    assert torch.equal(output(adapter.host.model, words()), before)
+    assert torch.equal(output(adapter.model, words()), before)

@@ -213,7 +213,7 @@ def test_a_copy_lives_on_its_own(llama, inputs, duplicate):
     assert same_bits(output(twin, inputs), expected)
     own = adapters(twin)["default"]
     assert own is not adapter
-    assert own.host.model is twin
+    assert own.model is twin
 
     with torch.no_grad():
         next(own.parameters()).mul_(2)
@@ -246,8 +246,8 @@ def test_a_pickled_model_takes_another_adapter_in_a_fresh_process(llama, inputs,
     pickled = pickle.dumps(llama)
     put(llama, name="second", seed=1)
     expected = output(llama, inputs)
-    twin = pickle.loads(pickled)
     monkeypatch.setattr(RemovableHandle, "next_id", first)
+    twin = pickle.loads(pickled)
     put(twin, name="second", seed=1)
     assert close(output(twin, inputs), expected)
 
@@ -284,7 +284,7 @@ def test_count_and_words(llama):
     text = repr(adapter)
     assert text.startswith("Adapter 'default' on LlamaForCausalLM (active): cp, scaling 0.5")
     assert "in r, out r, head r, layer r, matrix r" in text
-    assert f"90 trainable numbers, {9000 / base:.3g} % of the model's {base:,}" in text
+    assert f"90 trainable parameters, {9000 / base:.3g} % of the model's {base:,}" in text
     assert f"LoRA of rank 3 on these 8 projections has {3 * lora:,}" in text
     assert f"({3 * lora / 90:.3g} times as many)" in text
     assert "Adapter 'default' on LlamaForCausalLM" in str(llama)
@@ -298,7 +298,7 @@ def test_frozen_parameters_are_not_counted(llama):
     adapter = put(llama, "lora_xs", 2)
     assert adapter.count() == 2 * 4 * 4
     assert adapter.count(trainable_only=False) == 32 + 2 * 4 * 2 * (16 + 16)
-    assert "32 trainable numbers" in repr(adapter)
+    assert "32 trainable parameters" in repr(adapter)
 
 
 def test_lora_counts_as_lora(llama):

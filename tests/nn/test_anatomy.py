@@ -7,7 +7,7 @@ from models import BERT, FAMILIES, Attention, each_family
 from torch import nn
 
 from lortalib.nn import UnsupportedModelError, apply, sites
-from lortalib.nn._names import role_of
+from lortalib.nn._anatomy.names import role_of
 
 
 @each_family

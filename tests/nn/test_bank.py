@@ -154,7 +154,7 @@ def test_a_saved_adapter_is_added_by_its_folder():
 def test_half_precision_storage_and_its_size():
     model, inputs = llama(), prompts()
     bank = filled(model, dtype=torch.bfloat16)
-    assert bank.nbytes == 4 * bank.count * 2
+    assert bank.nbytes == 4 * bank.count() * 2
     full = alone(model, 1, inputs)[0]
     base = output(model, inputs)[0]
     found = rows_of(model, bank, [1, None], inputs)[0]

@@ -38,7 +38,7 @@ def test_it_trains_and_all_else_is_frozen(model):
     own = {f"lortalib.default.{name}" for name, _ in adapter.named_parameters()}
     assert trainable == own | {"classifier.weight", "classifier.bias"}
     assert adapter.count() == sum(p.numel() for p in adapter.parameters())
-    assert "trained beside it: classifier" in repr(adapter)
+    assert "trained as a whole: classifier" in repr(adapter)
 
 
 def test_a_name_is_a_path_or_the_end_of_one(model):

@@ -108,7 +108,7 @@ def test_published_counts(model, decomposition, targets, rank, count, gqa):
         assert all(parameter.is_meta for parameter in adapter.parameters())
         trainable = [p for p in on_meta(model).parameters() if p.requires_grad]
         assert sum(p.numel() for p in trainable) == count
-        assert f"{count:,} trainable numbers" in repr(adapter)
+        assert f"{count:,} trainable parameters" in repr(adapter)
     finally:
         adapter.remove()
 

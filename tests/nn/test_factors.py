@@ -18,7 +18,7 @@ import torch
 from harness import close, examples, generator, output, put, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, LLAMA, TEXT, Attention, BlockRule, both_sides, words
+from models import FAMILIES, LLAMA, TEXT, Attention, Family, both_sides, words
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -33,8 +33,8 @@ from lortalib.nn import adapters, set_active
 MODELS = {
     "Llama": lambda **sizes: FAMILIES["Llama"].model("ForCausalLM", **sizes),
     "Bert": FAMILIES["Bert"].model,
-    "GPT2": BlockRule("GPT2", {**TEXT, "n_embd": 16, "n_head": 4, "n_layer": 2}, {}).model,
-    "Phi3": BlockRule("Phi3", {**LLAMA, "bos_token_id": 1, "eos_token_id": 2}, {}).model,
+    "GPT2": Family("GPT2", {**TEXT, "n_embd": 16, "n_head": 4, "n_layer": 2}, {}).model,
+    "Phi3": Family("Phi3", {**LLAMA, "bos_token_id": 1, "eos_token_id": 2}, {}).model,
     "T5": lambda: FAMILIES["T5"].model("ForConditionalGeneration"),
 }
 FORMATS = ["cp", "tucker", "tt", "lora"]
@@ -404,15 +404,13 @@ ACTS = {
 @given(
     name=st.sampled_from(["Llama", "Bert", "GPT2", "Phi3"]),
     decomposition=st.sampled_from(FORMATS),
-    check_effect=st.lists(st.sampled_from(list(ACTS)), min_size=2, max_size=8),
+    acts=st.lists(st.sampled_from(list(ACTS)), min_size=2, max_size=8),
     dull=st.booleans(),
 )
-def test_whatever_happens_the_pairs_are_those_of_the_factors(
-    name, decomposition, check_effect, dull
-):
+def test_whatever_happens_the_pairs_are_those_of_the_factors(name, decomposition, acts, dull):
     """``dull`` looks at outputs without gradients only, so that no backward raises a doubt."""
     model, _ = made(name, decomposition)
-    for act in check_effect:
+    for act in acts:
         twin = ACTS[act](model)
         model = twin if isinstance(twin, nn.Module) else model
         if dull:
@@ -626,7 +624,7 @@ def test_projections_of_one_input_that_read_through_other_factors(mode):
 def test_an_input_that_wants_gradients_from_now_on():
     model, adapter = made("Llama")
     x = vectors()
-    adapter.reads.enter(model)  # as where the model's own forward runs
+    adapter.scope.begin(model, sys._getframe())  # as where the model's own forward runs
     projection(model, adapter, "q")[0](x)
     x.requires_grad_()
     module, dense = projection(model, adapter, "k")
@@ -991,13 +989,13 @@ def test_the_projections_of_a_layer_share_one_mask():
         torch.manual_seed(len(masks))
         dropped = dropout(x, 0.5)
         torch.manual_seed(len(masks))
-        adapter.reads.enter(model)  # as where the model's own forward runs
+        adapter.scope.begin(model, sys._getframe())  # as where the model's own forward runs
         for role in "qkv":
             module, _ = projection(model, adapter, role)
             site = next(s for s in adapter.sites if s.path == LAYERS.format(0, role))
             expected = linear(x, module.weight) + linear(dropped, adapter.delta(site))
             assert close(module(x), expected, 1e-8)
-        adapter.reads.leave(model)
+        adapter.scope.end(model)
         masks.append(dropped == 0)
     assert not torch.equal(*masks)
 
@@ -1034,7 +1032,7 @@ def test_the_mean_over_masks_is_the_share_without_dropout():
 def test_train_and_eval_between_projections_of_one_input(first):
     model, adapter = made("Llama", dropout=0.5)
     x = vectors()
-    adapter.reads.enter(model)  # as where the model's own forward runs
+    adapter.scope.begin(model, sys._getframe())  # as where the model's own forward runs
     with torch.no_grad():
         projection(model, adapter.train(first), "q")[0](x)
         module, dense = projection(model, adapter.train(not first), "k")
@@ -1084,8 +1082,8 @@ def test_in_bfloat16_the_shared_factor_gathers_all_of_its_gradient(name, how):
         noise = torch.randn(y.shape, generator=generator(k + 50)).bfloat16()
         little = 0.004 if k else 1.0  # of the first, which bfloat16 would not notice
         total = total + little * (y.float() * noise.float()).sum()
-        without_autocast = (exact.get_submodule(path)(x.double()) * noise.double()).sum()
-        expected = expected + little * without_autocast
+        exact_value = (exact.get_submodule(path)(x.double()) * noise.double()).sum()
+        expected = expected + little * exact_value
     total.backward()
     expected.backward()
     pairs = zip(adapter.named_parameters(), adapters(exact)["default"].parameters())
@@ -1114,8 +1112,8 @@ def test_in_bfloat16_outputs_are_those_of_float64_up_to_rounding(name, how):
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])
 def test_pairs_in_bfloat16_are_those_of_float32_rounded_once(name, decomposition, cast):
     _, adapter = made(name, decomposition, dtype=torch.float32)
-    for factors in adapter._factors:
-        for kind, _ in enumerate(factors.kinds):
+    for factors in adapter.sources:
+        for kind, _ in enumerate(factors._signatures):
             exact = factors.pair(kind, 1, torch.float32)
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):
                 found = factors.pair(kind, 1, torch.bfloat16)
@@ -1189,7 +1187,7 @@ def test_pairs_go_where_a_module_computes():
     module, _ = projection(model, adapter)
     module.to("meta")
     assert module(vectors().to("meta")).is_meta
-    factors = adapter._factors[0]
+    factors = adapter.sources[0]
     first, second = factors.pair(0, 0, torch.float64, torch.device("meta"))
     assert first.is_meta
     assert second.is_meta

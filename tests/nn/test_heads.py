@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import FAMILIES
 
 from lortalib.nn import Site, sites
-from lortalib.nn._share import as_stored
+from lortalib.nn._anatomy import as_stored
 
 
 @cache

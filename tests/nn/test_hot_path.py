@@ -6,13 +6,11 @@ from collections import Counter
 import pytest
 import torch
 from harness import output, put
-from models import BERT, LLAMA, TEXT, BlockRule
+from models import BERT, LLAMA, TEXT, Family
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lortalib.decomp import TensorNetwork
-from lortalib.nn import set_active
-from lortalib.nn._adapter import Adapter
-from lortalib.nn._groups import Group
+from lortalib.nn import Adapter, Group, set_active
 
 WIDE = {"hidden_size": 64}
 SIZES = {
@@ -31,7 +29,7 @@ _APART = ("Llama", "Bert")
 
 
 def wide(name, layers=2):
-    return BlockRule(name, {**SIZES[name], "num_hidden_layers": layers}, {}).model()
+    return Family(name, {**SIZES[name], "num_hidden_layers": layers}, {}).model()
 
 
 def token():
@@ -77,10 +75,16 @@ def beyond(one, other):
     return names
 
 
-def extra(model):
+def warm(model, adapter):
+    """The operations of a forward that finds its pairs made."""
+    with adapter.keep_pairs():
+        inferring(model)()
+        return operations(inferring(model))
+
+
+def extra(model, adapter):
     """What a forward with the adapter does beyond one without, once its pairs are there."""
-    inferring(model)()
-    on = operations(inferring(model))
+    on = warm(model, adapter)
     set_active(model, [])
     off = operations(inferring(model))
     set_active(model, "default")
@@ -155,9 +159,7 @@ def test_a_site_costs_at_most_two_operations_whatever_the_rank_and_the_depth(nam
     for layers, rank in ((2, 2), (2, 8), (4, 2)):
         model = wide(name, layers)
         adapter = put(model, decomposition, rank)
-        found = extra(model)
-        compared = found.pop("equal")
-        assert compared == len(list(adapter.parameters()))
+        found = extra(model, adapter)
         computed = sum(n for operation, n in found.items() if operation not in _VIEWS)
         modules = len({site.path for site in adapter.sites})
         assert computed <= 2 * modules
@@ -174,43 +176,57 @@ def test_the_pairs_of_all_layers_are_made_at_once(decomposition):
     cold = []
     for layers in (5, 12):
         model = wide("Llama", layers)
-        put(model, decomposition)
-        first, warm = operations(inferring(model)), operations(inferring(model))
-        cold.append(first.total() - warm.total())
+        adapter = put(model, decomposition)
+        cold.append(operations(inferring(model)).total() - warm(model, adapter).total())
     assert 0 < cold[1] < cold[0] + 7
 
 
 @each_model
-def test_pairs_with_a_graph_serve_without_gradients(name):
+def test_every_forward_makes_its_pairs_once_and_compares_nothing(name):
     model = wide(name)
     put(model)
-    inferring(model)()
-    warm = operations(inferring(model))
+    inferring(model)()  # plans its contractions
+    first = operations(inferring(model))
     training(model)()
-    assert operations(inferring(model)) == warm
+    assert operations(inferring(model)) == first
+    assert not any(operation == "equal" for operation, _ in first)
 
 
 @each_model
-def test_to_switch_adapters_touches_no_tensor_and_keeps_their_pairs(name):
+def test_to_switch_adapters_touches_no_tensor(name):
     model = wide(name)
     for seed, own in enumerate("ab"):
         put(model, name=own, seed=seed)
-    inferring(model)()
-    warm = {}
+    alone = {}
     for own in "ab":
         set_active(model, own)
-        warm[own] = operations(inferring(model))
+        alone[own] = operations(inferring(model))
     for names in ("a", "b", [], ["a", "b"], "a", "b"):
         assert operations(lambda names=names: set_active(model, names)) == Counter()
         if names in ("a", "b"):
-            assert operations(inferring(model)) == warm[names]
+            assert operations(inferring(model)) == alone[names]
 
 
-def test_a_copy_makes_its_own_pairs_once():
+def test_pairs_are_kept_within_the_context_only_and_a_copy_keeps_none():
     model = wide("Llama")
-    put(model)
-    cold = operations(inferring(model))
-    warm = operations(inferring(model))
-    twin = copy.deepcopy(model)
-    assert operations(inferring(twin)) == cold
-    assert operations(inferring(twin)) == warm
+    adapter = put(model)
+    inferring(model)()  # plans its contractions
+    cold, kept = operations(inferring(model)), warm(model, adapter)
+    assert cold.total() > kept.total()
+    assert operations(inferring(model)) == cold
+    with adapter.keep_pairs():
+        inferring(model)()
+        twin = copy.deepcopy(model)
+    assert operations(inferring(twin)).total() >= cold.total()
+
+
+def test_kept_pairs_are_made_anew_after_a_change():
+    model = wide("Llama")
+    adapter = put(model)
+    with adapter.keep_pairs():
+        before = output(model, token())
+        with torch.no_grad():
+            next(adapter.parameters()).mul_(-2)
+        after = output(model, token())
+    assert not torch.equal(before, after)
+    assert torch.equal(after, output(model, token()))

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lortalib import decomp
-from lortalib.nn._adapter import Adapter, AdapterConfig
-from lortalib.nn._beside import TrainedModules
-from lortalib.nn._families import LAYOUTS, BlockRule
-from lortalib.nn._groups import Group
-from lortalib.nn._share import Share, as_stored
-from lortalib.nn._site import FeatureRows, Site, feature_rows
+from lortalib.nn import Adapter, AdapterConfig, Group
+from lortalib.nn._anatomy import as_stored
+from lortalib.nn._anatomy.rules import LAYOUTS, BlockRule
+from lortalib.nn._anatomy.site import FeatureRows, Site, feature_rows
+from lortalib.nn._forward import ModuleUpdate
+from lortalib.nn._trained_modules import TrainedModules
 
 HEADS_OF = {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
 
@@ -100,7 +100,7 @@ def test_the_hook_adds_what_the_dense_update_would(block, some):
     plan = AdapterConfig("tucker", 1.5, 1.5, 0.0, "pool", "normal")
     adapter = Adapter("a", plan, (group,), {"g": net}, TrainedModules())
     adapter.active = True
-    added = Share(adapter, chosen)(model.m, (x,), y) - y
+    added = ModuleUpdate(adapter, chosen)(x, y) - y
     torch.testing.assert_close(added, x @ dense.mT)
 
 
@@ -124,7 +124,7 @@ def test_an_unknown_fused_layout_is_refused_until_it_is_declared():
     from lortalib.nn import UnsupportedModelError, sites
 
     model = torch.nn.Sequential(MyAttention())
-    with pytest.raises(UnsupportedModelError, match=r"Family\('MyAttention', fused="):
+    with pytest.raises(UnsupportedModelError, match=r"BlockRule\('MyAttention', fused="):
         sites(model)
     found = sites(model, rules=BlockRule("MyAttention", fused="per_head"))
     assert [site.rows.index().tolist()[:5] for site in found[:3]] == [

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from models import FAMILIES, each_family
 
 from lortalib.nn import adapters, set_active, sites
-from lortalib.nn._share import Share
+from lortalib.nn._forward import UpdateHook
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,7 +23,7 @@ def weights(model):
 
 def share_hooks(model):
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return sum(isinstance(hook, Share) for hook in hooks)
+    return sum(isinstance(hook, UpdateHook) for hook in hooks)
 
 
 @each_family
@@ -176,7 +176,7 @@ class Life(RuleBasedStateMachine):
 
     names = st.sampled_from("abc")
 
-    @initialize(dtype=st.sampled_from(DTYPES), rules=st.sampled_from(["Llama", "Bert", "Conv1D"]))
+    @initialize(dtype=st.sampled_from(DTYPES), family=st.sampled_from(["Llama", "Bert", "Conv1D"]))
     def start(self, dtype, family):
         self.dtype, self.inputs = dtype, FAMILIES[family].inputs()
         self.model = FAMILIES[family].model().to(dtype)
@@ -196,14 +196,14 @@ class Life(RuleBasedStateMachine):
         if name not in adapters(self.model):
             put(self.model, name=name, targets=roles, seed=seed, alpha=0.5)
 
-    check_effect = st.sampled_from(["merge", "unmerge", "enable", "disable"])
+    acts = st.sampled_from(["merge", "unmerge", "enable", "disable"])
 
-    @rule(name=names, act=check_effect)
+    @rule(name=names, act=acts)
     def act(self, name, act):
         if adapter := adapters(self.model).get(name):
             getattr(adapter, act)()
 
-    @rule(name=names, other=names, act=check_effect)
+    @rule(name=names, other=names, act=acts)
     def act_while_another_is_disabled(self, name, other, act):
         on = adapters(self.model)
         if name != other and {name, other} <= set(on):

@@ -12,9 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from lortalib.nn import sites
-from lortalib.nn._probe import verify
-from lortalib.nn._site import FeatureRows
+from lortalib.nn import FeatureRows, sites, verify
 
 
 @pytest.mark.parametrize("name", CASES)

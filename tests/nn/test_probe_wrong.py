@@ -18,10 +18,8 @@ from probed import (
 )
 from torch import nn
 
-from lortalib.nn import UnsupportedModelError, sites
-from lortalib.nn._families import contiguous, per_head
-from lortalib.nn._probe import verify
-from lortalib.nn._site import FeatureRows
+from lortalib.nn import FeatureRows, UnsupportedModelError, sites, verify
+from lortalib.nn._anatomy.rules import contiguous, per_head
 
 WRONG = [
     *((name, exchanged("q", "k"), "its queries do not come from", "q k exchanged")

@@ -8,7 +8,7 @@ from models import FAMILIES
 import lortalib
 from lortalib import decomp
 from lortalib.nn import sites
-from lortalib.nn._share import Share
+from lortalib.nn._forward import UpdateHook
 
 
 def paths(adapter):
@@ -40,7 +40,7 @@ def test_targets(llama, targets, roles):
     assert adapter.groups[0].roles == tuple(roles)
     assert adapter.groups[0].shape["matrix"] == len(roles)
     hooks = [hook for module in llama.modules() for hook in module._forward_hooks.values()]
-    assert sum(isinstance(hook, Share) for hook in hooks) == len(adapter.sites)
+    assert sum(isinstance(hook, UpdateHook) for hook in hooks) == len(adapter.sites)
 
 
 def test_targets_of_full_paths(llama):

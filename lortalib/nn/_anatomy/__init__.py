@@ -5,7 +5,14 @@ from .mlp import check_experts
 from .names import ATTRIBUTE
 from .rules import BlockRule
 from .site import MLP_ROLES, ROLES, FeatureRows, Site
-from .sites import UnsupportedModelError, check_model, mlp_sites, sites, understood_sites
+from .sites import (
+    NoAttentionError,
+    UnsupportedModelError,
+    check_model,
+    mlp_sites,
+    sites,
+    understood_sites,
+)
 from .weights import (
     as_stored,
     is_conv1d,
@@ -21,6 +28,7 @@ __all__ = [
     "ROLES",
     "BlockRule",
     "FeatureRows",
+    "NoAttentionError",
     "Site",
     "UnsupportedModelError",
     "as_stored",

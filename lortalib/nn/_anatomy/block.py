@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from .rules import LAYOUTS, BlockRule
 from .site import WRITERS, FeatureRows, Site, feature_rows
-from .weights import is_conv1d, widths
+from .weights import children_read_directly, is_conv1d, widths
 
 _HEAD_COUNTS = [
     "num_attention_heads",
@@ -317,26 +313,6 @@ class BlockReader:
             )
         leaf = path.removeprefix(f"{self.block.path}.").partition(".")[0]
         return leaf in children_read_directly(type(self.module))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=1024)
-def children_read_directly(cls: Any) -> frozenset[str]:
-    """Children whose weight the class's own code reads as a tensor, so that hooks would be passed by.
-
-    ``self.q_proj.weight.dtype`` does not count: nothing is computed with it.
-    """
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module or not hasattr(sys.modules.get(base.__module__), "__file__"):
-            break
-        try:
-            source = inspect.getsource(base)
-        except (OSError, TypeError):
-            continue
-        names |= set(
-            re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data_ptr))", source)
-        )
-    return frozenset(names)
 
 
 def _read_torch(block: AttentionBlock, module: nn.MultiheadAttention) -> list[Site]:

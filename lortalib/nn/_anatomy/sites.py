@@ -24,6 +24,10 @@ class UnsupportedModelError(ValueError):
     """A model whose attention projections were not, or not all, found."""
 
 
+class NoAttentionError(UnsupportedModelError):
+    """A model in which no attention was found."""
+
+
 def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> SiteList:
     """Every attention projection of a transformers model.
 
@@ -50,8 +54,10 @@ def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> S
     check_model(model)
     rules = ((rules,) if isinstance(rules, BlockRule) else tuple(rules)) + RULES
     found, refused = _read(model, rules)
-    if refused or not found:
+    if refused:
         raise UnsupportedModelError(_refusal_text(model, len(found), refused))
+    if not found:
+        raise NoAttentionError(_refusal_text(model, 0, {}))
     return _listed(model, found)
 
 

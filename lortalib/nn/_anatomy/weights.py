@@ -3,6 +3,10 @@ a site lies in it."""
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,9 +37,14 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def original_weight(module: nn.Module, name: str) -> Any:
-    """A weight as it is stored: the original, where it is parametrized."""
+    """A weight as it is stored: the original, where it is parametrized and has one original; without what
+    an adapter adds when it is read."""
     if is_parametrized(module, name):
-        return module.parametrizations[name].original  # type: ignore[index, union-attr]
+        parametrization = module.parametrizations[name]  # type: ignore[index, union-attr]
+        if hasattr(parametrization, "original"):
+            return parametrization.original
+    if name in module._parameters:
+        return module._parameters[name]
     return getattr(module, name)
 
 
@@ -44,12 +53,14 @@ def original_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     own = dict(module.named_parameters(recurse=False))
     if is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
-            own[name] = original_weight(module, name)
+            weight = original_weight(module, name)
+            if isinstance(weight, nn.Parameter):
+                own[name] = weight
     return own
 
 
 def site_weight(model: nn.Module, site: Site) -> Any:
-    """The weight of a site's module as it is stored, without a parametrization."""
+    """The weight of a site's module as it is stored."""
     return original_weight(model.get_submodule(site.path), site.parameter)
 
 
@@ -65,3 +76,23 @@ def as_stored(dense: Tensor, site: Site) -> Tensor:
         whole = dense.new_zeros(*dense.shape[:-2], site.fused or 0, site.width)
         dense = whole.index_copy(-2, site.rows.index(dense.device), dense)
     return dense if site.writer == site.transposed else dense.mT
+
+
+@lru_cache(maxsize=1024)
+def children_read_directly(cls: Any) -> frozenset[str]:
+    """Children whose weight the class's own code reads as a tensor, so that hooks would be passed by.
+
+    ``self.q_proj.weight.dtype`` does not count: nothing is computed with it.
+    """
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base is nn.Module or not hasattr(sys.modules.get(base.__module__), "__file__"):
+            break
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        names |= set(
+            re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|data_ptr))", source)
+        )
+    return frozenset(names)

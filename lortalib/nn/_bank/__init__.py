@@ -1,4 +1,4 @@
-"""Many adapters of one shape on one model."""
+"""Many adapters of one shape on one model, a different one for every row of a batch."""
 
 from .bank import Bank, bank
 

@@ -1,69 +1,104 @@
-"""The rows of a batch: what each gathered from a bank, and the hooks that add its share."""
+"""Holds what the rows of a batch gathered from a bank, for the hooks of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._forward import Adding, Factors, Pair, Part, add, owns_output
+from ..._torch import is_tracing
+from ...decomp import Legs, NetworkView, TensorNetwork, Term
+from .._forward import ForwardScope, Pair, PairSource, Slot
+from .._group import Group
 
-if TYPE_CHECKING:
-    from .bank import Bank
 
+class BatchTensors:
+    """Holds the tensors that the rows of one context gathered, and the pairs made of them.
 
-class Rows:
-    """What the rows of one context gathered, and the pairs made of it.
-
-    Attributes:
-        size: number of rows.
-        batch: of the model's last forward, once known.
+    Args:
+        tensors: for each group by name its tensors, each with a leading axis of rows.
+        size: how many rows.
     """
 
-    def __init__(self, store: Mapping[str, Sequence[Tensor]], slots: Sequence[int]) -> None:
-        self.size = len(slots)
-        self.batch: int | None = None
-        with torch.no_grad():
-            self._tensors = {
-                name: [t.index_select(0, torch.tensor(slots, device=t.device)) for t in tensors]
-                for name, tensors in store.items()
-            }
-        self._made: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._pairs: dict[tuple[Any, ...], Tensor] = {}
+    def __init__(self, tensors: Mapping[str, Sequence[Tensor]], size: int) -> None:
+        self.size = size
+        self._tensors = tensors
+        self._batch: tuple[object, int | None] = None, None
+        self._contracted: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
-    def pair(self, factors: Factors, kind: int, layer: int, like: Tensor) -> Pair:
-        """First (rows, p, features read) and second (rows, p, features written) of one module."""
-        made = self._all(factors, like)
-        return Pair(*(self._at(made, factors, place, layer) for place in factors.places[kind]))
+    def pair(self, slot: Slot, dtype: torch.dtype, device: torch.device) -> Pair:
+        """The pair of one module: first (rows, p, features read), second (rows, p, features written).
 
-    def _all(self, factors: Factors, like: Tensor) -> list[Tensor]:
-        key = factors.group.name, like.dtype, like.device
-        if key not in self._made:
-            with torch.no_grad():
-                tensors = [t.to(like.device, like.dtype) for t in self._tensors[key[0]]]
-                made, factors.places = factors.make(tensors)
-                # Products run along rows.
-                self._made[key] = [tensor.contiguous() for tensor in made]
-        return self._made[key]
+        Args:
+            slot: the module's place.
+            dtype: of the result.
+            device: of the result.
+        """
+        source, number, layer = slot
+        if is_tracing():  # a tensor made in a trace or a transform is not to outlive it
+            made = self._contract(source, dtype, device, layer)
+            return Pair(*(made[k][0].select(-3, matrix) for k, matrix in source.place(number)))
+        key = source.group.name, dtype, device
+        if key not in self._contracted:
+            self._contracted.setdefault(key, self._contract(source, dtype, device))
+        made = self._contracted[key]
+        sides = []
+        for k, matrix in source.place(number):
+            at = *key, k, matrix, layer if len(made[k]) > 1 else 0
+            # The very same tensor for all modules that have one A, so that x is read once for them.
+            if at not in self._matrices:
+                self._matrices.setdefault(at, made[k][at[-1]].select(-3, matrix))
+            sides.append(self._matrices[at])
+        return Pair(*sides)
 
-    def _at(self, made: Sequence[Tensor], factors: Factors, place: Any, layer: int) -> Tensor:
-        """The very same tensor for all that read alike, so that x is read once for them."""
-        tensor = made[place.tensor]
-        layer = layer if len(tensor) > 1 else 0
-        key = factors.group.name, place, layer, tensor.dtype, tensor.device
-        if key not in self._pairs:
-            self._pairs[key] = tensor[layer].select(-3, place.matrix)
-        return self._pairs[key]
+    def _contract(
+        self,
+        source: PairSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer: int | None = None,
+    ) -> list[Tensor]:
+        """The matrices of all layers or one, in the wider of the dtypes of the bank and the model."""
+        tensors = self._tensors[source.group.name]
+        stored = tensors[0].dtype
+        wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
+        with torch.inference_mode(False), torch.no_grad():  # they serve later forwards in any mode
+            tensors = [tensor.to(device, wide) for tensor in tensors]
+            if layer is not None:
+                network = NetworkView(source.network.legs, tensors, source.network.modes)
+                at = torch.tensor([layer], device=device)
+                tensors = list(network.index_select("layer", at).tensors)
+            # Contiguous, so that the products with A and B read memory in order.
+            return [tensor.to(dtype).contiguous() for tensor in source.contract(tensors)]
 
-    def check(self, x: Tensor, path: str) -> None:
+    def begin(self, running: object, batch: int | None) -> None:
+        """Note how many rows the batch of a forward has.
+
+        Args:
+            running: the forward.
+            batch: the number, or None where it is not known.
+        """
+        self._batch = running, batch
+
+    def check(self, x: Tensor, path: str, running: object) -> None:
         """Hold the input of a projection against the rows.
 
+        Args:
+            x: the input.
+            path: of the projection, for the message.
+            running: the forward under way.
+
         Raises:
-            ValueError: its leading axis is not that of the batch.
+            ValueError: the leading axis of x is not that of the batch, or the rows do not divide it.
         """
-        batch = self.batch or self.size
+        known, batch = self._batch
+        if batch is None or known is not running:
+            batch = self.size
         if batch % self.size:
             raise ValueError(
                 f"using() named {self.size} rows, but the model was called with a batch of {batch}; "
@@ -72,49 +107,58 @@ class Rows:
         if x.dim() < 3 or x.shape[0] % batch:
             raise ValueError(
                 f"the input of {path} has shape {tuple(x.shape)}, which does not begin with the "
-                f"batch of {batch}: a bank cannot tell its rows apart"
+                f"batch of {batch}: a bank cannot tell its rows apart; leave it out of targets"
             )
 
 
-class BatchSize:
-    """A forward pre-hook of the model: how many rows this forward has."""
+class CurrentBatch:
+    """Tells the hooks of a bank what the rows of this thread or asynchronous task gathered.
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
+    Args:
+        sources: what makes the pairs, one for each group.
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Torch's forward pre-hook with keyword arguments."""
-        rows = self.bank.chosen()
-        if rows is not None:
-            given = (*args, *kwargs.values())
-            tensors = (value for value in given if isinstance(value, Tensor) and value.dim() > 1)
-            first = next(tensors, None)
-            rows.batch = None if first is None else len(first)
+    Attributes:
+        sources: as given.
+        scope: the forward under way.
+    """
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self.sources = sources
+        self.scope = ForwardScope(sources)
+        self._variable: ContextVar[BatchTensors | None] = ContextVar("batch", default=None)
+
+    def get(self) -> BatchTensors | None:
+        """What the rows gathered; None outside of `use`."""
+        return self._variable.get()
+
+    @contextmanager
+    def use(self, batch: BatchTensors) -> Iterator[None]:
+        """Let the rows of forwards within this context use these tensors."""
+        token = self._variable.set(batch)
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_variable"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_variable": ContextVar("batch", default=None)}
 
 
-class RowShare(Adding):
-    """A forward hook: adds to every row the share of its own adapter."""
+def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
+    """What makes the pairs of the rows of a batch: the network with one more mode, their adapters.
 
-    def __init__(self, bank: Bank, sites: Sequence[Any]) -> None:
-        self.bank = bank
-        self.path = sites[0].path
-        self.parts = [
-            Part(factors, factors.add(bundle), bundle.layer)
-            for factors, bundle in bank.bundles(sites)
-        ]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Torch's forward hook: the projection's output with the rows' shares added."""
-        rows = self.bank.chosen()
-        if rows is None:
-            return None
-        whole = isinstance(output, tuple)
-        x, y = args[0], output[0] if whole else output
-        rows.check(x, self.path)
-        own = owns_output(module)
-        for factors, kind, layer in self.parts:
-            first, second = rows.pair(factors, kind, layer, y)
-            h = self.bank.reads.project(x, first, factors.readers(kind), 0.0)
-            y = add(y, h, second, own)
-            own = True
-        return (y, *output[1:]) if whole else y
+    Args:
+        group: the sites that share the network.
+        network: one adapter's, of which only legs and sizes are used.
+        alpha: the factor of the tensor in the update.
+    """
+    mode = "adapter"
+    while mode in network.sizes:
+        mode += "_"
+    legs = Legs(tuple(Term((mode, *term.legs)) for term in network.legs.terms))
+    with torch.inference_mode(False):
+        like = [torch.zeros(1).expand(2, *tensor.shape) for tensor in network.tensors]
+    return PairSource(group, NetworkView(legs, like, (mode, *network.modes)), alpha, (mode,))

@@ -1,7 +1,7 @@
 """What runs in a forward. Knows no adapter, only the small protocols of ``update``."""
 
 from .attach import Handle, attach, detach
-from .hooks import by_module, watch_forwards
+from .hooks import UpdateHook, by_module, watch_forwards
 from .pairs import Pair, PairSource
 from .scope import ForwardScope
 from .update import ModuleUpdate, OutputHook, Slot, add_updates, may_write_output, slots_of
@@ -14,6 +14,7 @@ __all__ = [
     "Pair",
     "PairSource",
     "Slot",
+    "UpdateHook",
     "add_updates",
     "attach",
     "by_module",

@@ -1,41 +1,23 @@
-"""Adds an adapter's update to a weight that is read directly, by a parametrization.
+"""Adds an adapter's update to a weight that is read directly: the module's class reads it with the update.
 
 For the few modules whose forward is never called, such as the projections of
-torch.nn.MultiheadAttention.
+torch.nn.MultiheadAttention, and for packed experts. The parameter stays where it is, under its name; only
+the class of the one module becomes a subclass of the same name, whose attribute is a property.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import cache
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import (
-    is_parametrized,
-    register_parametrization,
-    remove_parametrizations,
-)
 
 from .._anatomy import Site
 from .update import AdapterLike
 
-
-class AddedWeight(nn.Module):
-    """A parametrization: adds the dense updates of the active adapters to a weight.
-
-    One stands on a weight for all adapters of the model.
-    """
-
-    def __init__(self, order: Iterable[str]) -> None:
-        super().__init__()
-        self.updates: list[tuple[AdapterLike, Site]] = []
-        self.order = tuple(order)  # of the module's parameters before the weight was parametrized
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight with the updates of the active adapters."""
-        for adapter, site in self.updates:
-            if adapter.active and not adapter.merged:
-                weight = weight + adapter.delta(site).to(weight.device, weight.dtype)
-        return weight
+#: The attribute of a module that has the updates of its weights: name, adapter, site.
+_UPDATES = "_lortalib_updates"
+Updates = tuple[tuple[AdapterLike, Site], ...]
 
 
 class WeightHandle:
@@ -46,37 +28,79 @@ class WeightHandle:
 
     def remove(self) -> None:
         """Take the update off; may be called again."""
-        module, name = self.module, self.site.parameter
-        if not is_parametrized(module, name):
-            return
-        added = _added(module, name)
-        kept = [(a, s) for a, s in added.updates if a is not self.adapter or s != self.site]
-        added.updates = kept
-        if not kept:
-            remove_parametrizations(module, name, leave_parametrized=False)
-            for other in added.order:
-                if other in module._parameters:
-                    module._parameters[other] = module._parameters.pop(other)
+        updates: Updates = self.module.__dict__.get(_UPDATES, ())
+        kept = tuple((a, s) for a, s in updates if a is not self.adapter or s != self.site)
+        _set_updates(self.module, kept)
 
 
 def add_to_weight(module: nn.Module, adapter: AdapterLike, site: Site) -> WeightHandle:
-    """Let a site's weight be read with the adapter's update."""
-    name, handle = site.parameter, WeightHandle(module, adapter, site)
+    """Let a site's weight be read with the adapter's update.
+
+    Args:
+        module: the module that has the weight.
+        adapter: whose update.
+        site: where.
+    """
+    handle = WeightHandle(module, adapter, site)
     try:
-        if not is_parametrized(module, name):
-            order = list(module._parameters)
-            if is_parametrized(module):
-                first = next(iter(module.parametrizations.values()))[0]  # type: ignore[union-attr, operator]
-                order = list(first.order)
-            register_parametrization(module, name, AddedWeight(order), unsafe=True)
-        _added(module, name).updates.append((adapter, site))
+        _set_updates(module, (*module.__dict__.get(_UPDATES, ()), (adapter, site)))
     except BaseException:
         handle.remove()
         raise
     return handle
 
 
-def _added(module: nn.Module, name: str) -> AddedWeight:
-    added = module.parametrizations[name][0]  # type: ignore[index, union-attr]
-    assert isinstance(added, AddedWeight)
-    return added
+def _set_updates(module: nn.Module, updates: Updates) -> None:
+    """Give a module these updates, and the class that reads them."""
+    cls = base_class(type(module))
+    names = tuple(dict.fromkeys(site.parameter for _, site in updates))
+    wanted = _reading_class(cast(Any, cls), names) if names else cls
+    if names:
+        module.__dict__[_UPDATES] = updates
+    module.__class__ = wanted
+    if not names:
+        module.__dict__.pop(_UPDATES, None)
+
+
+def base_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module without updates."""
+    base: type[nn.Module] = cls.__dict__.get("_lortalib_base", cls)
+    return base
+
+
+@cache
+def _reading_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of the same name, in which these weights are read with their updates."""
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        reduced: Any = cls.__reduce_ex__(self, protocol)
+        return (_restore, (cls, names), *reduced[2:])
+
+    namespace: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    namespace |= {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": reduce,
+        "_lortalib_base": cls,
+    }
+    return type(cls.__name__, (cls,), namespace)
+
+
+def _restore(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An unpickled module, before it has its attributes."""
+    module = cls.__new__(cls)
+    module.__class__ = _reading_class(cast(Any, cls), names)
+    return module
+
+
+def _reader(name: str) -> Any:
+    def read(module: nn.Module) -> Tensor | None:
+        weight: Tensor | None = module._parameters[name]
+        for adapter, site in module.__dict__.get(_UPDATES, ()):
+            if site.parameter == name and adapter.active and not adapter.merged:
+                assert weight is not None
+                weight = weight + adapter.delta(site).to(weight.device, weight.dtype)
+        return weight
+
+    return read

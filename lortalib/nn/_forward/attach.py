@@ -21,20 +21,22 @@ class AttachableAdapter(AdapterLike, Protocol):
     groups: tuple[Group, ...]
 
 
-def attach(model: nn.Module, adapter: AttachableAdapter) -> list[Handle]:
+def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) -> None:
     """Let every site of the adapter add its update while the adapter is on.
 
-    Returns:
-        What takes it off again. Where this fails, nothing is left on the model.
+    Args:
+        model: the model.
+        adapter: the adapter.
+        handles: gets what takes each hook off again. Where this fails, nothing is left on the model.
     """
-    handles: list[Handle] = []
     try:
         for handle in watch_forwards(model, adapter.scope, adapter.groups):
             handles.append(handle)
         for path, sites in by_module(s for group in adapter.groups for s in group.sites):
             module = model.get_submodule(path)
             if sites[0].weight_read_directly:
-                handles += [add_to_weight(module, adapter, site) for site in sites]
+                for site in sites:
+                    handles.append(add_to_weight(module, adapter, site))
             else:
                 hook = UpdateHook(ModuleUpdate(adapter, sites))
                 handles.append(module.register_forward_hook(hook))
@@ -43,7 +45,6 @@ def attach(model: nn.Module, adapter: AttachableAdapter) -> list[Handle]:
     except BaseException:
         detach(handles)
         raise
-    return handles
 
 
 def detach(handles: list[Handle]) -> None:

@@ -185,17 +185,21 @@ class PairSource:
         firsts = [first for first, _ in self._places]
         return firsts.count(firsts[number]) if firsts else 1
 
-    def pair(self, number: int, layer: int, dtype: torch.dtype, device: torch.device) -> Pair:
+    def pair(
+        self, number: int, layer: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Pair:
         """The pair of one module by itself, in plain differentiable operations.
 
         Args:
             number: what `add` returned.
             layer: position on the mode ``layer``.
             dtype: of the result.
-            device: of the result.
+            device: of the result, where the module computes; that of the parameters by default. A
+                pair is smaller than what is read through it, so it is what travels.
         """
         cuts = self._cut(self.network.select(layer=layer).tensors, False)
         first, second = self._signatures[number].pair(cuts, self.scaling)
+        device = first.device if device is None else device
         return Pair(first.to(device, dtype), second.to(device, dtype))
 
     def pairs(self, dtype: torch.dtype, device: torch.device) -> list[list[Pair]]:

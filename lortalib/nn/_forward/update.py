@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._torch import is_tracing
+from ..._torch import has_global_forward_hooks, is_tracing
 from .._anatomy import Site, is_conv1d
 from .lowrank import add_up, down
 from .pairs import ModuleSites, Pair, PairSource
@@ -112,10 +112,7 @@ class ModuleUpdate:
             dtype: of the result.
             device: of the result; that of the factors by default.
         """
-        pairs = [
-            s.source.pair(s.number, s.layer, dtype, device or s.source.network.tensors[0].device)
-            for s in self.slots
-        ]
+        pairs = [s.source.pair(s.number, s.layer, dtype, device) for s in self.slots]
         return pairs[0] if len(pairs) == 1 else Pair(*map(torch.cat, zip(*pairs)))
 
 
@@ -149,6 +146,7 @@ def may_write_output(module: nn.Module) -> bool:
     return (
         (type(module) is nn.Linear or is_conv1d(module))
         and "forward" not in module.__dict__
+        and not has_global_forward_hooks()
         and (
             len(module._forward_hooks) < 2  # the one that asks
             or all(isinstance(hook, OutputHook) for hook in module._forward_hooks.values())

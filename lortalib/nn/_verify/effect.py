@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...decomp import Network
 from .._adapter import Adapter
-from .heads import arguments, evaluating
+from .running import arguments, evaluating
 
 #: Sizes of the perturbation, tried in turn: low precision rounds small ones away.
 _SIZES = (0.01, 1.0, 100.0)

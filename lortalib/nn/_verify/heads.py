@@ -3,8 +3,8 @@ output on to the projection that reads it, head by head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .._anatomy import Site
 from .recorder import AttentionCall, AttentionRecorder
+from .running import arguments, evaluating, frozen, with_plain_attention
 
 #: The most numbers in a gradient of the attention weights that are computed at once.
 _MOST_NUMBERS = 2**26
@@ -74,7 +75,12 @@ def record_forward(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forw
     leaves: dict[str, Tensor] = {}
     written: list[tuple[str, Tensor]] = []
     with ExitStack() as stack:
-        for context in (evaluating(model), _frozen(model), _plain(model), parametrize.cached()):
+        for context in (
+            evaluating(model),
+            frozen(model),
+            with_plain_attention(model),
+            parametrize.cached(),
+        ):
             stack.enter_context(context)
         direct: dict[str, Tensor] = {}
         replaced: dict[str, Tensor] = {}
@@ -180,56 +186,6 @@ class CaptureInputHook:
         return output.detach()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; at the end the modes of all modules and the random numbers are as they were."""
-    training = [module for module in model.modules() if module.training]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients; at the end those do that did."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Configs that ask for a kernel that cannot be looked into ask for eager attention instead."""
-    name = "_attn_implementation_internal"
-    configs = {id(config): config for config in _configs(model)}.values()
-    asked = [(config, getattr(config, name, None)) for config in configs]
-    changed = [(c, value) for c, value in asked if value not in (None, "eager", "sdpa")]
-    try:
-        for config, _ in changed:
-            setattr(config, name, "eager")
-        yield
-    finally:
-        for config, value in changed:
-            setattr(config, name, value)
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            yield config
-
-
 def _stored(module: nn.Module, site: Site) -> tuple[str, Tensor]:
     """Name and value of the parameter behind a site's weight."""
     name = site.parameter
@@ -251,13 +207,6 @@ def _zeros(like: Tensor, size: int) -> Tensor:
     """Of single precision at least, so that sums over tokens do not cancel by rounding."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.zeros(size, dtype=dtype, device=like.device, requires_grad=True)
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: of a mapping, a tuple or list, or anything else."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _flows(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from .._anatomy import Site, UnsupportedModelError
 from .._anatomy import sites as find_sites
+from .._host import adapters
 from .compare import WORDS, CallFindings, PlannedBlocks, features
 from .heads import Forward, record_forward, single_queries, trace_heads, weight_name, whole_units
 
@@ -159,9 +161,22 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
     planned = [s for s in (find_sites(model) if sites is None else sites) if s.role in _ROLES]
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("a model on the meta device cannot be run, so nothing can be verified")
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_adapters(model):
         forward = record_forward(model, example_inputs, planned)
         return _report(model, planned, forward)
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's adapters add nothing: the plan is about the base."""
+    active = [adapter for adapter in adapters(model).values() if adapter.active]
+    try:
+        for adapter in active:
+            adapter.active = False
+        yield
+    finally:
+        for adapter in active:
+            adapter.active = True
 
 
 def _first(lines: Iterable[str], most: int = 6) -> list[str]:

@@ -1,0 +1,241 @@
+"""Reads what a bank is given (adapters, folders, tensors) into tensors that it can store."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from os import PathLike
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from ...decomp import Legs
+from .._adapter import Adapter
+from .._anatomy import BlockRule
+from .._files import read_adapter
+from .._group import Group
+from .._plan import Plan
+
+#: What `Bank.add` takes: an adapter, its folder, or for each group its tensors in the order of the line.
+Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
+
+#: For each group by name its tensors, each with a leading axis of adapters.
+Stacked = dict[str, list[Tensor]]
+
+
+class SourceReader:
+    """Reads sources into tensors of the shape, dtype and device of one bank; changes nothing.
+
+    Args:
+        model: the bank's model, which adapters from files are fitted to.
+        plan: the groups and networks of one adapter, and the bank's alpha.
+        rules: as for `bank`.
+        dtype: of the bank's tensors.
+        device: of the bank's tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        rules: BlockRule | Sequence[BlockRule],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._rules = rules
+        self._dtype = dtype
+        self._device = device
+        self._groups = {group.name: group for group in plan.groups}
+        self._alpha = plan.config.alpha
+        self.legs = {name: plan.networks[name].legs for name in self._groups}
+        self.shapes = {
+            name: [tuple(tensor.shape) for tensor in plan.networks[name].tensors]
+            for name in self._groups
+        }
+
+    def read(self, name: Hashable, source: Source) -> Stacked:
+        """Read one adapter.
+
+        Args:
+            name: its name in the bank.
+            source: an adapter, its folder, or tensors before the scaling by alpha.
+
+        Returns:
+            For each group by name its tensors, before the scaling by alpha, with a leading axis of 1.
+
+        Raises:
+            ValueError: the name is None; or the source does not fit, or cannot be stored.
+            TypeError: no source.
+        """
+        check_name(name)
+        if isinstance(source, (str, PathLike)):
+            source = read_adapter(self._model, source, rules=self._rules)
+        if isinstance(source, Adapter):
+            source = self._of_adapter(name, source)
+        if not isinstance(source, Mapping):
+            raise TypeError(
+                f"adapter {name!r} is to be an Adapter, the folder of one, or for each group by name its "
+                f"tensors; found {type(source).__name__}"
+            )
+        label = f"adapter {name!r} does not fit the bank"
+        self._check_shapes(label, source, ())
+        one = {group: [tensor[None] for tensor in tensors] for group, tensors in source.items()}
+        return self._cast([name], one)
+
+    def read_all(self, sources: Mapping[Hashable, Source]) -> Stacked:
+        """Read several adapters; see `read`.
+
+        Returns:
+            For each group by name its tensors, each with a leading axis of adapters in their order.
+        """
+        read = [self.read(name, source) for name, source in sources.items()]
+        if len(read) == 1:
+            return read[0]
+        return {
+            group: [torch.cat(each) for each in zip(*(tensors[group] for tensors in read))]
+            for group in self.shapes
+        }
+
+    def read_stacked(
+        self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]
+    ) -> Stacked:
+        """Read many adapters that are stacked already.
+
+        Args:
+            names: their names in the bank.
+            tensors: for each group by name its tensors before the scaling by alpha, each with a leading
+                axis as long as ``names``.
+
+        Raises:
+            ValueError: a name is None; or the tensors do not fit, or cannot be stored.
+        """
+        for name in names:
+            check_name(name)
+        self._check_shapes("the tensors do not fit the bank", tensors, (len(names),))
+        return self._cast(names, tensors)
+
+    def scaled(
+        self, tensors: Mapping[str, Sequence[Tensor]], scaling: float
+    ) -> dict[str, list[Tensor]]:
+        """The tensors for which the bank's alpha makes the update that ``scaling`` made of these."""
+        factor = scaling / self._alpha
+        if factor == 1:
+            return {group: list(values) for group, values in tensors.items()}
+        return {
+            group: [
+                first.to(torch.promote_types(first.dtype, torch.float32)) * factor
+                if first.itemsize > 1
+                else first.float() * factor,
+                *rest,
+            ]
+            for group, (first, *rest) in tensors.items()
+        }
+
+    def check_alike(self, label: str, groups: Sequence[Group], legs: Mapping[str, Legs]) -> None:
+        """Refuse an adapter or a bank whose tensors mean something else than this bank's.
+
+        Args:
+            label: what is refused, for the message.
+            groups: its groups.
+            legs: the legs of its networks by name of the group.
+
+        Raises:
+            ValueError: its groups update other projections, or its networks have other legs.
+        """
+        for group in groups:
+            own = self._groups.get(group.name)
+            if own is None or _meaning(group) != _meaning(own):
+                raise ValueError(
+                    f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
+                    "make the bank with the adapter's targets, layers and gqa"
+                )
+            if str(legs[group.name]) != str(self.legs[group.name]):
+                raise ValueError(
+                    f"{label} does not fit the bank: its group {group.name!r} has the legs\n"
+                    f"    {legs[group.name]}\nand the bank's\n    {self.legs[group.name]}"
+                )
+
+    def _of_adapter(self, name: Hashable, adapter: Adapter) -> dict[str, list[Tensor]]:
+        paths = adapter.trained_modules.paths
+        if paths:
+            raise ValueError(
+                f"adapter {name!r} trains whole modules ({', '.join(paths)}), of which the rows of one "
+                "batch cannot have different values"
+            )
+        networks = {group.name: adapter.network(group) for group in adapter.groups}
+        legs = {group: network.legs for group, network in networks.items()}
+        self.check_alike(f"adapter {name!r}", adapter.groups, legs)
+        tensors = {
+            group: [tensor.detach() for tensor in network.tensors]
+            for group, network in networks.items()
+        }
+        return self.scaled(tensors, adapter.scaling)
+
+    def _check_shapes(
+        self, label: str, tensors: Mapping[str, Sequence[Tensor]], lead: tuple[int, ...]
+    ) -> None:
+        unknown = [group for group in tensors if group not in self.shapes]
+        if unknown:
+            raise ValueError(
+                f"{label}: it has the groups {list(self.shapes)}; found {unknown[0]!r} among those given"
+            )
+        for group, shapes in self.shapes.items():
+            given = tensors.get(group, ())
+            wanted = [(*lead, *shape) for shape in shapes]
+            found = [tuple(getattr(tensor, "shape", ())) for tensor in given]
+            if found != wanted:
+                raise ValueError(
+                    f"{label}: its group {group!r} ({self.legs[group]}) has tensors of the shapes "
+                    f"{wanted}; found {found or f'none among the groups {list(tensors)}'}"
+                )
+            for tensor in given:
+                if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_complex():
+                    what = type(tensor).__name__
+                    if isinstance(tensor, Tensor):
+                        what = f"one on {tensor.device} of {tensor.dtype}"
+                    raise ValueError(
+                        f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
+                    )
+
+    def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:
+        """The tensors in the bank's dtype and on its device."""
+        with torch.no_grad():
+            for group, values in tensors.items():
+                for value in values:
+                    self._check_range(names, group, value)
+            return {
+                group: [value.to(self._device, self._dtype) for value in values]
+                for group, values in tensors.items()
+            }
+
+    def _check_range(self, names: Sequence[Hashable], group: str, value: Tensor) -> None:
+        """Refuse values that the bank's dtype cannot hold; some casts would clip them silently."""
+        largest = torch.finfo(self._dtype).max
+        wide = value if value.dtype in (torch.float32, torch.float64) else value.float()
+        if not wide.numel():
+            return
+        low, high = (bound.item() for bound in wide.aminmax())
+        if -largest <= low and high <= largest:  # false for NaN
+            return
+        fits = (wide.flatten(1).double().abs() <= largest).all(1)
+        name = names[int(fits.logical_not().nonzero()[0])]
+        raise ValueError(
+            f"adapter {name!r} holds NaN or infinity in group {group!r}, or values beyond {largest:g}, "
+            f"the largest in {self._dtype}; a bank of a wider dtype holds larger values"
+        )
+
+
+def check_name(name: Hashable) -> None:
+    """Refuse None as a name.
+
+    Raises:
+        ValueError: the name is None.
+    """
+    if name is None:
+        raise ValueError("None stands for rows without an adapter; give the adapter another name")
+
+
+def _meaning(group: Group) -> tuple[object, ...]:
+    """What is equal for groups whose tensors of one shape make the same updates."""
+    return group.heads, group.layers, group.roles, [site.key for site in group.sites]

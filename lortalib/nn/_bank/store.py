@@ -1,0 +1,215 @@
+"""Keeps the tensors of many adapters, stacked: every adapter has a place on their leading axis."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Floating point types that have a zero and a sign.
+_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+)
+
+
+class Store:
+    """Keeps the tensors of many adapters of one shape, each adapter under a name.
+
+    Every tensor has a leading axis of places; place 0 holds zeros, the adapter that does nothing.
+    A lock guards all changes. New values go to places that nobody reads and get their names last, so a
+    call that raises, also for an interrupt, leaves the store as it was.
+
+    Args:
+        shapes: for each group by name, the shapes of the tensors of one adapter.
+        capacity: how many adapters to make room for.
+        dtype: of the tensors.
+        device: of the tensors.
+
+    Raises:
+        ValueError: a dtype that cannot hold parameters, or the device meta, which holds no values.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[tuple[int, ...]]],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(map(str, _DTYPES))}; found {dtype!r}"
+            )
+        if device.type == "meta":
+            raise ValueError("device must be one that holds values, such as 'cpu'; found meta")
+        self.dtype = dtype
+        self.device = device
+        self._shapes = dict(shapes)
+        self._lock = threading.Lock()
+        self._places: dict[Hashable, int] = {}
+        self._free: list[int] = []  # places below the used end that have no name
+        self._used = 1
+        self._stacks = self._allocate(capacity + 1)
+        for stack in self._tensors():
+            stack[0] = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_lock": threading.Lock()}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(list(self._places))  # a copy: other threads may add meanwhile
+
+    @property
+    def capacity(self) -> int:
+        """How many adapters there is room for."""
+        return len(self._tensors()[0]) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapters that are stored."""
+        return len(self) * sum(stack[0].numel() * stack.itemsize for stack in self._tensors())
+
+    def gather(self, names: Sequence[Hashable]) -> dict[str, list[Tensor]]:
+        """Copy the tensors of these adapters, in this order.
+
+        Args:
+            names: their names; None gives zeros, and a name may be there several times.
+
+        Returns:
+            For each group by name its tensors, each with a leading axis as long as ``names``. They are
+            no inference tensors, whatever the mode.
+
+        Raises:
+            KeyError: a name that is not in the store.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            places = [0 if name is None else self._place(name) for name in names]
+            at = torch.tensor(places, dtype=torch.long, device=self.device)
+            return {
+                group: [stack.index_select(0, at) for stack in stacks]
+                for group, stacks in self._stacks.items()
+            }
+
+    def put(
+        self,
+        names: Sequence[Hashable],
+        tensors: Mapping[str, Sequence[Tensor]],
+        *,
+        may_replace: bool = True,
+    ) -> None:
+        """Store the tensors of these adapters.
+
+        Args:
+            names: their names, each once.
+            tensors: for each group by name its tensors, each with a leading axis as long as ``names``.
+            may_replace: whether a name that is there already gets the new tensors.
+
+        Raises:
+            ValueError: a name is there already and may not be replaced.
+        """
+        if not names:
+            return
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            old = {name: self._places[name] for name in names if name in self._places}
+            if old and not may_replace:
+                raise ValueError(
+                    f"fill() takes new names; {next(iter(old))!r} is in the bank already: delete it "
+                    "first, or replace it by update()"
+                )
+            kept = max(0, len(self._free) - len(names))  # the free places that stay free
+            recycled = self._free[kept:]
+            end = self._used + len(names) - len(recycled)
+            places = [*recycled, *range(self._used, end)]
+            stacks = self._with_room(end)
+            self._write(stacks, places, tensors)
+            before = self._stacks, self._used
+            try:
+                self._stacks, self._used = stacks, end
+                self._free[kept:] = old.values()
+                self._places.update(zip(names, places))
+            except BaseException:
+                self._stacks, self._used = before
+                self._free[kept:] = recycled
+                for name in names:
+                    self._places.pop(name, None)
+                self._places.update(old)
+                raise
+
+    def drop(self, name: Hashable) -> None:
+        """Forget an adapter; its place is given to the next that is stored.
+
+        Raises:
+            KeyError: the name is not in the store.
+        """
+        with self._lock:
+            place, free = self._place(name), len(self._free)
+            try:
+                self._free.append(place)
+                del self._places[name]
+            except BaseException:
+                if name in self._places:
+                    del self._free[free:]
+                raise
+
+    def _place(self, name: Hashable) -> int:
+        if name not in self._places:
+            raise KeyError(f"no adapter {name!r} in the bank, which holds {len(self):,}")
+        return self._places[name]
+
+    def _tensors(self) -> list[Tensor]:
+        return [stack for stacks in self._stacks.values() for stack in stacks]
+
+    def _allocate(self, places: int) -> dict[str, list[Tensor]]:
+        """Stacks of so many places, without values."""
+        with torch.inference_mode(False):  # they outlive the mode in which they are made
+            # Pages of an empty tensor take memory when they are first written.
+            return {
+                group: [
+                    torch.empty((places, *shape), dtype=self.dtype, device=self.device)
+                    for shape in shapes
+                ]
+                for group, shapes in self._shapes.items()
+            }
+
+    def _with_room(self, places: int) -> dict[str, list[Tensor]]:
+        """The stacks if they have so many places, else copies with at least twice as many."""
+        room = self.capacity + 1
+        if places <= room:
+            return self._stacks
+        larger = self._allocate(max(places, 2 * room))
+        for group, stacks in self._stacks.items():
+            for new, stack in zip(larger[group], stacks):
+                new[: self._used] = stack[: self._used]
+        return larger
+
+    def _write(
+        self,
+        stacks: Mapping[str, Sequence[Tensor]],
+        places: Sequence[int],
+        tensors: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        """Write to places that have no name yet."""
+        start, stop = places[0], places[0] + len(places)
+        at: Any = slice(start, stop)
+        if places != list(range(start, stop)):
+            at = torch.tensor(places, device=self.device)
+        for group, values in tensors.items():
+            for stack, value in zip(stacks[group], values):
+                stack[at] = value

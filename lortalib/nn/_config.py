@@ -1,0 +1,57 @@
+"""How an adapter is asked for, and what no adapter can be made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from ..decomp import StartLike, get_start
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How an adapter was asked for; written to its file.
+
+    Attributes:
+        decomposition: name of the format, or the line of legs.
+        alpha: what the user gave.
+        scaling: the factor of the tensor in the update, made from alpha.
+        dropout: probability of dropping an input feature of the adapter in training.
+        gqa: ``"pool"`` or ``"split"``.
+        init: name of the start.
+        share_residual: whether networks of one stack have one factor for ``in``.
+    """
+
+    decomposition: str
+    alpha: float
+    scaling: float
+    dropout: float
+    gqa: str
+    init: str
+    share_residual: bool = False
+
+
+def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
+    """Refuse what no adapter can be made with.
+
+    Raises:
+        ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
+            init.
+    """
+    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
+    check_alpha(alpha)
+    get_start(init)
+
+
+def check_alpha(alpha: object) -> None:
+    """Refuse a scaling that makes no update, or none that float32 can hold.
+
+    Raises:
+        ValueError: an alpha that is zero, or beyond the range of float32.
+    """
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(alpha, Real) or not 0 < abs(float(alpha)) <= largest:
+        raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
