@@ -28,15 +28,18 @@ from ._formats import (
     vera,
 )
 from ._hosvd import start_along
-from ._legs import Legs, LegsError, Term
+from ._legs import Legs
 from ._make import cp, network, tt, tucker
 from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
-from ._network import Network, NetworkView, TensorNetwork
+from ._network import Network
+from ._notation import LegsError, Term
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
+from ._tensor_network import NetworkView, TensorNetwork
 
 if TYPE_CHECKING:
-    from ._tensorly import Fit, decompose, from_tensorly, to_tensorly
+    from ._decompose import Fit, decompose
+    from ._tensorly import from_tensorly, to_tensorly
 
 __all__ = [
     "LORTA_MODES",
@@ -84,9 +87,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Fit", "decompose", "from_tensorly", "to_tensorly"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("._tensorly", __name__), name)
+    if name in ("Fit", "decompose"):
+        return getattr(importlib.import_module("._decompose", __name__), name)
+    if name in ("from_tensorly", "to_tensorly"):
+        return getattr(importlib.import_module("._tensorly", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from ._start import StartLike, get_start
 #: One size for every bond, one for each bond in the order of the line, or a mapping from bond to size.
 Rank = Union[int, Sequence[int], Mapping[str, int]]
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def build(

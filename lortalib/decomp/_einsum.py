@@ -7,6 +7,7 @@ once nothing outside the pair being contracted needs it, which covers the bond o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from itertools import combinations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._torch import as_constant, is_tracing, without_autocast
+from ._notation import LegsError
 
 #: Multiplications that take as long as reading or writing one number of a step.
 COST_OF_ONE_PASS = 100
@@ -47,7 +49,7 @@ def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
 def contraction_path(
     terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
 ) -> Path:
-    """Pairwise order of a contraction: the one that costs least in multiplications and passes.
+    """Order a contraction pairwise, so that multiplications and passes cost least.
 
     Up to six tensors, which covers every usual format, all orders are compared; beyond that each
     step takes the pair that costs least.
@@ -55,8 +57,16 @@ def contraction_path(
     Returns:
         Steps ``(i, j, equation)``: the product of values i and j is the next value; the first
         values are the tensors. A single tensor gives one step with ``i == j``.
+
+    Raises:
+        LegsError: more legs than einsum has letters.
     """
     size = dict(sizes)
+    if len(size) > len(ascii_letters):
+        raise LegsError(
+            f"a contraction has at most {len(ascii_letters)} legs, one for each letter of einsum; "
+            f"found {len(size)}. Join bonds between the same parameters to one"
+        )
     letters = dict(zip(size, ascii_letters, strict=False))
 
     def word(legs: Names) -> str:
@@ -80,19 +90,45 @@ def _order(
     """Cost and pairs of the best order (of the greedy one for more than six tensors)."""
     if len(terms) == 1:
         return 0, ()
+    if len(terms) > 6:
+        cost, pair = _cheapest_step(terms, output, size)
+        left = _without(terms, pair, _joined(terms, pair, output))
+        more, pairs = _order(left, output, size)
+        return cost + more, (pair, *pairs)
     steps = []
     for pair in combinations(range(len(terms)), 2):
         one, other, result = terms[pair[0]], terms[pair[1]], _joined(terms, pair, output)
         moved = sum(math.prod(size[leg] for leg in term) for term in (one, other, result))
         cost = math.prod(size[leg] for leg in {*one, *other}) + COST_OF_ONE_PASS * moved
         steps.append((cost, pair, _without(terms, pair, result)))
-    if len(terms) > 6:
-        steps = [min(steps)]
     orders = []
     for cost, pair, left in steps:
         more, pairs = _order(left, output, size)
         orders.append((cost + more, (pair, *pairs)))
     return min(orders)
+
+
+def _cheapest_step(
+    terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
+) -> tuple[int, tuple[int, int]]:
+    """Cost of the pair that costs least to contract, and the pair, in time quadratic in the terms."""
+    carriers = Counter(leg for term in terms for leg in term)
+    carriers.update(output)
+    volume = [math.prod(size[leg] for leg in term) for term in terms]
+    # What nothing else carries is summed over; each leg of a term stands there once.
+    alone = [math.prod(size[leg] for leg in term if carriers[leg] == 1) for term in terms]
+    legs = [frozenset(term) for term in terms]
+    least, best = math.inf, (0, 1)
+    for i, j in combinations(range(len(terms)), 2):
+        product, gone = volume[i] * volume[j], alone[i] * alone[j]
+        if not legs[i].isdisjoint(legs[j]):
+            common = legs[i] & legs[j]
+            product //= math.prod(size[leg] for leg in common)
+            gone *= math.prod(size[leg] for leg in common if carriers[leg] == 2)
+        cost = product + COST_OF_ONE_PASS * (volume[i] + volume[j] + product // gone)
+        if cost < least:
+            least, best = cost, (i, j)
+    return int(least), best
 
 
 def _without(terms: tuple[Names, ...], pair: tuple[int, int], result: Names) -> tuple[Names, ...]:

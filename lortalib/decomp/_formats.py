@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from ._build import Rank, build
 from ._legs import Legs
 from ._modes import Shape, ShapeLike
 from ._network import Network
+from ._notation import abbreviated, closest
 from ._start import StartLike
 
 #: The order of a tensor train: that of MetaTT-5D and, with a task, of MetaTT-(4+1)D.
@@ -21,7 +21,7 @@ _TUCKER = dict(zip(("in", "out", "head", "layer", "matrix", "task", "expert"), "
 
 @dataclass(frozen=True)
 class Format:
-    """A named format: calling it makes a network, as `network` does with its line.
+    """A named line of legs; calling it makes a network, as `network` does with the line.
 
     Attributes:
         name: the name in the registry.
@@ -36,7 +36,18 @@ class Format:
     read: Callable[[Shape, Sequence[int]], Rank] | None = None
 
     def legs(self, shape: ShapeLike) -> Legs:
-        """The line for a tensor of this shape; ``head out`` is ``out`` where there are no heads."""
+        """Write the line for a tensor of this shape; ``head out`` is ``out`` where there are no heads.
+
+        Args:
+            shape: five sizes, or a mapping from mode names to sizes.
+
+        Raises:
+            LegsError: the line cannot be read.
+
+        Example:
+            >>> str(lora.legs({"layer": 2, "matrix": 4, "in": 8, "out": 8}))
+            'layer matrix in r, layer matrix out r'
+        """
         shape = shape if isinstance(shape, Shape) else Shape(shape)
         if callable(self.line):
             return Legs.parse(self.line(shape))
@@ -56,7 +67,12 @@ class Format:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Network:
-        """Make a network of this format; the arguments are those of `network`."""
+        """Make a network of this format; arguments and errors are those of `network`.
+
+        Example:
+            >>> lotr((2, 4, 4, 32, 8), rank=3).ranks
+            {'p': 3, 'q': 3}
+        """
         shape = shape if isinstance(shape, Shape) else Shape(shape)
         if self.read is not None and isinstance(rank, Sequence):
             rank = self.read(shape, rank)
@@ -134,7 +150,7 @@ def _tt_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
     return rank
 
 
-#: Every named format, by name. Entries are added with `register`.
+#: Every named format, by name. Entries are added with `register_format`.
 formats: dict[str, Format] = {}
 
 
@@ -174,11 +190,13 @@ def register_format(
         >>> _ = register_format("layerwise", "layer in r, layer matrix head out r", "A shared by q, k, v")
         >>> get_format("layerwise")((2, 2, 4, 8, 4), 3).count()
         240
-        >>> del registry["layerwise"]
+        >>> del formats["layerwise"]
     """
     key = _key(name)
     if key in formats or key in _ALIASES:
-        raise ValueError(f"the format name {name!r} is taken; del registry[{key!r}] frees it")
+        raise ValueError(
+            f"the format name {name!r} is taken; del lortalib.decomp.formats[{key!r}] frees it"
+        )
     if isinstance(line, str):
         Legs.parse(line)
     formats[key] = Format(key, about, line, read)
@@ -186,7 +204,7 @@ def register_format(
 
 
 def get_format(name: str) -> Format:
-    """The format of this name, or, where a line of legs is given, a nameless one with that line.
+    """Find the format of this name, or make a nameless one where a line of legs is given.
 
     Raises:
         ValueError: neither a known name nor a line of legs.
@@ -203,11 +221,9 @@ def get_format(name: str) -> Format:
         Legs.parse(name)
         return Format("", "a line of legs", name)
     known = ", ".join([*formats, *_ALIASES])
-    close = difflib.get_close_matches(key, [*formats, *_ALIASES], 1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
-        f"unknown decomposition {name!r}{hint}; the names are {known}. Or give a line of legs, "
-        "such as 'in r, out r, head r, layer r, matrix r'."
+        f"unknown decomposition {abbreviated(name)}{closest(key, [*formats, *_ALIASES])}; the names "
+        f"are {known}. Or give a line of legs, such as 'in r, out r, head r, layer r, matrix r'."
     )
 
 

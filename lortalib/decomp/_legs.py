@@ -1,61 +1,14 @@
-"""The notation: a tensor network as one line of legs.
-
-A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
-A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). Behind the legs
-a parameter may be marked ``(frozen)``, not trained, or ``(zero)``, the one that starts at zero.
-
-    in r, out r, head r, layer r, matrix r          CP
-    in p, layer matrix p q, head out q              LoTR
-"""
+"""A parsed line of legs: what it says about a tensor's modes, sizes and ranks."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ._modes import MODES
-
-_MARKS = ("frozen", "zero")
-
-
-_TOKEN = re.compile(r"\(\s*(?P<mark>[^()]*?)\s*\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<other>\S)")
-
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-
-
-class LegsError(ValueError):
-    """A line of legs that cannot be read, or that does not fit a shape; shows where."""
-
-    def __init__(self, message: str, line: str = "", span: tuple[int, int] | None = None) -> None:
-        if line:
-            message += f"\n    {line}"
-        if line and span is not None:
-            message += "\n    " + " " * span[0] + "^" * max(1, span[1] - span[0])
-        super().__init__(message)
-
-
-@dataclass(frozen=True)
-class Term:
-    """The legs of one parameter and its marks."""
-
-    legs: tuple[str, ...]
-    frozen: bool = False
-    zero: bool = False
-    spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
-
-    def __str__(self) -> str:
-        marks = [mark for mark in _MARKS if getattr(self, mark)]
-        return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
-
-    def without(self, gone: Iterable[str]) -> Term:
-        """The same parameter after the legs ``gone`` were indexed away."""
-        gone = set(gone)
-        return Term(tuple(leg for leg in self.legs if leg not in gone), self.frozen, self.zero)
+from ._notation import LegsError, Term, check_bounds, closest, read_line
 
 
 @dataclass(frozen=True)
@@ -83,58 +36,15 @@ class Legs:
             line: parameters behind commas, legs behind spaces, ``(frozen)`` or ``(zero)`` last.
 
         Raises:
-            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark.
+            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, a line of
+                more than 10,000 characters, 64 parameters or 52 legs, a name of more than 100.
 
         Example:
             >>> [term.legs for term in Legs.parse("in r, layer out r (zero)").terms]
             [('in', 'r'), ('layer', 'out', 'r')]
         """
-        line = re.sub(r"\s", " ", line)  # one for one: errors point at columns
-        if not line.strip():
-            raise LegsError(
-                "the line of legs is empty; CP, for instance, is 'in r, out r, layer r'"
-            )
-        terms: list[Term] = []
-        names: list[str] = []
-        spans: list[tuple[int, int]] = []
-        marks: list[str] = []
-
-        def close(at: int) -> None:
-            if not names:
-                raise LegsError("a parameter without legs in", line, (at, at + 1))
-            flags = dict.fromkeys(marks, True)
-            terms.append(Term(tuple(names), spans=tuple(spans), **flags))
-            for collected in (names, spans, marks):
-                collected.clear()  # type: ignore[attr-defined]
-
-        for token in _TOKEN.finditer(line):
-            span = token.span()
-            if token["comma"]:
-                close(span[0])
-            elif token["mark"] is not None:
-                if token["mark"] not in _MARKS:
-                    raise LegsError(
-                        f"unknown mark ({token['mark']}); a parameter can be marked "
-                        f"{' or '.join(f'({mark})' for mark in _MARKS)} in",
-                        line,
-                        span,
-                    )
-                marks.append(token["mark"])
-            elif token["leg"] is None or not _NAME.match(token["leg"]) or marks:
-                why = "a leg behind a mark" if marks else "no leg name (letters, digits, _)"
-                raise LegsError(f"{token[0]!r} is {why} in", line, span)
-            elif token["leg"] in names:
-                raise LegsError(
-                    f"leg {token['leg']!r} stands twice on one parameter; "
-                    "give the second axis a name of its own in",
-                    line,
-                    span,
-                )
-            else:
-                names.append(token["leg"])
-                spans.append(span)
-        close(len(line))
-        return cls(tuple(terms), line)
+        line, terms = read_line(line)
+        return cls(terms, line)
 
     def __str__(self) -> str:
         return ", ".join(str(term) for term in self.terms)
@@ -142,23 +52,27 @@ class Legs:
     @cached_property
     def carriers(self) -> dict[str, tuple[int, ...]]:
         """For each leg, in order of first appearance, the parameters that carry it."""
-        carriers: dict[str, tuple[int, ...]] = {}
+        carriers: dict[str, list[int]] = {}
         for position, term in enumerate(self.terms):
             for leg in term.legs:
-                carriers[leg] = (*carriers.get(leg, ()), position)
-        return carriers
+                carriers.setdefault(leg, []).append(position)
+        return {leg: tuple(positions) for leg, positions in carriers.items()}
 
     def bonds(self, modes: Iterable[str]) -> tuple[str, ...]:
-        """The legs that are summed over, in order of first appearance.
+        """List the legs that are summed over, in order of first appearance.
 
         Args:
             modes: the names of the tensor's axes; every other leg is a bond.
+
+        Example:
+            >>> Legs.parse("in p, layer p q, out q").bonds(["layer", "in", "out"])
+            ('p', 'q')
         """
         modes = set(modes)
         return tuple(leg for leg in self.carriers if leg not in modes)
 
     def check(self, modes: Sequence[str]) -> None:
-        """Hold the line against the modes of a tensor.
+        """Check that the line describes a tensor of these modes.
 
         Args:
             modes: the names of its axes.
@@ -166,14 +80,24 @@ class Legs:
         Raises:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
                 not have, a bond that only one parameter carries, ``in`` on several parameters,
-                more than one parameter marked ``(zero)``, one both frozen and zero.
+                more than one parameter marked ``(zero)``, one both frozen and zero, more
+                parameters or legs than `parse` reads.
+
+        Example:
+            >>> Legs.parse("in r, out r").check(["in", "out"])
+            >>> Legs.parse("in r, out r").check(["layer", "in", "out"])
+            Traceback (most recent call last):
+            lortalib.decomp._notation.LegsError: no parameter carries the mode 'layer' of the tensor, in
+                in r, out r
         """
-        if len(set(modes)) < len(modes):
+        check_bounds(self.terms)
+        axes = set(modes)
+        if len(axes) < len(modes):
             raise LegsError(
                 f"a mode stands twice among {', '.join(modes)}; its axes need names, for", self.line
             )
         for leg, carriers in self.carriers.items():
-            if leg in modes:
+            if leg in axes:
                 continue
             if leg in MODES:
                 raise LegsError(
@@ -182,10 +106,8 @@ class Legs:
                     *self._at(leg),
                 )
             if len(carriers) == 1:
-                close = difflib.get_close_matches(leg, modes, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise LegsError(
-                    f"unknown leg {leg!r}{hint}: it is none of the tensor's modes "
+                    f"unknown leg {leg!r}{closest(leg, modes)}: it is none of the tensor's modes "
                     f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
                     *self._at(leg),
                 )
@@ -224,8 +146,8 @@ class Legs:
         return min(trainable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
 
     def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
-        """The parameters other than the root (the one that starts at zero), leaves first, each with
-        its bond towards the root.
+        """List the parameters other than the root (the one that starts at zero), leaves first, each
+        with its bond towards the root.
 
         Args:
             modes: the names of the tensor's axes.
@@ -263,7 +185,7 @@ class Legs:
         return order[::-1]
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Size of each leg, read off the shapes of the parameters.
+        """Read the size of each leg off the shapes of the parameters.
 
         Args:
             shapes: one for each parameter, in the order of the line.
@@ -299,7 +221,7 @@ class Legs:
         return sizes
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
-        """The largest useful size of each bond; a larger one spans nothing more.
+        """Compute the largest useful size of each bond; a larger one spans nothing more.
 
         A bond b between exactly two parameters is the inner axis of a matrix product, for every
         value of the other legs that the two share: its rank is at most the number of rows on

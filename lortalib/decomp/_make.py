@@ -74,7 +74,7 @@ def cp(
         init, generator, device, dtype: as for `network`.
 
     Returns:
-        A `Network` of ``rank * (layers + heads + matrices + in + out)`` numbers.
+        A `Network` of ``rank * (layers + heads + matrices + in + out)`` trainable parameters.
 
     Raises:
         ValueError: a rank below 1; see `network`.

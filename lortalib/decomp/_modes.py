@@ -30,7 +30,7 @@ class Shape(Mapping[str, int]):
 
     Example:
         >>> Shape((12, 12, 4, 768, 64))
-        Shape(layer=12, head=12, matrix=4, in=768, out=64)
+        Shape({'layer': 12, 'head': 12, 'matrix': 4, 'in': 768, 'out': 64})
         >>> Shape({"layer": 2, "in": 8, "out": 8}).numel
         128
     """
@@ -72,7 +72,7 @@ class Shape(Mapping[str, int]):
         return isinstance(other, Mapping) and list(self.items()) == list(other.items())
 
     def __repr__(self) -> str:
-        return f"Shape({', '.join(f'{mode}={size}' for mode, size in self.items())})"
+        return f"Shape({self._sizes!r})"
 
     @property
     def modes(self) -> tuple[str, ...]:

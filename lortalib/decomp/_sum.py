@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._legs import Term
-from ._network import Network, TensorNetwork
+from ._network import Network
+from ._notation import Term
+from ._tensor_network import TensorNetwork
 
 
 def direct_sum(
@@ -76,7 +77,7 @@ def direct_sum(
 
 
 def _cheapest(network: TensorNetwork) -> int:
-    """The parameter that takes the weights: a trainable one if there is one, with the fewest numbers."""
+    """The parameter that takes the weights: a trainable one if there is one, the smallest one."""
     terms = network.legs.terms
     return min(
         range(len(terms)), key=lambda k: (terms[k].frozen, math.prod(network.tensors[k].shape))

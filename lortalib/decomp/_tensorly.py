@@ -1,4 +1,4 @@
-"""The bridge to TensorLy. The only file that touches TensorLy's backend setting.
+"""Converts networks to TensorLy's objects and back. The only file that touches its backend setting.
 
 TensorLy keeps one backend per process and one per thread, and its own context manager restores the
 process-wide one from a thread. So whatever calls TensorLy here runs in a thread of its own, whose
@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import tensorly as tl
 import torch
 from tensorly.cp_tensor import CPTensor
-from tensorly.decomposition import parafac, tensor_train
-from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ._build import Rank
 from ._formats import get_format, train_line
 from ._legs import Legs
 from ._modes import LORTA_MODES, Shape
-from ._network import Network, TensorNetwork
+from ._network import Network
+from ._tensor_network import TensorNetwork
 
 TensorLyObject = Union[CPTensor, TuckerTensor, TTTensor]
 
@@ -37,7 +34,10 @@ Result = TypeVar("Result")
 
 
 def to_tensorly(net: TensorNetwork) -> TensorLyObject:
-    """The network as a TensorLy object that holds these very parameters, with live autograd.
+    """Make a TensorLy object that holds the very parameters of a network, with live autograd.
+
+    Args:
+        net: the network.
 
     Returns:
         A ``CPTensor``, ``TuckerTensor`` or ``TTTensor``. CP and Tucker have their axes in the
@@ -61,13 +61,13 @@ def to_tensorly(net: TensorNetwork) -> TensorLyObject:
             f"object; this network is\n    {net.legs}"
         )
     kind, content, axes = read
-    obj = _with_pytorch(lambda: kind(content))
+    obj = with_pytorch(lambda: kind(content))
     obj.modes, obj.dense_modes = tuple(axes), net.modes
     return obj
 
 
 def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
-    """A network from a TensorLy object; the tensors are copied, the weights of CP absorbed.
+    """Make a network from a TensorLy object; its tensors are copied, the weights of CP absorbed.
 
     Args:
         obj: a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of PyTorch tensors (NumPy arrays are
@@ -77,7 +77,7 @@ def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
             else ``layer, head, matrix, in, out`` for five axes.
 
     Raises:
-        TypeError: another kind of object.
+        TypeError: another kind of object, complex factors.
         ValueError: the names do not fit the axes.
 
     Example:
@@ -91,13 +91,13 @@ def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
             f"expected a CPTensor, TuckerTensor or TTTensor of TensorLy; found {type(obj).__name__}"
         )
     order = getattr(obj, "dense_modes", None) if modes is None else None
-    names = _axis_names(getattr(obj, "modes", None) if modes is None else modes, tuple(obj.shape))
-    return _network_of(obj, names, order or names)
+    names = axis_names(getattr(obj, "modes", None) if modes is None else modes, tuple(obj.shape))
+    return network_of(obj, names, order or names)
 
 
-def _network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) -> Network:
-    """The network whose line is that of the format, and whose axes are named ``names``."""
-    factors = {name: torch.as_tensor(factor) for name, factor in zip(names, obj.factors)}
+def network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) -> Network:
+    """Make the network whose line is that of the format, and whose axes are named ``names``."""
+    factors = {name: real(factor, "a factor") for name, factor in zip(names, obj.factors)}
     shape = Shape(dict(zip(names, obj.shape)))
     if isinstance(obj, TTTensor):
         legs = Legs.parse(train_line(names, shape))
@@ -108,105 +108,13 @@ def _network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str])
     else:
         legs = get_format("cp" if isinstance(obj, CPTensor) else "tucker").legs(shape)
         if isinstance(obj, CPTensor):
-            factors[names[0]] = factors[names[0]] * torch.as_tensor(obj.weights)
+            factors[names[0]] = factors[names[0]] * real(obj.weights, "the weights")
         tensors = [factors[term.legs[0]] for term in legs.terms if term.legs[0] in factors]
         if isinstance(obj, TuckerTensor):
             modes = [term.legs[0] for term in legs.terms[:-1]]
-            tensors.append(torch.as_tensor(obj.core).permute([names.index(m) for m in modes]))
+            tensors.append(real(obj.core, "the core").permute([names.index(m) for m in modes]))
     copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
     return Network(legs, copies, order)
-
-
-class Fit(NamedTuple):
-    """A network fitted to a dense tensor.
-
-    Attributes:
-        network: the fitted network.
-        error: ``|dense - network.dense()| / |dense|`` in the Frobenius norm.
-    """
-
-    network: Network
-    error: float
-
-
-def decompose(
-    dense: Tensor,
-    decomposition: str,
-    rank: Rank,
-    *,
-    modes: Modes | None = None,
-    **options: Any,
-) -> Fit:
-    """Fit a network to a dense tensor with TensorLy's own algorithm for the format.
-
-    Args:
-        dense: the tensor. Half precision is computed in float32; the factors have the
-            dtype of the tensor.
-        decomposition: ``"cp"`` (``parafac``, alternating least squares), ``"tucker"`` (``tucker``,
-            orthogonal iteration) or ``"tt"`` (``tensor_train``, successive truncated SVDs).
-        rank: as for the format; cut, with a warning, to what the modes can fill.
-        modes: names of the axes, as in `from_tensorly`.
-        options: passed to TensorLy (``n_iter_max``, ``tol``, ``init``, ``random_state`` ...).
-
-    Returns:
-        `Fit`: the network and its relative error, measured on the network returned.
-
-    Raises:
-        ValueError: a format that TensorLy has no algorithm for, names that do not fit the axes,
-            a tensor that is not finite, CP of more components than the tensor has.
-
-    Example:
-        >>> fit = decompose(torch.ones(2, 3, 4), "tt", 1, modes="layer in out")
-        >>> fit.network.count(), round(fit.error, 4)
-        (9, 0.0)
-    """
-    dense = torch.as_tensor(dense)
-    if not dense.is_floating_point():
-        dense = dense.to(torch.get_default_dtype())
-    names = _axis_names(modes, tuple(dense.shape))
-    if len(names) < 2:
-        raise ValueError(f"a tensor of one mode ({', '.join(names)}) has no decomposition")
-    kind = get_format(decomposition).name
-    if kind not in ("cp", "tucker", "tt"):
-        raise ValueError(
-            f"TensorLy has no algorithm for {decomposition!r} here; choose 'cp', 'tucker' or 'tt'"
-        )
-    if not torch.isfinite(dense).all():
-        raise ValueError("the tensor to decompose holds NaN or infinity")
-    shape = Shape(dict(zip(names, dense.shape)))
-    # The format itself checks and cuts the ranks, and says in which order the modes stand.
-    net = get_format(kind)(shape, rank, init="invariant", device=dense.device, dtype=dense.dtype)
-    norm = torch.linalg.vector_norm(dense.detach().double()).item()
-    if norm == 0:  # TensorLy meets a singular matrix here; the zero network is exact
-        return Fit(net, 0.0)
-    # Tiny or huge entries are no reason for an algorithm to fail, so it sees a tensor of norm one.
-    wide = dense.detach().to(torch.promote_types(dense.dtype, torch.float32)) / norm
-    axes = tuple(names)
-    ranks = list(net.ranks.values())
-    if kind == "cp":
-        options = {"n_iter_max": 1000, "tol": 1e-10, "random_state": 0, **options}
-        try:
-            obj = _with_pytorch(lambda: parafac(wide, ranks[0], **options))
-        except LinAlgError as error:
-            raise ValueError(
-                f"alternating least squares met a singular system at rank {ranks[0]}: the tensor has "
-                "a smaller rank; ask for fewer components, or for 'tucker' or 'tt'"
-            ) from error
-    elif kind == "tucker":
-        bond_of = {term.legs[0]: term.legs[-1] for term in net.legs.terms[:-1]}
-        per_axis = [net.ranks[bond_of[name]] for name in names]
-        options = {"n_iter_max": 200, "tol": 1e-10, "random_state": 0, **options}
-        obj = _with_pytorch(lambda: tensorly_tucker(wide, per_axis, **options))
-    else:
-        axes = tuple(term.legs[0] for term in net.legs.terms)
-        train = wide.permute([names.index(name) for name in axes]).contiguous()
-        obj = _with_pytorch(lambda: tensor_train(train, [1, *ranks, 1], **options))
-    fitted = _network_of(obj, axes, names)
-    with torch.no_grad():
-        fitted.tensors[0].mul_(norm)
-    fitted = fitted.to(dense.dtype)
-    difference = dense.detach().double() - fitted.dense().detach().double()
-    return Fit(fitted, torch.linalg.vector_norm(difference).item() / norm)
 
 
 def _as_cp(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
@@ -262,7 +170,26 @@ def _factors(net: TensorNetwork) -> dict[str, Tensor] | None:
     return found
 
 
-def _axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
+def real(values: Any, what: str) -> Tensor:
+    """Take values as a tensor of real floating-point numbers; integers become the default dtype.
+
+    Args:
+        values: a tensor, a NumPy array or nested numbers.
+        what: what they are, for the error.
+
+    Raises:
+        TypeError: the values are complex.
+    """
+    tensor = torch.as_tensor(values)
+    if tensor.is_complex():
+        raise TypeError(
+            f"networks hold real numbers; found {what} of {tensor.dtype}. Convert the real and the "
+            "imaginary part apart, as .real and .imag, or as one more mode with torch.view_as_real"
+        )
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
     if modes is None:
         if len(sizes) != len(LORTA_MODES):
             raise ValueError(
@@ -282,7 +209,7 @@ def _axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
     return names
 
 
-def _with_pytorch(call: Callable[[], Result]) -> Result:
+def with_pytorch(call: Callable[[], Result]) -> Result:
     """Run ``call`` in a thread of its own, in which TensorLy's backend is PyTorch."""
 
     def run() -> Result:

@@ -239,10 +239,12 @@ class Adapter(nn.Module):
                 self.merge()
 
     def keep_pairs(self) -> AbstractContextManager[None]:
-        """Within this context forwards use the low-rank pairs of the forward before, while the
-        parameters are unchanged. For decoding, where every token is a forward.
+        """Within this context no forward compares the parameters' numbers with those of the forward before.
 
-        A write through ``p.data`` is not noticed within the context; any other change is.
+        Low-rank pairs are used again while the parameters are unchanged. On a CPU the numbers are compared
+        once in each forward; on a GPU that would wait for the device, so each forward makes its pairs anew.
+        For decoding, where every token is a forward, this context spares both. It notices every change but
+        writes through ``p.data`` and those of some fused optimisers.
 
         Example:
             >>> import lortalib, torch

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..decomp import Rank, StartLike
 from ._adapter import Adapter
-from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
+from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError, unwrapped
 from ._host import check_name, install
 from ._plan import Decomposition, plan
 from ._targets import Targets
@@ -87,6 +87,7 @@ def apply(
         100
     """
     check_name(model, name)
+    model = unwrapped(model)
     planned = plan(
         model,
         decomposition,

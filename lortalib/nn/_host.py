@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._adapter import Adapter
-from ._anatomy import ATTRIBUTE, check_model
+from ._anatomy import ATTRIBUTE, check_model, unwrapped
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._trained_modules import TrainedModules
@@ -252,6 +252,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
         ValueError: a module that it trains is in use by another active adapter, or the model has an
             attribute of the adapters' name that is something else.
     """
+    model = unwrapped(model)
     host = host_of(model)
     others = host.adapters() if host else []
     taken = adapter.trained_modules.conflict(o.trained_modules for o in others if o.active)
@@ -275,7 +276,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
 
 def host_of(model: nn.Module) -> AdapterHost | None:
     """The host of a model, if any adapter was applied to it."""
-    host = model._modules.get(ATTRIBUTE)
+    host = unwrapped(model)._modules.get(ATTRIBUTE)
     return host if isinstance(host, AdapterHost) else None
 
 
@@ -336,7 +337,7 @@ def check_name(model: nn.Module, name: str) -> None:
         TypeError: no model.
         ValueError: a name that is in use or impossible.
     """
-    check_model(model)
+    model = check_model(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
     if name in adapters(model):

@@ -116,7 +116,7 @@ def plan(
           encoder  q k v o   2       4      32  8    in r, out r, head r, layer r, matrix r  2      100
           100 trainable parameters; LoRA of rank 2 on these 8 projections has 1,024
     """
-    check_model(model)
+    model = check_model(model)
     check_settings(alpha, dropout, init)
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
@@ -132,7 +132,8 @@ def plan(
         gqa=gqa,
         share_residual=share_residual,
         generator=generator,
-        device=device or (lambda site: getattr(weights[site], "device", None)),
+        device=device
+        or (lambda site: execution_device(model.get_submodule(site.path), weights[site])),
         dtype=dtype,
     )
 
@@ -235,6 +236,15 @@ def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any
     if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
         return function(shape, options["rank"], **accepted)
     return function(shape, **accepted)
+
+
+def execution_device(module: nn.Module, weight: Any) -> Device:
+    """Where a module computes: the device of its weight, or, where accelerate keeps that elsewhere and
+    leaves a placeholder, the device that it brings it to."""
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(weight, "is_meta", False) and hook is not None:
+        return getattr(hook, "execution_device", None) or "cpu"
+    return getattr(weight, "device", None)
 
 
 def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network]) -> None:

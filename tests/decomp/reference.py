@@ -72,6 +72,29 @@ def smallest_crossing(net):
     return net.sizes["in"] if best is None else best
 
 
+def cheapest_division(terms, sizes, out_modes, batch_modes):
+    """Parameters on the side of ``in``, the others, and the bonds that cross, by trying every division.
+
+    The least product of bonds; among equals the fewest parameters beside ``in``; then the first of them
+    in the order in which divisions are tried.
+    """
+    pinned = []
+    for term in terms:
+        far = any(mode in term for mode in out_modes)
+        if far and "in" in term:
+            return (), tuple(range(len(terms))), ("in",)
+        pinned.append((0,) if "in" in term else (1,) if far else (0, 1))
+    found = []
+    for sides in product(*pinned):
+        near = [k for k, side in enumerate(sides) if not side]
+        far = [k for k, side in enumerate(sides) if side]
+        beyond = {leg for k in far for leg in terms[k]}.difference(batch_modes)
+        bonds = dict.fromkeys(leg for k in near for leg in terms[k] if leg in beyond)
+        cost = math.prod(sizes[bond] for bond in bonds), len(near), len(found)
+        found.append((cost, (tuple(near), tuple(far), tuple(bonds))))
+    return min(found)[1]
+
+
 def on(backend, call):
     """What ``call`` returns in a new thread with this backend; no setting outlives the thread."""
 

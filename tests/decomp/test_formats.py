@@ -258,7 +258,8 @@ def test_shape_is_an_ordered_mapping():
     assert shape == Shape(dict(shape)) == Shape(shape)
     assert hash(shape) == hash(Shape(dict(shape)))
     assert shape != Shape(dict(reversed(dict(shape).items())))
-    assert repr(Shape({"in": 2, "out": np.int64(3)})) == "Shape(in=2, out=3)"
+    assert repr(Shape({"in": 2, "out": np.int64(3)})) == "Shape({'in': 2, 'out': 3})"
+    assert eval(repr(shape)) == shape
 
 
 def test_an_unknown_init_is_refused_and_a_callable_used():

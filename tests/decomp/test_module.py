@@ -80,8 +80,8 @@ def test_repr_is_a_table(name):
     net = small(name)
     title, header, *rows, total = repr(net).splitlines()
     assert title.startswith(f"Network({net.modes[0]}=2, ")
-    assert title.endswith(f"{net.count():,} trainable numbers")
-    assert header.split() == ["parameter", "legs", "sizes", "numbers"]
+    assert title.endswith(f"{net.count():,} trainable parameters")
+    assert header.split() == ["parameter", "legs", "sizes", "parameters"]
     assert len({len(line) for line in (header, *rows, total)}) == 1
     for row, parameter, term, tensor in zip(
         rows, net.names, net.legs.terms, net.tensors, strict=True

@@ -186,7 +186,7 @@ def test_frozen_parameters_get_no_gradient_and_are_not_counted(name):
 @over_kinds
 @examples(10)
 @given(data=st.data())
-def test_count_is_the_number_of_trainable_numbers(kind, data):
+def test_count_is_the_number_of_trainable_parameters(kind, data):
     net = data.draw(networks(kind))
     assert net.count() == sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert net.count(trainable_only=False) == sum(p.numel() for p in net.parameters())
@@ -220,6 +220,33 @@ def test_cut_says_which_modes_are_left():
     for gone in ({"in": 0}, {"out": 0}):
         with pytest.raises(LegsError, match="a cut needs the modes in, out"):
             net.select(layer=0, matrix=0, **gone).cut()
+
+
+@over_kinds
+@examples(10)
+@given(data=st.data())
+def test_a_selection_is_the_same_as_a_mapping_as_keywords_and_as_both(kind, data):
+    net = data.draw(networks(kind))
+    index = data.draw(selections(net))
+    named = data.draw(st.sets(st.sampled_from([*index]))) if index else set()
+    expected = net.select(**index).dense()
+    assert net.select(index).dense().equal(expected)
+    mapping = {mode: at for mode, at in index.items() if mode not in named}
+    assert net.select(mapping, **{mode: index[mode] for mode in named}).dense().equal(expected)
+
+
+def test_in_is_selected_by_a_mapping():
+    net = small("cp")
+    found = net.select({"in": 1}, layer=0)
+    assert "in" not in found.modes
+    close(found.dense(), reference.dense(net)[0, ..., 1, :])
+    assert net.select().dense().equal(net.dense())
+    with pytest.raises(TypeError, match="'layer' twice, in the mapping and as a keyword"):
+        net.select({"layer": 0}, layer=1)
+    with pytest.raises(TypeError, match=r"select takes a mapping .*; found int. Try select\("):
+        net.select(0)
+    with pytest.raises(KeyError, match="cannot select 'task': the modes of this network are"):
+        net.select({"task": 0})
 
 
 @over_kinds

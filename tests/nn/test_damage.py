@@ -2,7 +2,14 @@
 
 import copy
 import json
+import random
+import shutil
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from harness import examples, output, put, unchanged
@@ -10,10 +17,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from models import FAMILIES
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
-from lortalib.nn import AdapterFileError, load
+from lortalib.nn import AdapterFileError, load, load_lora
+from lortalib.nn._files import read, read_description
+from lortalib.nn._files.lora_file import open_lora
+from lortalib.nn._files.saved import write_saved
+from lortalib.nn._files.tensors import open_tensors
+from lortalib.nn._files.upgrades import UPGRADES, upgrade
 
 LLAMA_FAMILY = FAMILIES["Llama"]
+FILE = "adapter.safetensors"
 
 
 @pytest.fixture
@@ -87,77 +102,251 @@ def test_a_module_trained_beside_it_that_is_missing_or_unlike(saved):
     refuses(LLAMA_FAMILY.model("ForCausalLM", vocab_size=80), saved, message)
 
 
+def test_a_linear_map_of_another_size(tmp_path):
+    """What load_lora makes of a classifier has a role of its own, and is held against the model."""
+
+    def bert(width, labels):
+        config = BertConfig(
+            vocab_size=64, hidden_size=width, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=24, num_labels=labels,
+        )  # fmt: skip
+        return BertForSequenceClassification(config).eval()
+
+    model = bert(16, 2)
+    lora = peft.LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False)
+    peft.get_peft_model(bert(16, 2), lora).save_pretrained(tmp_path / "lora")
+    load_lora(model, tmp_path / "lora").save(tmp_path / "own")
+    assert load(bert(16, 2), tmp_path / "own").sites[0].path == "classifier"
+    message = r"\(1, 1, 2, 16\) in the file, \(1, 1, 5, 32\) in the model"
+    refuses(bert(32, 5), tmp_path / "own", message)
+    other = bert(16, 2)
+    other.classifier = nn.Identity()
+    refuses(other, tmp_path / "own", "the model has no such projection")
+
+
+def test_a_trained_module_that_holds_a_projection_of_this_model(llama, tmp_path):
+    put(llama, targets="qkvo", train_also=["lm_head"]).save(tmp_path)
+    other = LLAMA_FAMILY.model("ForCausalLM")
+    other.lm_head = nn.Sequential(nn.Linear(16, 16))
+    refuses(other, tmp_path, "'lm_head' saved with the adapter holds")
+
+
 # Missing and damaged files
 
 
 def test_missing_files(target, saved):
-    refuses(target, saved / "nowhere", r"no adapter\.json in .*nowhere", FileNotFoundError)
-    (saved / "adapter.safetensors").unlink()
-    message = r"no adapter\.safetensors in .*, beside its adapter\.json"
-    refuses(target, saved, message, FileNotFoundError)
-    (saved / "adapter.json").unlink()
+    refuses(target, saved / "nowhere", r"no adapter\.safetensors in .*nowhere", FileNotFoundError)
+    (saved / FILE).unlink()
     refuses(target, saved, r"a saved adapter is a folder with", FileNotFoundError)
+    (saved / "adapter.json").write_text("{}")
+    refuses(target, saved, r"in .*, beside its adapter\.json", FileNotFoundError)
+    (saved / "adapter.json").unlink()
+    (saved / "adapter_config.json").write_text("{}")
+    refuses(target, saved, r"a LoRA with lortalib\.nn\.load_lora", FileNotFoundError)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
-def test_truncated_tensors(target, saved, kept):
-    file = saved / "adapter.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+def test_a_file_cut_short(target, saved, kept):
+    (saved / FILE).write_bytes((saved / FILE).read_bytes()[:kept])
     refuses(target, saved, r"adapter\.safetensors is damaged or cut short")
+
+
+def description(folder):
+    with open_tensors(folder / FILE) as file:
+        return file.metadata["lortalib"]
+
+
+def edit(folder, change=lambda value: None, numbers=lambda tensors: None, text=None):
+    """Write the file again as if it was saved after the changes: its digest is right."""
+    with open_tensors(folder / FILE) as file:
+        tensors = file.read()
+        value = json.loads(file.metadata["lortalib"])
+    change(value)
+    numbers(tensors)
+    text = json.dumps(value) if text is None else text
+    with (folder / FILE).open("wb") as file:
+        write_saved(file, text, tensors)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"adapter\.json is damaged"),
-        ("{", r"adapter\.json is damaged"),
-        ("nonsense", r"adapter\.json is damaged"),
-        ("\udcff", r"adapter\.json is damaged: .*utf-8"),
+        ("", r"is damaged: Expecting value"),
+        ("{", r"is damaged"),
+        ("nonsense", r"is damaged"),
         ("[]", r"does not describe a lortalib adapter"),
         ("{}", r"does not describe a lortalib adapter"),
         ('{"peft_type": "LORA"}', r"does not describe a lortalib adapter"),
+        ('{"format": "lortalib adapter", "format": "x"}', "the key 'format' stands twice"),
+        ('{"format": "\\ud800"}', "surrogates not allowed"),
+        ('{"format": NaN}', "NaN is no number of JSON"),
+        ("[" * 100_000, "nested too deep"),
+        (" " * (16 * 2**20 + 1), r"more than 16,777,216 bytes"),
     ],
 )
 def test_a_description_that_is_none(target, saved, text, message):
-    (saved / "adapter.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    edit(saved, text=text)
     refuses(target, saved, message)
 
 
-def edit(folder, change):
-    """Rewrite the description after ``change(description)``."""
-    file = folder / "adapter.json"
-    value = json.loads(file.read_text())
-    change(value)
-    file.write_text(json.dumps(value))
+def test_a_file_of_tensors_alone(target, saved):
+    values = load_file(saved / FILE)
+    for metadata in (None, {"format": "pt"}):
+        save_file(values, saved / FILE, metadata=metadata)
+        refuses(target, saved, "it describes no adapter of lortalib")
+    save_file(values, saved / FILE, metadata={"format": "pt", "of": "somebody"})
+    refuses(target, saved, "it describes no adapter of lortalib")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
-def test_another_format_version(target, saved, version):
+# Versions
+
+
+@pytest.mark.parametrize("version", [3, 4, 10**30])
+def test_a_newer_format_version(target, saved, version):
+    edit(saved, lambda d: d.update(format_version=version, new_field=1))
+    refuses(target, saved, rf"written by a newer lortalib \(format {version}\); update lortalib")
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", "2", 2.0, True, None, [1]])
+def test_an_unknown_format_version(target, saved, version):
     edit(saved, lambda d: d.update(format_version=version))
-    refuses(target, saved, r"has format version .*reads version 1\. Update lortalib")
+    refuses(target, saved, r"format version is .*; versions 1 to 2 are known")
 
 
-@pytest.mark.parametrize("key", ["name", "settings", "trained_beside", "groups"])
-def test_a_key_that_is_missing(target, saved, key):
+def test_version_1_within_the_file(target, saved):
+    edit(saved, lambda d: d.update(format_version=1))
+    refuses(target, saved, "of format version 1, which keeps it elsewhere")
+
+
+def test_a_description_beside_the_file_of_a_later_version(target, saved):
+    (saved / "adapter.json").write_text(description(saved))
+    save_file(load_file(saved / FILE), saved / FILE)
+    refuses(target, saved, r"adapter\.json is of format version 2, which keeps it elsewhere")
+
+
+def test_every_older_version_has_an_upgrade():
+    assert set(UPGRADES) == {1}
+    group = {
+        "name": "a.b", "legs": "in r, out r, dense r, dense",
+        "sites": [{"also": ["x"], "bypassed": True, "role": "q"}, None],
+    }  # fmt: skip
+    old = {
+        "format_version": 1, "settings": {"alpha": 1}, "trained_beside": ["h"], "groups": [group],
+    }  # fmt: skip
+    new, names = upgrade(old, {"beside.h:weight": 1, "networks.a.r": 2})
+    assert new["format_version"] == 2
+    assert (new["config"], new["trained_modules"]) == ({"alpha": 1}, ["h"])
+    site = {"tied_paths": ["x"], "weight_read_directly": True, "role": "q"}
+    assert new["groups"][0]["sites"] == [site, None]
+    assert new["groups"][0]["parameters"] == ["in_r", "out_r", "dense_r", "dense"]
+    assert names == {"trained_modules.h:weight": 1, "networks.a.r": 2}
+    assert old["groups"][0] is group
+    assert "parameters" not in group
+
+
+# The fields
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "config", "trained_modules", "groups", "base_model", "lortalib_version"]
+)
+def test_a_field_that_is_missing(target, saved, key):
     edit(saved, lambda d: d.pop(key))
-    refuses(target, saved, f"is damaged: {key} is missing")
+    refuses(target, saved, f"'{key}'")
 
 
-def test_a_site_that_stands_there_twice(target, saved):
-    def double(description):
-        sites = description["groups"][0]["sites"]
-        sites[0] = sites[3]
-
-    edit(saved, double)
-    refuses(target, saved, "twice")
+def group(change):
+    return lambda d: change(d["groups"][0])
 
 
-def rewrite(folder, change):
-    """Rewrite the tensors after ``change(tensors)``."""
-    values = load_file(folder / "adapter.safetensors")
-    change(values)
-    save_file(values, folder / "adapter.safetensors")
+def site(change):
+    return lambda d: change(d["groups"][0]["sites"][0])
 
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(more=1), "unknown field 'more' of Description"),
+        (lambda d: d["config"].update(more=1), "unknown field 'more' of AdapterConfig"),
+        (group(lambda g: g.update(more=1)), "unknown field 'more' of SavedGroup"),
+        (site(lambda s: s.update(more=1)), "unknown field 'more' of Site"),
+        (lambda d: d["base_model"].update(more="1"), "unknown field 'more' of base_model"),
+        (lambda d: d.update(base_model="x"), "field 'base_model' of Description is 'x'"),
+        (lambda d: d["base_model"].update(name=5), "field 'base_model' of Description is {"),
+        (lambda d: d["config"].update(alpha=2.0), "scaling 1 does not follow from alpha 2"),
+        (lambda d: d["config"].update(alpha=2.0, init="lorta", scaling=1.5), "does not follow"),
+        (lambda d: d["config"].update(alpha=0.0, scaling=0.0), "alpha must be a finite number"),
+        (lambda d: d["config"].update(alpha=1e39, scaling=1e39), "alpha must be a finite number"),
+        (lambda d: d["config"].update(dropout=1.0), "dropout is 1"),
+        (lambda d: d["config"].update(gqa="x"), "gqa is 'x'"),
+        (lambda d: d["config"].update(share_residual=1), "field 'share_residual'"),
+        (lambda d: d.update(name="a.b"), "an adapter is called 'a.b'"),
+        (lambda d: d.update(groups=[]), "no list of 1 to 2,000 groups"),
+        (lambda d: d["groups"].append(d["groups"][0]), "two groups have one name"),
+        (group(lambda g: g.update(name="training")), "no group can be called 'training'"),
+        (group(lambda g: g.update(name="_modules")), "no group can be called '_modules'"),
+        (group(lambda g: g.update(name="a.b")), "no group can be called 'a.b'"),
+        (group(lambda g: g["sites"].append(g["sites"][3])), "twice"),
+        (group(lambda g: g["layers"].append(0)), "a layer or role stands twice"),
+        (group(lambda g: g.update(layers=[0, 7])), "is outside its group"),
+        (group(lambda g: g.update(roles=["q"])), "is outside its group"),
+        (group(lambda g: g.update(sites=[])), "has no sites, layers or roles"),
+        (group(lambda g: g["modes"].update(layer=3)), "do not fit its sites"),
+        (group(lambda g: g["modes"].update(out=3)), "does not fit the modes of 'layers'"),
+        (group(lambda g: g["modes"].update(out=0)), "the sizes of group 'layers' are"),
+        (group(lambda g: g["ranks"].update(a=2**25)), "the sizes of group 'layers' are"),
+        (group(lambda g: g["ranks"].update(z=2)), "are not of its bonds"),
+        (group(lambda g: g["ranks"].pop("a")), "are not of its bonds"),
+        (group(lambda g: g["parameters"].pop()), "the parameters of group 'layers' are called"),
+        (group(lambda g: g["parameters"].__setitem__(0, "d_out")), "lacks the tensor"),
+        (group(lambda g: g.update(shared={"x": "y"})), "the shared parameters of group"),
+        (group(lambda g: g.update(shared={"in_a": "y"})), "would be shared with 'y'"),
+        (group(lambda g: g.update(shared={"in_a": "networks.layers.out_d"})), "would be shared"),
+        (site(lambda s: s.update(path="")), "the path of a module is ''"),
+        (site(lambda s: s.update(path="x" * 501)), "the path of a module is"),
+        (site(lambda s: s.update(path="lm_head.0")), "holds the adapted projection 'lm_head.0'"),
+        (site(lambda s: s.update(path="lm_head")), "holds the adapted projection 'lm_head'"),
+        (site(lambda s: s.update(tied_paths=["lm_head"])), "holds the adapted projection"),
+        (site(lambda s: s.update(fused=10**12)), "a size of site .* is above"),
+        (site(lambda s: s.update(fused=12)), "has one of rows and fused"),
+        (site(lambda s: s.update(rows={"offset": 0, "dims": [[16, 1]]})), "has one of rows and"),
+        (
+            site(lambda s: s.update(fused=16, rows={"offset": 1, "dims": [[16, 1]]})),
+            "the rows of site",
+        ),
+        (
+            site(lambda s: s.update(fused=16, rows={"offset": 0, "dims": [[8, 1]]})),
+            "the rows of site",
+        ),
+        (
+            site(lambda s: s.update(fused=16, rows={"offset": 0, "dims": [[16, 0]]})),
+            "the rows of site",
+        ),
+        (site(lambda s: s.update(layer=-1)), "a site is"),
+        (lambda d: d.update(trained_modules=["lm_head", "lm_head"]), "the trained modules are"),
+        (lambda d: d.update(trained_modules=["lm_head", "lm_head.a"]), "cannot be a trained"),
+        (lambda d: d.update(trained_modules=["lm_head", "other"]), "lacks the values of .*'other'"),
+        (lambda d: d.update(trained_modules=[]), "'shared_weights' speaks of modules"),
+        (lambda d: d.update(trained_modules=["model"]), "'model.layers.0.self_attn.q_proj'"),
+    ],
+)  # fmt: skip
+def test_a_field_that_does_not_fit(target, saved, change, message):
+    def also(value):
+        if "'shared_weights'" not in message:
+            value["shared_weights"] = None
+        change(value)
+
+    edit(saved, also)
+    refuses(target, saved, message)
+
+
+def test_share_residual_without_a_shared_factor(llama, tmp_path):
+    put(llama, "cp", gqa="split").save(tmp_path)
+    edit(tmp_path, lambda d: d["config"].update(share_residual=True))
+    refuses(LLAMA_FAMILY.model("ForCausalLM"), tmp_path, "two networks have factors of their own")
+
+
+# The tensors
 
 NAME = "networks.layers.layer_a_b"
 
@@ -166,22 +355,100 @@ NAME = "networks.layers.layer_a_b"
     ("change", "message"),
     [
         (lambda t: t.pop(NAME), f"lacks the tensor '{NAME}'"),
-        (lambda t: t.pop("beside.lm_head:weight"), r"'lm_head' saved with the adapter holds \{\}"),
-        (lambda t: t.update(more=torch.ones(2)), "holds unknown tensors: more"),
+        (lambda t: t.pop("trained_modules.lm_head:weight"), "lacks the values of .*'lm_head'"),
+        (
+            lambda t: t.update({"trained_modules.lm_head:more": torch.ones(2)}),
+            "'lm_head' saved with the adapter holds .*more.* the model's holds",
+        ),
+        (lambda t: t.update(more=torch.ones(2)), "holds unknown tensors: 'more'"),
+        (
+            lambda t: t.update({f"more{k}": torch.ones(2) for k in range(100)}),
+            "unknown tensors: 'more0', .* and 95 more",
+        ),
         (
             lambda t: t.update({NAME: t[NAME][:, :1].contiguous()}),
-            "leg 'a' has size 1 here",
+            r"has the shape \(2, 1, 2\); its legs \(layer a b\) have the sizes \(2, 2, 2\)",
         ),
-        (lambda t: t.update({NAME: t[NAME][0].contiguous()}), "has 3 legs but its tensor has"),
-        (lambda t: t.update({NAME: t[NAME].repeat(2, 1, 1)}), "layer=4.* its description says"),
-        (lambda t: t.update({NAME: t[NAME].int()}), NAME),
+        (lambda t: t.update({NAME: t[NAME][0].contiguous()}), r"has the shape \(2, 2\)"),
+        (lambda t: t.update({NAME: t[NAME].repeat(2, 1, 1)}), r"has the shape \(4, 2, 2\)"),
+        (lambda t: t.update({NAME: t[NAME].int()}), f"factor '{NAME}' is of type I32, no numbers"),
+        (lambda t: t.update({NAME: t[NAME].half()}), "of group 'layers' are of different types"),
         (lambda t: t[NAME].view(-1)[3:4].fill_(float("nan")), f"'{NAME}' holds NaN or infinity"),
-        (lambda t: t["beside.lm_head:weight"][0].fill_(float("inf")), "lm_head.* holds NaN"),
+        (lambda t: t["trained_modules.lm_head:weight"][0].fill_(float("inf")), "lm_head.* holds"),
     ],
 )
 def test_tensors_that_do_not_fit(target, saved, change, message):
-    rewrite(saved, change)
+    edit(saved, numbers=change)
     refuses(target, saved, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+@pytest.mark.parametrize("name", [NAME, "trained_modules.lm_head:weight"])
+def test_numbers_that_nobody_can_check(dtype, name, target, saved):
+    with open_tensors(saved / FILE) as file:
+        metadata = file.metadata
+    values = load_file(saved / FILE)
+    save_file({**values, name: values[name].to(dtype)}, saved / FILE, metadata=metadata)
+    refuses(target, saved, f"tensor '{name}' is of type .*; convert it")
+
+
+# What a stranger's file may cost
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (group(lambda g: g.update(legs="in r (" + " " * 3000)), "is no leg name"),
+        (group(lambda g: g.update(legs="in r (" * 1600)), "no leg name|different legs|unknown"),
+        (group(lambda g: g.update(legs="in r, " * 10_000)), "at most 10,000 and 64 are read"),
+        (group(lambda g: g.update(legs=", ".join(["r"] * 65))), "and 65 parameters; at most"),
+        (
+            group(lambda g: g.update(legs=" ".join(f"b{k}" for k in range(53)))),
+            "a line of 53 different legs; at most 52",
+        ),
+        (group(lambda g: g.update(legs="a" * 10**7)), "a line of 10,000,000 characters"),
+        (group(lambda g: g.update(sites=[{}] * 100_001)), "more than 100,000 sites"),
+        (lambda d: d.update(groups=d["groups"] * 2001), "no list of 1 to 2,000 groups"),
+        (
+            lambda d: d.update(trained_modules=[f"m{k}" for k in range(1001)]),
+            "the trained modules are",
+        ),
+    ],
+)
+def test_a_description_out_of_bounds_costs_no_time(saved, change, message):
+    edit(saved, change)
+    start = time.monotonic()
+    with pytest.raises(AdapterFileError, match=message):
+        read(saved)
+    assert time.monotonic() - start < 4
+
+
+def test_a_header_out_of_bounds_is_not_read(saved):
+    with (saved / FILE).open("wb") as file:
+        file.write(struct.pack("<Q", 2**31))
+        file.truncate(2**32)  # sparse
+    start = time.monotonic()
+    with pytest.raises(
+        AdapterFileError, match=r"header would have 2,147,483,648 bytes, of at most"
+    ):
+        read(saved)
+    assert time.monotonic() - start < 1
+
+
+def test_a_large_unknown_tensor_is_not_read(saved, monkeypatch):
+    data = (saved / FILE).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    end = len(data) - 8 - size
+    header["more"] = {"dtype": "U8", "shape": [2**31], "data_offsets": [end, end + 2**31]}
+    text = json.dumps(header).encode()
+    with (saved / FILE).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data[8 + size :])
+        file.truncate(8 + len(text) + end + 2**31)
+    start = time.monotonic()
+    with pytest.raises(AdapterFileError, match="unknown tensors: 'more'"):
+        read(saved)
+    assert time.monotonic() - start < 1
 
 
 # Any damage at all
@@ -198,17 +465,17 @@ class Damage:
         self.inputs = FAMILIES["Bert"].inputs()
         adapter = put(fresh(), rank=1, targets="qo", train_also=["classifier"], dropout=0.5)
         self.folder = adapter.save(folder)
-        self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        self.file = folder / FILE
+        self.data = self.file.read_bytes()
 
-    def try_to_load(self, **changed):
+    def try_to_load(self, data=None):
         """Either an error of the right kind and nothing changed, or an adapter that works."""
-        for name, data in {**self.files, **changed}.items():
-            (self.folder / name).write_bytes(data)
+        self.file.write_bytes(self.data if data is None else data)
         model = fresh()
         with unchanged(model):
             try:
                 adapter = load(model, self.folder)
-            except (FileNotFoundError, ValueError) as error:
+            except (AdapterFileError, FileNotFoundError) as error:
                 return str(error)
             assert repr(adapter)
             output(model.train(), self.inputs)
@@ -223,31 +490,68 @@ def damage(tmp_path_factory):
     return Damage(tmp_path_factory.mktemp("damage"))
 
 
-names = st.sampled_from(["adapter.json", "adapter.safetensors"])
+def test_undamaged_it_works(damage):
+    assert damage.try_to_load() == "it works"
 
 
-@given(name=names, place=st.integers(0, 10**6), value=st.integers(0, 255))
+def flipped(data, bit):
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def test_no_bit_can_flip_unseen(damage):
+    """Every bit of the first 16 bytes, and 400 drawn from the whole file."""
+    bits = [*range(128), *random.Random(0).choices(range(8 * len(damage.data)), k=400)]
+    for bit in bits:
+        damage.file.write_bytes(flipped(damage.data, bit))
+        for reader in (read, read_description):
+            with pytest.raises((AdapterFileError, FileNotFoundError)):
+                reader(damage.folder)
+
+
+def test_no_bit_of_version_1_or_of_a_lora_raises_anything_else(tmp_path):
+    """Version 1 and PEFT have no digest; an export has one."""
+    golden = Path(__file__).parents[1] / "golden"
+    for name in ("adapter-v1", "lora"):
+        shutil.copytree(golden / name, tmp_path / name)
+        for file in sorted((tmp_path / name).iterdir()):
+            data = file.read_bytes()
+            for bit in random.Random(0).choices(range(8 * len(data)), k=200):
+                file.write_bytes(flipped(data, bit))
+                try:
+                    if name == "lora":
+                        with open_lora(tmp_path / name) as opened:
+                            opened.read()
+                    else:
+                        read(tmp_path / name)
+                except (AdapterFileError, FileNotFoundError):
+                    continue
+                assert file.name != "adapter_model.safetensors"
+            file.write_bytes(data)
+
+
+@given(place=st.integers(0, 10**6), value=st.integers(0, 255))
 @examples(150)
-def test_any_byte_changed(damage, name, place, value):
-    data = bytearray(damage.files[name])
+def test_any_byte_changed(damage, place, value):
+    data = bytearray(damage.data)
     data[place % len(data)] = value
-    damage.try_to_load(**{name: bytes(data)})
+    same = bytes(data) == damage.data
+    assert (damage.try_to_load(bytes(data)) == "it works") == same
 
 
-@given(name=names, length=st.integers(0, 10**6))
+@given(length=st.integers(0, 10**6))
 @examples(40)
-def test_any_file_cut_short(damage, name, length):
-    data = damage.files[name]
-    damage.try_to_load(**{name: data[: length % len(data)]})
+def test_any_file_cut_short(damage, length):
+    assert damage.try_to_load(damage.data[: length % len(damage.data)]) != "it works"
 
 
 @pytest.mark.parametrize("kind", [b"I32", b"U32"])
 def test_a_dtype_of_the_same_size(damage, kind):
-    data = damage.files["adapter.safetensors"]
-    for place in range(data.count(b"F32")):
-        parts = data.split(b"F32")
+    for place in range(damage.data.count(b"F32")):
+        parts = damage.data.split(b"F32")
         changed = b"F32".join(parts[: place + 1]) + kind + b"F32".join(parts[place + 1 :])
-        damage.try_to_load(**{"adapter.safetensors": changed})
+        assert damage.try_to_load(changed) != "it works"
 
 
 def places(value, path=()):
@@ -265,7 +569,9 @@ VALUES = [None, True, 0, -1, 3, 10**400, 0.5, 1e999, "", "in r, out r", [], [[]]
 @given(data=st.data())
 @examples(250)
 def test_any_value_of_the_description_replaced(damage, data):
-    value = json.loads(damage.files["adapter.json"])
+    """Written with the right digest, as somebody would who means harm."""
+    damage.file.write_bytes(damage.data)
+    value = json.loads(description(damage.folder))
     path = data.draw(st.sampled_from([path for path in places(value) if path]))
     owner = value
     for key in path[:-1]:
@@ -274,19 +580,31 @@ def test_any_value_of_the_description_replaced(damage, data):
         del owner[path[-1]]
     else:
         owner[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(VALUES)))
-    damage.try_to_load(**{"adapter.json": json.dumps(value).encode()})
+    edit(damage.folder, text=json.dumps(value))
+    damage.try_to_load(damage.file.read_bytes())
 
 
 @given(text=st.text(alphabet='{}[]",:0 \n', max_size=20))
 @example(text='{"format": 1e999}')
 @examples(20)
 def test_any_text_as_a_description(damage, text):
-    damage.try_to_load(**{"adapter.json": text.encode()})
+    damage.file.write_bytes(damage.data)
+    edit(damage.folder, text=text)
+    assert damage.try_to_load(damage.file.read_bytes()) != "it works"
 
 
-def test_a_description_nested_too_deep(damage):
-    assert "damaged" in damage.try_to_load(**{"adapter.json": b"[" * 100_000})
-
-
-def test_undamaged_it_works(damage):
-    assert damage.try_to_load() == "it works"
+@given(data=st.data())
+@examples(100)
+def test_any_value_of_version_1_replaced(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("v1")
+    golden = Path(__file__).parents[1] / "golden" / "adapter-v1"
+    shutil.copy(golden / FILE, folder)
+    value = json.loads((golden / "adapter.json").read_text())
+    path = data.draw(st.sampled_from([path for path in places(value) if path]))
+    owner = value
+    for key in path[:-1]:
+        owner = owner[key]
+    owner[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(VALUES)))
+    (folder / "adapter.json").write_text(json.dumps(value))
+    with suppress(AdapterFileError):
+        assert repr(read(folder))

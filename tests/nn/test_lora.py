@@ -1,17 +1,30 @@
 """LoRA files: exported exactly, fit for every consumer, and read back."""
 
+import importlib
 import json
+import os
+import re
+import time
+import warnings
+from contextlib import suppress
 
 import peft
 import pytest
 import torch
-from harness import close, each_format, output, put, same_bits, unchanged
+from harness import close, each_format, examples, output, put, same_bits, unchanged
+from hypothesis import given
+from hypothesis import strategies as st
 from models import FAMILIES, each_family
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lortalib
 from lortalib.nn import AdapterFileError, adapters, export_lora, load, load_lora
+from lortalib.nn._files import lora_config, read
+from lortalib.nn._files.lora_config import Scaling
+from lortalib.nn._files.lora_file import open_lora
 
 # The ranks that vLLM 0.33 allows, read in its source.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -186,6 +199,177 @@ def test_what_has_no_pair_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_no_reader_takes_is_not_exported(llama, tmp_path):
+    adapter = put(llama, "cp", train_also=["lm_head"])
+    adapter.export_lora(tmp_path)
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for tensor, name in (
+        (adapter.networks["layers"].in_r, "lora_A"),
+        (adapter.networks["layers"].out_r, "lora_B"),
+        (llama.lm_head.weight, "lm_head.weight"),
+    ):
+        with torch.no_grad():
+            before = tensor[0, 0].item()
+            tensor[0, 0] = float("nan")
+        message = f"{name}.* holds NaN or infinity, so adapter 'default' was not exported; nothing"
+        with unchanged(llama), pytest.raises(ValueError, match=message):
+            adapter.export_lora(tmp_path)
+        with torch.no_grad():
+            tensor[0, 0] = before
+    with torch.no_grad():  # finite, but their product is not
+        adapter.networks["layers"].layer_r.fill_(3e38)
+        adapter.networks["layers"].head_r.fill_(3e38)
+    with pytest.raises(ValueError, match="NaN or infinity, so adapter"):
+        adapter.export_lora(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+
+
+# Modules whose weight is another module's too
+
+
+def tied_llama():
+    return FAMILIES["Llama"].model("ForCausalLM", tie_word_embeddings=True)
+
+
+def moved(model, path):
+    with torch.no_grad():
+        weight = model.get_submodule(path).weight
+        weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "module"),
+    [("Llama", "ForCausalLM", "lm_head"), ("T5", "ForConditionalGeneration", "shared")],
+)
+def test_a_trained_module_with_anothers_weight_is_refused(name, kind, module, tmp_path):
+    """PEFT would give it a weight of its own, and the other module would keep the base's."""
+    family = FAMILIES[name]
+    model = family.model(kind, tie_word_embeddings=True)
+    adapter = put(model, train_also=[module])
+    message = rf"the module '{module}', trained .*, holds the same weight as .*\.weight"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        adapter.export_lora(tmp_path / "out")
+    folder = adapter.save(tmp_path / "own")
+    with pytest.raises(ValueError, match=message):
+        export_lora(read(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_modules_that_hold_one_weight_together(inputs, tmp_path):
+    model = tied_llama()
+    adapter = put(model, train_also=["lm_head", "embed_tokens"])
+    expected = output(moved(model, "lm_head"), inputs)
+    adapter.export_lora(tmp_path)
+    found = peft.PeftModel.from_pretrained(tied_llama(), tmp_path).eval()
+    assert close(output(found, inputs), expected)
+    again = tied_llama()
+    load_lora(again, tmp_path)
+    assert close(output(again, inputs), expected)
+
+
+def test_without_a_model_nobody_knows_what_is_tied(llama, tmp_path):
+    adapter = put(llama, train_also=["lm_head"])
+    adapter.remove()
+    with pytest.warns(UserWarning, match="can only be told with the model"):
+        export_lora(adapter, tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_lora(adapter, tmp_path / "b", llama)
+        export_lora(read(put(llama, train_also=["lm_head"]).save(tmp_path / "c")), tmp_path / "d")
+
+
+def test_a_lora_that_trained_a_tied_head_is_read_exactly_or_refused(inputs, tmp_path):
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    lora = peft.LoraConfig(r=2, modules_to_save=["lm_head"], **options)
+    theirs = peft.get_peft_model(tied_llama(), lora).eval()
+    theirs.save_pretrained(tmp_path / "same")
+    model = tied_llama()
+    load_lora(model, tmp_path / "same")
+    assert close(output(model, inputs), output(theirs, inputs))
+    moved(theirs, "base_model.model.lm_head.modules_to_save.default")
+    theirs.save_pretrained(tmp_path / "moved")
+    model = tied_llama()
+    message = r"lm_head\.weight, whose weight is model\.embed_tokens\.weight's too"
+    with unchanged(model), pytest.raises(AdapterFileError, match=message):
+        load_lora(model, tmp_path / "moved")
+    apart = FAMILIES["Llama"].model("ForCausalLM")
+    load_lora(apart, tmp_path / "moved")
+    with torch.no_grad():
+        apart.model.embed_tokens.weight.copy_(tied_llama().model.embed_tokens.weight)
+    assert close(output(apart, inputs), output(theirs, inputs))
+
+
+# An export that is interrupted
+
+STEPS = ["os.replace", "os.fsync", "os.link", "lortalib.nn._files.export_lora.write_tensors"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("place", STEPS)
+def test_an_export_that_stops_leaves_the_old_or_the_new(
+    llama, tmp_path, monkeypatch, place, calls, behind, error
+):
+    def files(folder):
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    put(llama, "cp", 2).export_lora(tmp_path)
+    adapter = put(llama, "cp", 3, name="new")
+    adapter.export_lora(tmp_path / "new")
+    old, new = files(tmp_path), files(tmp_path / "new")
+    module, _, name = place.rpartition(".")
+    module = importlib.import_module(module)
+    function, count = getattr(module, name), iter(range(1000))
+
+    def stop(*arguments, **options):
+        now = next(count) == calls
+        if now and not behind:
+            raise error("stop")
+        result = function(*arguments, **options)
+        if now:
+            raise error("stop")
+        return result
+
+    with monkeypatch.context() as patched, unchanged(llama):
+        patched.setattr(module, name, stop)
+        with suppress(error):
+            adapter.export_lora(tmp_path)
+    assert files(tmp_path) in (old, new)
+    with open_lora(tmp_path) as opened:
+        opened.read()
+    assert sorted(os.listdir(tmp_path)) == [*sorted(old), "new"]
+
+
+def test_files_of_two_exports_are_told_apart(llama, tmp_path):
+    """What a process that is killed between the two renames leaves."""
+    put(llama, "cp", 2).export_lora(tmp_path / "one")
+    put(llama, "cp", 3, name="b").export_lora(tmp_path / "two")
+    config = (tmp_path / "one" / "adapter_config.json").read_bytes()
+    (tmp_path / "two" / "adapter_config.json").write_bytes(config)
+    other = FAMILIES["Llama"].model("ForCausalLM")
+    with unchanged(other), pytest.raises(AdapterFileError, match="of two exports, or edited"):
+        load_lora(other, tmp_path / "two")
+
+
+def edit(folder, **changes):
+    """Other values in the configuration."""
+    (folder / "adapter_config.json").write_text(json.dumps({**config_of(folder), **changes}))
+    return folder
+
+
+def test_the_name_of_the_base_may_be_edited(llama, tmp_path):
+    put(llama).export_lora(tmp_path)
+    edit(tmp_path, base_model_name_or_path="someone/else", inference_mode=False)
+    load_lora(llama, tmp_path, name="again")
+    edit(tmp_path, lora_alpha=5)
+    with pytest.raises(AdapterFileError, match="not as lortalib wrote them"):
+        load_lora(llama, tmp_path, name="more")
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert set(file.metadata()) == {"format", "lortalib", "lortalib_sha256"}
+
+
 # Import
 
 
@@ -285,6 +469,148 @@ def test_what_is_no_low_rank_pair_is_refused(what, llama, tmp_path):
     trained(FAMILIES["Llama"], "ForCausalLM", **options).save_pretrained(tmp_path)
     with unchanged(llama), pytest.raises(AdapterFileError, match=message):
         load_lora(llama, tmp_path)
+
+
+VARIANTS = {
+    "target_parameters": ["experts"], "layer_replication": [[0, 1]], "lora_bias": True,
+    "trainable_token_indices": [1], "use_qalora": True, "alora_invocation_tokens": [1],
+    "arrow_config": {"top_k": 1}, "kasa_config": {"beta": 1}, "monteclora_config": {"x": 1},
+    "use_bdlora": {"x": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder that PEFT wrote, without lortalib's digest."""
+    trained(FAMILIES["Llama"], "ForCausalLM").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+def test_other_methods_of_the_same_file_are_refused(key, theirs, llama):
+    edit(theirs, **{key: VARIANTS[key]})
+    with unchanged(llama), pytest.raises(AdapterFileError, match=f"has {key}: "):
+        load_lora(llama, theirs)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_starts_that_change_the_base_are_refused(start, theirs, llama):
+    edit(theirs, init_lora_weights=start)
+    with unchanged(llama), pytest.raises(AdapterFileError, match="changes the base's weights"):
+        load_lora(llama, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": value}
+        for value in (None, "8", True, [8], 10**400, float("nan"), float("inf"), 1e300)
+    ]
+    + [{"lora_dropout": value} for value in (7, 1.0, -0.1, float("nan"), "0", [])]
+    + [{"r": value} for value in (0, -1, 2.5, "3", None, True)]
+    + [{"alpha_pattern": value} for value in (["a"], 5, {"q_proj": None}, {"q_proj": "1"})]
+    + [{"alpha_pattern": {"q_proj": float("nan")}}, {"alpha_pattern": {"": 1}}]
+    + [{"alpha_pattern": {name: 1}} for name in ("(", "q.*", "[a]", "a|b", "(([a-z_.0-9])+)+!")]
+    + [{"rank_pattern": value} for value in (["a"], 5, {"q_proj": None})]
+    + [{"modules_to_save": value} for value in (5, [5], [""], [None], {"a": 1})]
+    + [{"modules_to_save": ["q_proj"]}, {"modules_to_save": ["self_attn"]}]
+    + [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["rotary_emb"]}]
+    + [{"use_rslora": "yes"}, {"bias": 5}, {"bias": "all"}, {"peft_type": 3}, {"peft_type": None}],
+)
+def test_odd_configurations_are_refused(changes, theirs, llama):
+    edit(theirs, **changes)
+    with unchanged(llama), pytest.raises(AdapterFileError):
+        load_lora(llama, theirs)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "5", "{", "[" * 100_000, '{"peft_type": "LORA", "peft_type": "LORA"}']
+)
+def test_configurations_that_are_none(text, theirs, llama):
+    (theirs / "adapter_config.json").write_text(text)
+    with unchanged(llama), pytest.raises(AdapterFileError):
+        load_lora(llama, theirs)
+    (theirs / "adapter_config.json").write_bytes(b"\xff")
+    with pytest.raises(AdapterFileError, match="damaged"):
+        lora_config(theirs)
+
+
+def test_a_configuration_of_any_length_costs_no_time(theirs, llama):
+    (theirs / "adapter_config.json").write_text('{"peft_type": "' + "x" * 50_000_000 + '"}')
+    start = time.monotonic()
+    with pytest.raises(AdapterFileError, match="more than 16,777,216 bytes"):
+        load_lora(llama, theirs)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b: (a[:0], b[:, :0]), "is not whole"),
+        (lambda a, b: (a[:2], b), "is not whole"),
+        (lambda a, b: (a.to(torch.complex64), b), "is of type C64"),
+        (lambda a, b: (a.to(torch.float8_e5m2), b), "is of type F8_E5M2"),
+        (lambda a, b: (a.int(), b), "no pair's numbers"),
+        (lambda a, b: (a[None], b), "is no side of a linear map's pair"),
+        (lambda a, b: (a * 0 + 3e38, b * 0 + 3e38), "is beyond float32"),
+        (lambda a, b: (a.double() * 0 + 1e300, b), "is beyond float32"),
+    ],
+)
+def test_odd_pairs_are_refused(change, message, theirs, llama):
+    file = theirs / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_A" in key)
+    a, b = change(tensors[key], tensors[key.replace("lora_A", "lora_B")])
+    changed = {key: a.contiguous(), key.replace("lora_A", "lora_B"): b.contiguous()}
+    save_file({**tensors, **changed}, file)
+    with unchanged(llama), pytest.raises(AdapterFileError, match=message):
+        load_lora(llama, theirs)
+
+
+def test_tensors_beside_the_pairs(theirs, llama):
+    file, name = theirs / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    tensors = load_file(file)
+    save_file({**tensors, name: llama.lm_head.weight.data.clone()}, file)  # as PEFT may write it
+    load_lora(llama, theirs).remove()
+    for value, message in (
+        (torch.zeros(64, 16), "holds other values of 'lm_head.weight' than the model"),
+        (torch.zeros(3), "holds the tensor 'lm_head.weight', which is no pair"),
+    ):
+        save_file({**tensors, name: value}, file)
+        with unchanged(llama), pytest.raises(AdapterFileError, match=message):
+            load_lora(llama, theirs)
+    key = next(iter(tensors))
+    save_file({**tensors, key.removeprefix("base_model.model."): tensors[key].clone()}, file)
+    with unchanged(llama), pytest.raises(AdapterFileError, match="which are the same"):
+        load_lora(llama, theirs)
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "ab", "0", "q_proj"]), min_size=1, max_size=4)
+
+
+@given(
+    path=WORDS.map(".".join),
+    names=st.lists(WORDS.flatmap(lambda w: st.sampled_from([".".join, "_".join]).map(
+        lambda join: join(w))), max_size=4),
+    marks=st.lists(st.sampled_from(["{}", "^{}", "{}$", "^{}$"]), min_size=4, max_size=4),
+    escaped=st.booleans(),
+)  # fmt: skip
+@examples(400)
+def test_names_in_patterns_mean_what_they_mean_to_peft(path, names, marks, escaped):
+    patterns = {}
+    for number, (name, mark) in enumerate(zip(names, marks)):
+        name = re.escape(name).replace("_", "_") if escaped else name
+        patterns[mark.format(name)] = number + 10
+    expected = patterns.get(get_pattern_key(list(patterns), path), 1)
+    assert Scaling({"lora_alpha": 1, "alpha_pattern": patterns})(path, 1) == expected
+
+
+def test_the_configuration_alone(llama, tmp_path):
+    put(llama, "cp", 3).export_lora(tmp_path)
+    assert lora_config(tmp_path)["r"] == 3
+    assert lora_config(str(tmp_path)) == config_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
+        lora_config(tmp_path / "nowhere")
 
 
 def test_other_models_and_damaged_files_are_refused(llama, tmp_path):

@@ -1,14 +1,21 @@
-"""Saving and loading: what the files hold, and that a model takes back the same adapter."""
+"""Saving and loading: what the file holds, and that a model takes back the same adapter."""
 
 import json
 import os
 import pkgutil
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import (
     changes,
     close,
@@ -24,20 +31,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, each_family
 from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lortalib import decomp
-from lortalib.nn import AdapterFileError, adapters, apply, export_lora, load, set_active
+from lortalib.nn import (
+    AdapterFileError,
+    adapters,
+    apply,
+    export_lora,
+    load,
+    load_lora,
+    set_active,
+)
+from lortalib.nn._files import read, read_adapter, read_description
+from lortalib.nn._files.saved import write_saved
+from lortalib.nn._files.tensors import open_tensors
 
-FILES = ["adapter.json", "adapter.safetensors"]
+FILE = "adapter.safetensors"
 
 
 def description(folder):
-    return json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    with safe_open(folder / FILE, framework="pt") as file:
+        return json.loads(file.metadata()["lortalib"])
 
 
 def tensors(folder):
-    with safe_open(folder / "adapter.safetensors", framework="pt") as file:
+    with safe_open(folder / FILE, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def rewrite(file, text, change=lambda tensors: tensors):
+    """The file of an adapter with another description and other tensors, as if it was saved so."""
+    with open_tensors(file) as opened:
+        values = change(opened.read())
+    with file.open("wb") as opened:
+        write_saved(opened, text, values)
 
 
 # Round trip
@@ -115,12 +145,108 @@ def test_an_adapter_is_saved_in_any_state(llama, inputs, state, tmp_path):
     assert same_bits(output(other, inputs), expected)
 
 
-def test_saving_what_was_loaded_gives_the_same_files(llama, tmp_path):
-    put(llama, "tucker", gqa="split").save(tmp_path / "one")
+def test_saving_what_was_loaded_gives_the_same_bytes(llama, tmp_path):
+    put(llama, "tucker", gqa="split", train_also=["lm_head"]).save(tmp_path / "0")
+    for k in range(5):  # an order that is drawn for each file would show
+        other = FAMILIES["Llama"].model("ForCausalLM")
+        load(other, tmp_path / str(k)).save(tmp_path / str(k + 1))
+        assert (tmp_path / "0" / FILE).read_bytes() == (tmp_path / str(k + 1) / FILE).read_bytes()
+
+
+@each_format
+def test_read_gives_the_adapter_on_no_model(decomposition, llama, tmp_path):
+    adapter = put(llama, decomposition, alpha=0.7, train_also=["lm_head"])
+    found = read(adapter.save(tmp_path))
+    assert not found.is_on_model
+    assert (found.name, found.config, found.groups) == ("default", adapter.config, adapter.groups)
+    assert all(same_bits(found.delta(site), adapter.delta(site)) for site in adapter.sites)
+    values = found.trained_modules.values(None)["lm_head"]["weight"]
+    assert same_bits(values, llama.lm_head.weight)
+
+
+def test_a_folder_and_its_file_are_the_same(llama, tmp_path):
+    adapter = put(llama)
+    adapter.save(tmp_path)
+    for place in (tmp_path, str(tmp_path), tmp_path / FILE, str(tmp_path / FILE)):
+        assert read(place).count() == adapter.count()
+        assert read_description(place)["name"] == "default"
+        load(llama, place, name="again").remove()
+    (tmp_path / FILE).rename(tmp_path / "mine.safetensors")
+    assert read(tmp_path / "mine.safetensors").count() == adapter.count()
+
+
+def test_an_adapter_fits_a_model_without_being_put_on_it(llama, inputs, tmp_path):
+    expected = put(llama).save(tmp_path) and output(llama, inputs)
     other = FAMILIES["Llama"].model("ForCausalLM")
-    load(other, tmp_path / "one").save(tmp_path / "two")
-    for file in FILES:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    with unchanged(other):
+        adapter = read_adapter(other, tmp_path, name="x")
+    assert adapter.name == "x"
+    assert not adapter.is_on_model
+    load(other, tmp_path)
+    assert same_bits(output(other, inputs), expected)
+
+
+def test_the_file_is_read_once(llama, tmp_path, monkeypatch):
+    put(llama).save(tmp_path)
+    opened = []
+    own = open_tensors
+
+    def count(path):
+        opened.append(path)
+        return own(path)
+
+    monkeypatch.setattr("lortalib.nn._files.saved.open_tensors", count)
+    load(llama, tmp_path, name="again")
+    assert opened == [tmp_path / FILE]
+
+
+# Parameters that several networks have, and their names
+
+CLASH = "in dense, out dense, head dense, layer dense, matrix dense, dense"
+
+
+def test_a_parameter_whose_name_is_an_attribute(llama, inputs, tmp_path):
+    """`dense` is a method of a network, so its parameter of that name is called `dense_`."""
+    adapter = put(llama, CLASH)
+    assert adapter.networks["layers"].names[-1] == "dense_"
+    expected = output(llama, inputs)
+    adapter.save(tmp_path)
+    assert description(tmp_path)["groups"][0]["parameters"][-1] == "dense_"
+    other = FAMILIES["Llama"].model("ForCausalLM")
+    loaded = load(other, tmp_path)
+    assert same_bits(output(other, inputs), expected)
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in adapter.named_parameters()]
+
+
+@pytest.mark.parametrize("gqa", ["pool", "split"])
+def test_a_shared_factor_is_stored_once_and_stays_shared(gqa, llama, inputs, tmp_path):
+    adapter = put(llama, "cp", targets="all", gqa=gqa, share_residual=True)
+    numbers = {id(p): p.numel() for p in adapter.networks.parameters()}
+    adapter.save(tmp_path)
+    assert sum(tensor.numel() for tensor in tensors(tmp_path).values()) == sum(numbers.values())
+    other = FAMILIES["Llama"].model("ForCausalLM")
+    loaded = load(other, tmp_path)
+    assert len(list(loaded.networks.parameters())) == len(numbers)
+    assert loaded.count() == adapter.count()
+    assert same_bits(output(other, inputs), output(llama, inputs))
+
+
+def test_two_groups_of_one_network_stay_one(llama, tmp_path):
+    made = {}
+
+    def one_for_all(shape, rank):
+        return made.setdefault(tuple(shape.items()), decomp.cp(shape, rank))
+
+    adapter = put(llama, one_for_all, targets="qk", gqa="split")
+    twin = adapter.networks["layers_4x4_16"]
+    # The two groups have other head counts, so let them share the factors that are of one size.
+    other = adapter.networks["layers_2x4_16"]
+    for name in ("in_r", "out_r"):
+        other.register_parameter(name, twin.get_parameter(name))
+    adapter.save(tmp_path)
+    loaded = load(FAMILIES["Llama"].model("ForCausalLM"), tmp_path)
+    assert loaded.networks["layers_2x4_16"].in_r is loaded.networks["layers_4x4_16"].in_r
+    assert loaded.count() == adapter.count()
 
 
 SCRIPT = """
@@ -149,10 +275,10 @@ def test_a_fresh_process_computes_the_same(llama, inputs, tmp_path):
 # What the files hold
 
 
-def test_two_files_and_each_tensor_once(llama, tmp_path):
+def test_one_file_and_each_tensor_once(llama, tmp_path):
     adapter = put(llama, "cp", 3)
     adapter.save(tmp_path / "new" / "folder")
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == FILES
+    assert os.listdir(tmp_path / "new" / "folder") == [FILE]
     saved = tensors(tmp_path / "new" / "folder")
     assert list(saved) == sorted(
         f"networks.layers.{leg}_r" for leg in ("in", "out", "head", "layer", "matrix")
@@ -161,8 +287,7 @@ def test_two_files_and_each_tensor_once(llama, tmp_path):
     own = {f"networks.{name}": p for name, p in adapter.networks.named_parameters()}
     own = {name.replace("networks.networks.", "networks."): p for name, p in own.items()}
     assert all(same_bits(saved[name], own[name]) for name in saved)
-    size = sum((tmp_path / "new" / "folder" / file).stat().st_size for file in FILES)
-    assert size < 4 * adapter.count() + 8_000
+    assert (tmp_path / "new" / "folder" / FILE).stat().st_size < 4 * adapter.count() + 8_000
 
 
 def test_others_may_read_every_file_alike(llama, tmp_path):
@@ -172,7 +297,7 @@ def test_others_may_read_every_file_alike(llama, tmp_path):
     (tmp_path / "new").touch()
     usual = (tmp_path / "new").stat().st_mode
     files = [*(tmp_path / "own").iterdir(), *(tmp_path / "lora").iterdir()]
-    assert len(files) == 4
+    assert len(files) == 3
     assert {file.stat().st_mode for file in files} == {usual}
 
 
@@ -180,13 +305,15 @@ def test_the_description_is_for_people_too(llama, tmp_path):
     llama.config._name_or_path = "someone/tiny-llama"
     put(llama, "metatt", 2, alpha=0.5, targets="qv", layers=1).save(tmp_path)
     text = description(tmp_path)
-    assert text["format_version"] == 1
+    assert text == read_description(tmp_path)
+    assert (text["format"], text["format_version"]) == ("lortalib adapter", 2)
     base = text["base_model"]
     assert (base["class"], base["model_type"]) == ("LlamaForCausalLM", "llama")
     assert base["name"] == "someone/tiny-llama"
     assert re.fullmatch("[0-9a-f]{16}", base["shape_fingerprint"])
-    assert text["settings"]["decomposition"] == "tt"
-    assert text["settings"]["scaling"] == 0.5
+    assert text["config"]["decomposition"] == "tt"
+    assert text["config"]["scaling"] == 0.5
+    assert text["trained_modules"] == []
     (group,) = text["groups"]
     assert group["legs"] == "in a, layer a b, matrix b c, head c d, out d"
     assert group["modes"] == {"layer": 1, "head": 4, "matrix": 2, "in": 16, "out": 4}
@@ -199,8 +326,8 @@ def test_the_description_is_for_people_too(llama, tmp_path):
 def test_paths_are_only_a_hint(llama, inputs, tmp_path):
     put(llama, gqa="split").save(tmp_path)
     expected = output(llama, inputs)
-    text = (tmp_path / "adapter.json").read_text().replace("self_attn.", "renamed.")
-    (tmp_path / "adapter.json").write_text(text)
+    text = json.dumps(description(tmp_path)).replace("self_attn.", "renamed.")
+    rewrite(tmp_path / FILE, text)
     other = FAMILIES["Llama"].model("ForCausalLM")
     load(other, tmp_path)
     assert same_bits(output(other, inputs), expected)
@@ -267,42 +394,221 @@ def test_settings_come_back_exactly(tmp_path_factory, alpha, dropout, rank):
     assert all(same_bits(loaded.delta(s), adapter.delta(s)) for s in adapter.sites)
 
 
+# Older and newer versions
+
+
+def test_a_field_that_later_versions_add_may_be_missing(llama, inputs, tmp_path):
+    """Whatever has a default: the files of today stay sound when such a field is added."""
+    put(llama, gqa="split").save(tmp_path)
+    expected = output(llama, inputs)
+    value = description(tmp_path)
+    del value["config"]["share_residual"], value["shared_weights"]
+    for group in value["groups"]:
+        for site in group["sites"]:
+            for name in ("transposed", "parameter", "rows", "fused", "tied_paths", "experts"):
+                del site[name]
+    rewrite(tmp_path / FILE, json.dumps(value))
+    other = FAMILIES["Llama"].model("ForCausalLM")
+    assert load(other, tmp_path).config.share_residual is False
+    assert same_bits(output(other, inputs), expected)
+
+
+def test_what_version_1_left_is_removed(llama, tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "adapter-v1"
+    for file in golden.iterdir():
+        shutil.copy(file, tmp_path)
+    put(llama, name="new").save(tmp_path)
+    assert os.listdir(tmp_path) == [FILE]
+    # What is no description of an adapter is somebody else's, and is never looked at.
+    (tmp_path / "adapter.json").write_text('{"format": "another"}')
+    put(llama, name="newer").save(tmp_path)
+    assert read(tmp_path).name == "newer"
+    assert sorted(os.listdir(tmp_path)) == ["adapter.json", FILE]
+
+
+# Modules that trained as a whole, where their weight is another's too
+
+
+def tied(**changes):
+    return FAMILIES["Llama"].model("ForCausalLM", tie_word_embeddings=True, **changes)
+
+
+def test_a_tied_head_goes_onto_a_tied_model_only(inputs, tmp_path):
+    model = tied()
+    adapter = put(model, train_also=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    expected = output(model, inputs)
+    adapter.save(tmp_path)
+    assert description(tmp_path)["shared_weights"] == {"lm_head": ["model.embed_tokens.weight"]}
+    other = tied()
+    load(other, tmp_path)
+    assert same_bits(output(other, inputs), expected)
+    apart = FAMILIES["Llama"].model("ForCausalLM")
+    with (
+        unchanged(apart),
+        pytest.raises(AdapterFileError, match=r"shared with model\.embed_tokens"),
+    ):
+        load(apart, tmp_path)
+    put(apart, train_also=["lm_head"]).save(tmp_path)
+    other = tied()
+    with unchanged(other), pytest.raises(AdapterFileError, match="were shared with nothing"):
+        load(other, tmp_path)
+
+
 # Saving that fails
 
 
-def after(calls, function):
-    """A function that fails as on a full disk, once it was called so many times."""
-    count = iter(range(100))
+class Stop(BaseException):
+    """An interrupt, as Ctrl-C is one."""
+
+
+STEPS = [
+    "os.replace",
+    "os.fsync",
+    "os.open",
+    "pathlib.Path.open",
+    "pathlib.Path.mkdir",
+    "pathlib.Path.glob",
+    "lortalib.nn._files.folder.remove_old_description",
+    "lortalib.nn._files.saved.write_tensors",
+    "lortalib.nn._files.saved.digest",
+    "shutil.rmtree",
+]
+
+
+def stops(place, calls, behind, error):
+    """A function that stops so many calls later: before its work, or behind it."""
+    function = pkgutil.resolve_name(place)
+    count = iter(range(10**6))
 
     def call(*args, **kwargs):
-        if next(count) == calls:
-            raise OSError("no space left on device")
-        return function(*args, **kwargs)
+        now = next(count) == calls
+        if now and not behind:
+            raise error("no space left on device")
+        result = function(*args, **kwargs)
+        if now:
+            raise error("no space left on device")
+        return result
 
     return call
 
 
-@pytest.mark.parametrize(
-    ("place", "calls"),
-    [
-        ("lortalib.nn._storage.save_file", 0),
-        ("pathlib.Path.write_text", 0),
-        ("os.replace", 0),
-        ("os.replace", 1),
-    ],
-)
-def test_a_failing_save_leaves_the_old_files(llama, tmp_path, monkeypatch, place, calls):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("place", STEPS)
+def test_a_save_that_stops_leaves_the_old_or_the_new(
+    llama, tmp_path, monkeypatch, place, calls, behind, error
+):
     adapter = put(llama)
     adapter.save(tmp_path)
-    old = {file: (tmp_path / file).read_bytes() for file in FILES}
+    old = (tmp_path / FILE).read_bytes()
     with torch.no_grad():
         next(adapter.parameters()).neg_()
+    adapter.save(tmp_path / "new")
+    new = (tmp_path / "new" / FILE).read_bytes()
+    if place.endswith("remove_old_description"):
+        place = "lortalib.nn._files.adapter.remove_old_description"
     with monkeypatch.context() as patched, unchanged(llama):
-        patched.setattr(place, after(calls, pkgutil.resolve_name(place)))
+        patched.setattr(place, stops(place, calls, behind, error))
+        with suppress(error):
+            adapter.save(tmp_path)
+    assert (tmp_path / FILE).read_bytes() in (old, new)
+    assert read(tmp_path).count() == adapter.count()
+    left = {name for name in os.listdir(tmp_path) if not name.startswith(".saving-")}
+    assert left == {FILE, "new"}
+    if place not in ("shutil.rmtree", "os.open"):  # what clears up: the next save does it
+        assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(llama, tmp_path, monkeypatch, step):
+    """Before the rename, no step may leave the new file."""
+    adapter = put(llama)
+    adapter.save(tmp_path)
+    old = (tmp_path / FILE).read_bytes()
+    with torch.no_grad():
+        next(adapter.parameters()).neg_()
+    place = "lortalib.nn._files.saved.write_tensors" if step == "write_tensors" else f"os.{step}"
+    with monkeypatch.context() as patched, unchanged(llama):
+        patched.setattr(place, stops(place, 0, False, OSError))
         with pytest.raises(OSError, match="no space left"):
             adapter.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == FILES
-    assert {file: (tmp_path / file).read_bytes() for file in FILES} == old
+    assert os.listdir(tmp_path) == [FILE]
+    assert (tmp_path / FILE).read_bytes() == old
+
+
+def test_what_killed_saves_left_is_removed(llama, tmp_path):
+    adapter = put(llama)
+    adapter.save(tmp_path)
+    old, young = tmp_path / ".saving-old", tmp_path / ".saving-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / FILE).write_text("half")
+    loose = tmp_path / ".saving-file"
+    loose.write_text("half")
+    for path in (old, loose):
+        os.utime(path, (1, 1))
+    adapter.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".saving-young", FILE]
+
+
+def one_or_two(llama):
+    """Two adapters whose every number says which of the two it is of."""
+    found = []
+    for k in (1, 2):
+        adapter = put(llama, name=f"n{k}", alpha=float(k))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.fill_(k)
+        found.append(adapter)
+    return found
+
+
+def whole(adapter):
+    """Whether name, alpha and numbers are of one save."""
+    k = adapter.config.alpha
+    return adapter.name == f"n{k:.0f}" and all((p == k).all() for p in adapter.parameters())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_writer_leaves_one_of_the_two(llama, tmp_path):
+    one, two = one_or_two(llama)
+    one.save(tmp_path)
+    random = Random(0)
+    seen = set()
+    for _ in range(12):
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                two.save(tmp_path)
+                one.save(tmp_path)
+        time.sleep(0.02 + 0.03 * random.random())
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found = read(tmp_path)
+        assert whole(found)
+        seen.add(found.name)
+    assert seen <= {"n1", "n2"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_reader_beside_a_writer_sees_the_old_or_the_new(llama, tmp_path):
+    one, two = one_or_two(llama)
+    one.save(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            two.save(tmp_path)
+            one.save(tmp_path)
+    try:
+        found = [read(tmp_path) for _ in range(100)]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert all(map(whole, found))
+    assert {adapter.name for adapter in found} == {"n1", "n2"}
 
 
 def test_saving_onto_a_file_or_from_the_meta_device(llama, tmp_path):
@@ -317,14 +623,67 @@ def test_saving_onto_a_file_or_from_the_meta_device(llama, tmp_path):
     assert not (tmp_path / "meta").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["a factor", "a trained module"])
+def test_what_no_reader_takes_is_not_written(where, value, llama, tmp_path):
+    adapter = put(llama, train_also=["lm_head"])
+    adapter.save(tmp_path)
+    old = (tmp_path / FILE).read_bytes()
+    factor, name = adapter.networks["layers"].in_r, "networks.layers.in_r"
+    if where == "a trained module":
+        factor, name = llama.lm_head.weight, "trained_modules.lm_head:weight"
+    with torch.no_grad():
+        factor.view(-1)[3] = value
+    message = f"'{name}' holds NaN or infinity, so adapter 'default' was not saved; nothing"
+    with unchanged(llama), pytest.raises(ValueError, match=message):
+        adapter.save(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == old
+
+
+def test_what_no_file_holds_is_refused_by_name(llama, tmp_path):
+    adapter = put(llama, "cp")
+    adapter.networks["layers"].in_r.data = adapter.networks["layers"].in_r.data.half()
+    with pytest.raises(ValueError, match="'layers' are of different types"):
+        adapter.save(tmp_path)
+    adapter.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="float8_e4m3fn, which an adapter's file does not hold"):
+        adapter.save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_saving_over_an_adapter_replaces_it(llama, tmp_path):
     put(llama, "lora", 4, name="big").save(tmp_path)
     adapter = put(llama, "cp", 1, name="small")
     adapter.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == FILES
+    assert os.listdir(tmp_path) == [FILE]
     loaded = load(FAMILIES["Llama"].model("ForCausalLM"), tmp_path)
     assert loaded.name == "small"
     assert loaded.count() == adapter.count()
+
+
+# Factors that are divided over processes
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_an_adapter_of_a_sharded_model_is_saved_whole(llama, inputs, one_process, tmp_path):
+    adapter = put(llama, share_residual=True, train_also=["lm_head"])
+    expected = output(llama, inputs)
+    for layer in llama.model.layers:
+        fully_shard(layer, mesh=one_process)
+    fully_shard(llama, mesh=one_process)
+    assert all(isinstance(p, DTensor) for p in adapter.parameters())
+    adapter.save(tmp_path / "own")
+    adapter.export_lora(tmp_path / "lora")
+    for kind, get in (("own", load), ("lora", load_lora)):
+        other = FAMILIES["Llama"].model("ForCausalLM")
+        get(other, tmp_path / kind)
+        assert close(output(other, inputs), expected)
 
 
 def test_the_error_is_a_value_error():

@@ -21,6 +21,7 @@ from .weights import (
     original_weight,
     site_weight,
 )
+from .wrappers import unwrapped
 
 __all__ = [
     "ATTRIBUTE",
@@ -43,4 +44,5 @@ __all__ = [
     "site_weight",
     "sites",
     "understood_sites",
+    "unwrapped",
 ]

@@ -18,6 +18,7 @@ from .mlp import read_mlps
 from .rules import RULES, BlockRule
 from .site import Site
 from .stacks import SiteList, bare_prefix, join_tied, number_layers
+from .wrappers import unwrapped
 
 
 class UnsupportedModelError(ValueError):
@@ -51,7 +52,7 @@ def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> S
         >>> site.role, site.path, site.heads, site.head_dim, site.writer
         ('o', 'encoder.layer.0.attention.output.dense', 4, 8, True)
     """
-    check_model(model)
+    model = check_model(model)
     rules = ((rules,) if isinstance(rules, BlockRule) else tuple(rules)) + RULES
     found, refused = _read(model, rules)
     if refused:
@@ -93,17 +94,18 @@ def _listed(model: nn.Module, found: dict[str, list[Site]]) -> SiteList:
     )
 
 
-def check_model(model: object) -> None:
-    """Refuse anything but a module.
+def check_model(model: object) -> nn.Module:
+    """The model, out of its wrappers.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a model, a torch.nn.Module; found {model!r}. Load it first, for instance with "
             "transformers.AutoModel.from_pretrained"
         )
+    return unwrapped(model)
 
 
 def mlp_sites(model: nn.Module) -> SiteList:
@@ -122,7 +124,7 @@ def mlp_sites(model: nn.Module) -> SiteList:
         >>> [(site.role, site.weight_shape) for site in mlp_sites(LlamaModel(config))]
         [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
     """
-    check_model(model)
+    model = check_model(model)
     found = read_mlps(dict(model.named_modules()))
     if not found:
         raise UnsupportedModelError(

@@ -124,7 +124,7 @@ class CurrentBatch:
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = sources
-        self.scope = ForwardScope(sources)
+        self.scope = ForwardScope(())  # the pairs belong to a context and not to one forward
         self._variable: ContextVar[BatchTensors | None] = ContextVar("batch", default=None)
 
     def get(self) -> BatchTensors | None:

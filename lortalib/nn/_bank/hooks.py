@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._torch import is_tracing
 from .._anatomy import Site
 from .._forward import (
     Handle,
     OutputHook,
-    add_updates,
+    add_update,
     by_module,
     detach,
     may_write_output,
@@ -112,8 +113,11 @@ class RowUpdateHook(OutputHook):
         x, y = args[0], output[0] if whole else output
         scope = self._current.scope
         batch.check(x, self._path, scope.running)
-        pairs = (batch.pair(slot, y.dtype, y.device) for slot in self._slots)
-        y = add_updates(scope, self._slots, pairs, x, y, 0.0, may_write_output(module))
+        running, may_write = (None if is_tracing() else scope.running), may_write_output(module)
+        for slot in self._slots:
+            pair, users = batch.pair(slot, y.dtype, y.device), slot.source.users(slot.number)
+            y = add_update(running, x, y, pair, users, 0.0, may_write)
+            may_write = running is not None
         return (y, *output[1:]) if whole else y
 
 

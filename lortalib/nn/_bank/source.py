@@ -122,15 +122,7 @@ class SourceReader:
         factor = scaling / self._alpha
         if factor == 1:
             return {group: list(values) for group, values in tensors.items()}
-        return {
-            group: [
-                first.to(torch.promote_types(first.dtype, torch.float32)) * factor
-                if first.itemsize > 1
-                else first.float() * factor,
-                *rest,
-            ]
-            for group, (first, *rest) in tensors.items()
-        }
+        return {group: [_wide(first) * factor, *rest] for group, (first, *rest) in tensors.items()}
 
     def check_alike(self, label: str, groups: Sequence[Group], legs: Mapping[str, Legs]) -> None:
         """Refuse an adapter or a bank whose tensors mean something else than this bank's.
@@ -212,13 +204,13 @@ class SourceReader:
     def _check_range(self, names: Sequence[Hashable], group: str, value: Tensor) -> None:
         """Refuse values that the bank's dtype cannot hold; some casts would clip them silently."""
         largest = torch.finfo(self._dtype).max
-        wide = value if value.dtype in (torch.float32, torch.float64) else value.float()
+        wide = _wide(value)
         if not wide.numel():
             return
         low, high = (bound.item() for bound in wide.aminmax())
         if -largest <= low and high <= largest:  # false for NaN
             return
-        fits = (wide.flatten(1).double().abs() <= largest).all(1)
+        fits = (wide.reshape(len(wide), -1).double().abs() <= largest).all(1)
         name = names[int(fits.logical_not().nonzero()[0])]
         raise ValueError(
             f"adapter {name!r} holds NaN or infinity in group {group!r}, or values beyond {largest:g}, "
@@ -239,3 +231,8 @@ def check_name(name: Hashable) -> None:
 def _meaning(group: Group) -> tuple[object, ...]:
     """What is equal for groups whose tensors of one shape make the same updates."""
     return group.heads, group.layers, group.roles, [site.key for site in group.sites]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that its values can be computed with."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -147,9 +147,10 @@ class Store:
             except BaseException:
                 self._stacks, self._used = before
                 self._free[kept:] = recycled
-                for name in names:
-                    self._places.pop(name, None)
                 self._places.update(old)
+                for name in names:
+                    if name not in old:
+                        self._places.pop(name, None)
                 raise
 
     def drop(self, name: Hashable) -> None:

@@ -1,8 +1,21 @@
 """Adapters and LoRAs on disk."""
 
-from .adapter import load, read_adapter, save
+from .adapter import load, read, read_adapter, read_description, save
 from .export_lora import export_lora
 from .folder import AdapterFileError
 from .import_lora import load_lora
+from .lora_config import CONFIG, WEIGHTS, lora_config
 
-__all__ = ["AdapterFileError", "export_lora", "load", "load_lora", "read_adapter", "save"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "AdapterFileError",
+    "export_lora",
+    "load",
+    "load_lora",
+    "lora_config",
+    "read",
+    "read_adapter",
+    "read_description",
+    "save",
+]

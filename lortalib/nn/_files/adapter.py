@@ -1,4 +1,4 @@
-"""Adapters as files: the numbers in ``adapter.safetensors``, all else in ``adapter.json``.
+"""Saves adapters, and reads them back onto a model or onto none.
 
 A site is stored by (stack, layer, role) and its sizes; its module path is only a hint, since
 transformers renames paths between versions.
@@ -8,90 +8,153 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..._version import __version__
-from ...decomp import Legs, LegsError, Network
+from ...decomp import Network
 from .._adapter import Adapter
-from .._anatomy import (
-    MLP_ROLES,
-    ROLES,
-    BlockRule,
-    Site,
-    linear_sites,
-    mlp_sites,
-    site_weight,
-    sites,
-)
+from .._anatomy import Site, check_model, site_weight
 from .._group import Group
 from .._host import check_name, install
-from .._plan import share_input_factor
-from .._trained_modules import TrainedModules, Values, find_modules
-from .folder import DESCRIPTION, TENSORS, AdapterFileError, _replace_both, write_tensors
-from .schema import Saved, group_from_json, group_to_json, settings_from_json, shared_from_json
-
-FORMAT_VERSION = 1
+from .checks import check_description, check_tensors
+from .fit import Rules, fit_groups
+from .folder import TENSORS, parse_json, put_files, remove_old_description
+from .saved import make_networks, open_saved, values_in, write_saved
+from .schema import FORMAT, FORMAT_VERSION, Description, SavedGroup, trained_key
+from .tensors import TensorSpec, dtype_name, first_not_finite, plain
+from .weights import SavedModules, shared_weights
 
 
 def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
-    """Write an adapter; see `Adapter.save`. Both files are written aside first, then renamed."""
+    """Write an adapter into the one file of a folder; see `Adapter.save`.
+
+    What a reader would refuse is refused here, before anything is written. Where the model is divided
+    over processes (FSDP2), every process has to call it.
+
+    Args:
+        adapter: an adapter on a model.
+        folder: made where it is not there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the folder cannot be written. The file that was there is then as it was.
+        ValueError: a factor, or a value of a module that trained with it, is on the meta device, or is
+            NaN or infinite.
+        RuntimeError: the adapter was removed from its model.
+
+    Example:
+        >>> import tempfile, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
+        >>> [file.name for file in save(adapter, tempfile.mkdtemp()).iterdir()]
+        ['adapter.safetensors']
+    """
     folder = Path(folder)
-    owned: dict[int, str] = {}  # a parameter that several networks share is stored once
-    shared: dict[str, dict[str, str]] = {group.name: {} for group in adapter.groups}
-    tensors = {}
-    for group in adapter.groups:
-        for name, tensor in adapter.network(group).named_parameters():
-            if tensor.is_meta:
-                raise ValueError(
-                    f"network {group.name!r} is on the meta device: it has no numbers to save"
-                )
-            key = f"networks.{group.name}.{name}"
-            if owned.setdefault(id(tensor), key) == key:
-                tensors[key] = tensor.detach().cpu().contiguous()
-            else:
-                shared[group.name][name] = owned[id(tensor)]
     model = adapter.model
+    owned: dict[int, str] = {}  # a parameter that several networks share is stored once
+    tensors: dict[str, Tensor] = {}
+    groups = tuple(
+        _save_group(group, adapter.network(group), owned, tensors) for group in adapter.groups
+    )
     for path, values in adapter.trained_modules.values(model).items():
-        tensors |= {f"beside.{path}:{k}": v.cpu().contiguous() for k, v in values.items()}
+        tensors |= {
+            trained_key(path, own): _numbers(v, f"module {path!r}") for own, v in values.items()
+        }
+    check_numbers(tensors, f"adapter {adapter.name!r} was not saved")
     config = getattr(model, "config", None)
-    description = {
-        "format": "lortalib adapter",
-        "format_version": FORMAT_VERSION,
-        "lortalib_version": __version__,
-        "name": adapter.name,
-        "settings": asdict(adapter.config),
-        "trained_beside": list(adapter.trained_modules.paths),
-        "base_model": {
+    description = Description(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        lortalib_version=__version__,
+        name=adapter.name,
+        config=adapter.config,
+        trained_modules=adapter.trained_modules.paths,
+        base_model={
             "class": type(model).__name__,
-            "model_type": getattr(config, "model_type", None),
-            "name": getattr(config, "_name_or_path", None) or None,
+            "model_type": _text(getattr(config, "model_type", None)),
+            "name": _text(getattr(config, "_name_or_path", None)),
             "shape_fingerprint": fingerprint(adapter.sites),
         },
-        "groups": [
-            group_to_json(group, adapter.network(group), shared[group.name])
-            for group in adapter.groups
-        ],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        write_tensors(tensors, Path(aside, TENSORS))
-        text = json.dumps(description, indent=2) + "\n"
-        Path(aside, DESCRIPTION).write_text(text, encoding="utf-8")
-        _replace_both(Path(aside), folder)
+        groups=groups,
+        shared_weights=shared_weights(model, adapter.trained_modules.paths),
+    )
+    text = description.text()
+    specs = {k: TensorSpec(dtype_name(k, t), tuple(t.shape)) for k, t in tensors.items()}
+    check_tensors(check_description(parse_json(text)), specs)
+    put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors)})
+    remove_old_description(folder)
     return folder
 
 
+def _save_group(
+    group: Group, network: Network, owned: dict[int, str], tensors: dict[str, Tensor]
+) -> SavedGroup:
+    """What the file says of one group; its tensors are added to ``tensors``."""
+    saved = SavedGroup(
+        name=group.name,
+        legs=str(network.legs),
+        modes=dict(network.shape),
+        ranks=network.ranks,
+        parameters=network.names,
+        layers=group.layers,
+        roles=group.roles,
+        sites=group.sites,
+        shared={},
+    )
+    for name, tensor in zip(network.names, network.tensors):
+        key = saved.key_of(name)
+        if owned.setdefault(id(tensor), key) == key:
+            tensors[key] = _numbers(tensor, f"network {group.name!r}")
+        else:
+            saved.shared[name] = owned[id(tensor)]
+    return saved
+
+
+def _numbers(tensor: Tensor, what: str) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{what} is on the meta device: it has no numbers to save")
+    return plain(tensor)
+
+
+def check_numbers(tensors: Mapping[str, Tensor], outcome: str) -> None:
+    """Refuse to write what no reader takes back.
+
+    Args:
+        tensors: by name.
+        outcome: what did not happen.
+
+    Raises:
+        ValueError: a number that is NaN or infinite, or of a type that no file holds.
+    """
+    for name, tensor in tensors.items():
+        dtype_name(name, tensor)
+    broken = first_not_finite(tensors)
+    if broken is not None:
+        raise ValueError(
+            f"{broken!r} holds NaN or infinity, so {outcome}; nothing was written. Go back to the last "
+            "saved state and train with a lower learning rate or with clipped gradients"
+        )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
 def fingerprint(sites: Iterable[Site]) -> str:
-    """A digest of the identities and weight shapes of sites: equal where adapters fit alike."""
+    """A digest of the identities and weight shapes of sites: equal where adapters fit alike.
+
+    Args:
+        sites: of an adapter.
+    """
     shapes = sorted((*site.key, *site.weight_shape) for site in sites)
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
@@ -103,13 +166,13 @@ def load(
     name: str | None = None,
     active: bool = True,
     freeze: bool = True,
-    rules: BlockRule | Sequence[BlockRule] = (),
+    rules: Rules = (),
 ) -> Adapter:
     """Put a saved adapter on a model.
 
     Args:
         model: a model of the same shape as the one the adapter was trained on.
-        folder: what `Adapter.save` wrote.
+        folder: what `Adapter.save` wrote, or the path of the file in it.
         name: name on the model; the saved one by default.
         active: whether it takes part in the forward at once.
         freeze: whether all else of the model stops requiring gradients.
@@ -119,8 +182,8 @@ def load(
         The `Adapter`.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        AdapterFileError: a file is damaged, or the adapter does not fit the model; the message says
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is damaged, or the adapter does not fit the model; the message says
             what differs. The model is then as it was.
         ValueError: the name is in use.
 
@@ -134,9 +197,11 @@ def load(
         >>> load(model, folder, name="again").count()
         100
     """
-    description = read_description(Path(folder))
-    check_name(model, description["name"] if name is None else name)
+    if name is not None:
+        check_name(model, name)
     adapter = read_adapter(model, folder, name=name, rules=rules)
+    if name is None:
+        check_name(model, adapter.name)
     install(adapter, model, active=active, freeze=freeze)
     return adapter
 
@@ -146,260 +211,91 @@ def read_adapter(
     folder: str | PathLike[str],
     *,
     name: str | None = None,
-    rules: BlockRule | Sequence[BlockRule] = (),
+    rules: Rules = (),
 ) -> Adapter:
-    """The adapter of a folder, fitted to a model but not put on it; see `load`."""
-    folder = Path(folder)
-    file = _File(folder)
-    beside = _beside_values(model, file.paths, file.tensors, folder)
-    found = {site.key: site for site in _candidates(model, file.saved, rules)}
-    _check_fit(model, file.saved, found, file.description)
-    groups = []
-    for group, *_ in file.saved:
-        fitted = tuple(found[site.key] for site in group.sites)
-        groups.append(Group(group.name, group.heads, fitted, group.layers, group.roles))
-    networks = file.networks()
+    """The adapter of a folder, fitted to a model but not put on it; see `load`.
+
+    Args:
+        model, folder, name, rules: as for `load`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is damaged, or the adapter does not fit the model.
+    """
+    check_model(model)
+    with open_saved(folder) as saved:
+        groups = fit_groups(model, saved, rules)
+        tensors = saved.read()
+    networks = make_networks(saved.description, tensors)
     for group in groups:
         weight = site_weight(model, group.sites[0])
         if not weight.is_meta:
             networks[group.name].to(weight.device)
-    return file.adapter(name, groups, networks, TrainedModules(file.paths, beside))
+    modules = SavedModules(
+        values_in(saved.description, tensors),
+        shared_weights(model, saved.description.trained_modules),
+    )
+    own = saved.description.name if name is None else name
+    return Adapter(own, saved.description.config, tuple(groups), networks, modules)
 
 
-def file_adapter(folder: str | PathLike[str]) -> Adapter:
-    """The adapter of a folder as it was saved, on no model: its sites are those of its own model.
+def read(folder: str | PathLike[str]) -> Adapter:
+    """The adapter of a folder as it was saved, on no model.
+
+    Its sites are those of the model that it was trained on; tensors, pairs, norms and `export_lora` work
+    as on a model.
+
+    Args:
+        folder: what `Adapter.save` wrote, or the path of the file in it.
+
+    Returns:
+        The `Adapter`, on the CPU.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        AdapterFileError: a file is damaged.
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is damaged.
+
+    Example:
+        >>> import tempfile, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> folder = lortalib.nn.apply(model, "cp", rank=2).save(tempfile.mkdtemp())
+        >>> adapter = read(folder)
+        >>> adapter.is_on_model, adapter.count()
+        (False, 100)
     """
-    folder = Path(folder)
-    file = _File(folder)
-    values: Values = {path: {} for path in file.paths}
-    for key in [key for key in file.tensors if key.startswith("beside.")]:
-        path, _, name = key.removeprefix("beside.").partition(":")
-        if path not in values:
-            raise AdapterFileError(f"{folder / TENSORS} holds the unknown tensor {key!r}")
-        values[path][name] = file.tensors.pop(key)
-    groups = [group for group, *_ in file.saved]
-    return file.adapter(None, groups, file.networks(), TrainedModules(file.paths, values))
+    with open_saved(folder) as saved:
+        tensors = saved.read()
+    description = saved.description
+    modules = SavedModules(values_in(description, tensors), description.shared_weights)
+    groups = tuple(each.group for each in description.groups)
+    networks = make_networks(description, tensors)
+    return Adapter(description.name, description.config, groups, networks, modules)
 
 
-class _File:
-    """The contents of a folder, each checked by itself.
+def read_description(folder: str | PathLike[str]) -> dict[str, Any]:
+    """What a saved adapter says of itself, once its whole file was found to be sound.
 
-    Attributes:
-        settings: of the adapter.
-        saved: its groups, with their lines and sizes.
-        paths: of the modules trained beside it.
-        tensors: by key; `networks` takes out what it needs.
+    Args:
+        folder: what `Adapter.save` wrote, or the path of the file in it.
+
+    Returns:
+        The fields that docs/files.md lists, as the present format version calls them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is damaged.
+
+    Example:
+        >>> import tempfile, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> folder = lortalib.nn.apply(model, "cp", rank=2, alpha=0.5).save(tempfile.mkdtemp())
+        >>> read_description(folder)["config"]["alpha"]
+        0.5
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.description = read_description(folder)
-        self.tensors = read_tensors(folder)
-        self.paths = self.description["trained_beside"]
-        try:
-            self.config = settings_from_json(self.description["settings"])
-            self.saved = [group_from_json(entry) for entry in self.description["groups"]]
-            shares = [shared_from_json(entry) for entry in self.description["groups"]]
-        except ValueError as error:
-            raise AdapterFileError(f"{folder / DESCRIPTION} is damaged: {error}") from error
-        for (group, *_), shared in zip(self.saved, shares):
-            for own, owner in shared.items():
-                if owner not in self.tensors:
-                    raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {owner!r}")
-                self.tensors[f"networks.{group.name}.{own}"] = self.tensors[owner]
-
-    def networks(self) -> dict[str, Network]:
-        """The networks by name of their group; nothing else may be left in the file."""
-        networks = {
-            group.name: _read_network(group, legs, modes, self.tensors, self.folder)
-            for group, legs, modes in self.saved
-        }
-        if self.tensors:
-            raise AdapterFileError(
-                f"{self.folder / TENSORS} holds unknown tensors: {', '.join(self.tensors)}"
-            )
-        return networks
-
-    def adapter(
-        self,
-        name: str | None,
-        groups: Sequence[Group],
-        networks: dict[str, Network],
-        beside: TrainedModules,
-    ) -> Adapter:
-        """The adapter, under its saved name by default."""
-        if self.config.share_residual:
-            share_input_factor(groups, networks)
-        name = self.description["name"] if name is None else name
-        return Adapter(name, self.config, tuple(groups), networks, beside)
-
-
-def _candidates(
-    model: nn.Module,
-    saved: list[Saved],
-    rules: BlockRule | Sequence[BlockRule],
-) -> list[Site]:
-    """The sites of the model, of the kinds that the file speaks of."""
-    asked = [site for group, *_ in saved for site in group.sites]
-    roles = {site.role for site in asked}
-    found: list[Site] = []
-    if roles & set(ROLES) - set(MLP_ROLES):
-        found += sites(model, rules=rules)
-    if roles & set(MLP_ROLES):
-        found += mlp_sites(model)
-    modules = dict(model.named_modules())
-    plain = [site for site in asked if site.role not in ROLES and site.path in modules]
-    sizes = {site.path: (site.width, site.head_dim) for site in plain}
-    return found + linear_sites({path: modules[path] for path in sizes}, sizes)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The contents of ``adapter.json``, as far as any version must have them."""
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        theirs = (folder / "adapter_config.json").is_file()
-        raise FileNotFoundError(
-            f"no {DESCRIPTION} in {folder}; a saved adapter is a folder with {DESCRIPTION} and "
-            f"{TENSORS}, as Adapter.save writes it"
-            + ". It holds an adapter of PEFT: open it with peft.PeftModel.from_pretrained, or a LoRA "
-            "with lortalib.nn.load_lora" * theirs
-        )
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{file} is damaged: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != "lortalib adapter":
-        raise AdapterFileError(f"{file} does not describe a lortalib adapter")
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(
-            f"{file} has format version {version}; this lortalib {__version__} reads version "
-            f"{FORMAT_VERSION}. Update lortalib"
-        )
-    missing = {"name", "settings", "trained_beside", "groups"} - set(description)
-    if missing:
-        raise AdapterFileError(f"{file} is damaged: {', '.join(sorted(missing))} is missing")
-    for key, kind in (
-        ("name", str),
-        ("settings", dict),
-        ("trained_beside", list),
-        ("groups", list),
-    ):
-        if not isinstance(description.get(key), kind):
-            raise AdapterFileError(f"{file} is damaged: {key} is {description.get(key)!r}")
-    names = [entry.get("name") for entry in description["groups"] if isinstance(entry, dict)]
-    if not names or len({str(name) for name in names}) < len(description["groups"]):
-        raise AdapterFileError(f"{file} is damaged: its groups are called {names}")
-    if any(hasattr(nn.ModuleDict, str(name)) for name in names):
-        raise AdapterFileError(f"{file} is damaged: no group can be called as one of {names}")
-    if not all(isinstance(path, str) for path in description["trained_beside"]):
-        raise AdapterFileError(f"{file} is damaged: trained_beside holds no paths")
-    return description
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of ``adapter.safetensors``, on the CPU, checked to be finite."""
-    file = folder / TENSORS
-    if not file.is_file():
-        raise FileNotFoundError(f"no {TENSORS} in {folder}, beside its {DESCRIPTION}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file} is damaged or cut short: {error}") from error
-    for key, tensor in tensors.items():
-        if key.startswith("networks.") and not tensor.is_floating_point():
-            raise AdapterFileError(
-                f"{file}: factor {key!r} is of {tensor.dtype}, no numbers to train"
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{file}: tensor {key!r} holds NaN or infinity")
-    return tensors
-
-
-def _read_network(
-    group: Group, legs: Legs, modes: Mapping[str, int], tensors: dict[str, Tensor], folder: Path
-) -> Network:
-    """Take the group's tensors out of ``tensors``, in the order of the line."""
-    prefix = f"networks.{group.name}."
-    names = [f"{prefix}{'_'.join(term.legs)}" for term in legs.terms]
-    for position, name in enumerate(names):
-        while names[position] in names[:position]:
-            names[position] += "_"
-        if names[position] not in tensors:
-            raise AdapterFileError(f"{folder / TENSORS} lacks the tensor {name!r}")
-    try:
-        network = Network(legs, [tensors.pop(name) for name in names], tuple(modes))
-    except LegsError as error:
-        raise AdapterFileError(
-            f"{folder / TENSORS} does not fit its description: {error}"
-        ) from error
-    if dict(network.shape) != dict(modes):
-        raise AdapterFileError(
-            f"{folder}: network {group.name!r} has the shape {network.shape}, its description says "
-            f"{modes}"
-        )
-    return network
-
-
-def _beside_values(
-    model: nn.Module, paths: list[str], tensors: dict[str, Tensor], folder: Path
-) -> Values:
-    """Take the values of the modules trained beside the adapter out of ``tensors``, checked."""
-    values: Values = {}
-    modules = dict(model.named_modules())
-    for path in paths:
-        if path not in modules:
-            raise AdapterFileError(
-                f"the adapter in {folder} was trained beside the module {path!r}, which "
-                f"{type(model).__name__} does not have"
-            )
-        expected = modules[path].state_dict()
-        prefix = f"beside.{path}:"
-        values[path] = {
-            key.removeprefix(prefix): tensors.pop(key)
-            for key in list(tensors)
-            if key.startswith(prefix)
-        }
-        found = {name: tuple(tensor.shape) for name, tensor in values[path].items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        if found != wanted:
-            raise AdapterFileError(
-                f"the module {path!r} saved with the adapter holds {found}; the model's holds {wanted}"
-            )
-    find_modules(model, paths, ())
-    return values
-
-
-def _check_fit(
-    model: nn.Module,
-    saved: list[Saved],
-    found: Mapping[tuple[str, int, str], Site],
-    description: Mapping[str, Any],
-) -> None:
-    def sizes(site: Site) -> tuple[int, ...]:
-        return site.heads, site.query_heads, site.head_dim, site.width
-
-    differences = []
-    for site in (site for group, *_ in saved for site in group.sites):
-        other = found.get(site.key)
-        where = f"{site.stack} layer {site.layer} {site.role}"
-        if other is None:
-            differences.append(f"{where}: the model has no such projection")
-        elif sizes(other) != sizes(site):
-            differences.append(
-                f"{where}: heads, query heads, head_dim, width are {sizes(site)} in the file, "
-                f"{sizes(other)} in the model"
-            )
-    if differences:
-        base = description.get("base_model") or {}
-        shown = "\n  ".join(differences[:5])
-        more = f"\n  ... and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise AdapterFileError(
-            f"the adapter (trained on {base.get('class')} {base.get('name') or ''}) does not fit "
-            f"{type(model).__name__}; nothing was changed:\n  {shown}{more}"
-        )
+    with open_saved(folder) as saved:
+        saved.read()
+    return saved.value

@@ -1,96 +1,35 @@
-"""Exact export to the LoRA files of PEFT, and import from them."""
+"""Writes an adapter of any format as the files of a LoRA of PEFT, exactly."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..._version import __version__
 from .._adapter import Adapter
-from .._forward import ModuleUpdate, by_module
 from .._trained_modules import Values
-from .folder import write_tensors
-
-CONFIG = "adapter_config.json"
-
-
-WEIGHTS = "adapter_model.safetensors"
-
+from .adapter import check_numbers
+from .folder import put_files, write_text
+from .lora_config import CONFIG, WEIGHTS, sealed_text
+from .lora_file import SEAL
+from .lora_pairs import OUTPUT, lora_pairs
+from .tensors import digest, plain, write_tensors
+from .weights import SavedModules, SharedWeights, shared_weights
 
 _PREFIX = "base_model.model."
-
-
-_OUTPUT = "base_layer.out_proj"
-
-
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-
-
-def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The update of every module as LoRA writes it.
-
-    Args:
-        adapter: an adapter, also one that is on no model.
-
-    Yields:
-        Name of the module, A (p, features read) and B (features written, p), both float32:
-        ``B @ A`` is the whole change of its weight, as torch.nn.Linear stores one. p is the rank of
-        the cut; where the parts of a fused projection read through maps of their own, the sum of
-        theirs.
-
-    Raises:
-        ValueError: weights that LoRA has no pair for (packed experts, weights read directly), or
-            factors without numbers.
-    """
-    _check(adapter)
-    if any(tensor.is_meta for tensor in adapter.parameters()):
-        raise ValueError(f"adapter {adapter.name!r} is on the meta device: it has no numbers")
-    with torch.no_grad():
-        for path, sites in by_module(adapter.sites):
-            first, second = ModuleUpdate(adapter, sites).pair(torch.float32)
-            yield path, first, second.mT
-        for path in _attentions(adapter):  # PEFT adapts the output projection too
-            width = next(site.width for site in adapter.sites if site.path == path)
-            zeros = torch.zeros(1, width)
-            yield f"{path}.{_OUTPUT}", zeros, zeros.mT
-
-
-def _check(adapter: Adapter) -> None:
-    """Refuse weights for which no LoRA file says the same to all who read it."""
-    around = _attentions(adapter)
-    for site in adapter.sites:
-        owner, _, last = site.path.rpartition(".")
-        if site.experts:
-            what = "packs experts; a LoRA file has no pair for it"
-        elif last == "out_proj" and owner in around:
-            what = "is torch.nn.MultiheadAttention's, to which PEFT 0.21 adds a pair twice"
-        elif site.weight_read_directly and site.path not in around:
-            what = "is read without its module being called; a LoRA file has no pair for it"
-        else:
-            continue
-        raise ValueError(
-            f"{site.path}.{site.parameter} {what}. Merge the adapter instead (merge(), then save "
-            "the model), or leave these targets out"
-        )
-
-
-def _attentions(adapter: Adapter) -> dict[str, None]:
-    """Paths of the modules of torch.nn.MultiheadAttention whose q, k, v are adapted."""
-    return dict.fromkeys(s.path for s in adapter.sites if s.parameter == "in_proj_weight")
 
 
 def export_lora(
@@ -119,8 +58,9 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: a weight that LoRA has no pair for; see `lora_pairs`.
-        OSError: the folder cannot be written.
+        ValueError: a weight that LoRA has no pair for (see `lora_pairs`), a module trained as a whole
+            whose weight is another module's too, or a number that is NaN or infinite.
+        OSError: the folder cannot be written. Files that were there are then as they were.
 
     Example:
         >>> import tempfile, lortalib
@@ -133,22 +73,25 @@ def export_lora(
     """
     if model is None and adapter.is_on_model:
         model = adapter.model
+    if beside is None:
+        _check_shared(adapter, model)
+        beside = adapter.trained_modules.values(model) if adapter.trained_modules.paths else {}
     pairs = list(lora_pairs(adapter))
     rank = max(len(a) for _, a, _ in pairs)
     tensors = {}
     for path, a, b in pairs:
         name = f"{_PREFIX}{path}"
-        tensors[f"{name}.lora_A.weight"] = _fill(a, rank).cpu().contiguous()
-        tensors[f"{name}.lora_B.weight"] = _fill(b.mT, rank).mT.cpu().contiguous()
-    if beside is None:
-        beside = adapter.trained_modules.values(model) if adapter.trained_modules.paths else {}
-    config = getattr(model, "config", None)
+        tensors[f"{name}.lora_A.weight"] = plain(_fill(a, rank))
+        tensors[f"{name}.lora_B.weight"] = plain(_fill(b.mT, rank).mT)
     for path, values in beside.items():
-        tensors |= {f"{_PREFIX}{path}.{k}": v.cpu().contiguous() for k, v in values.items()}
-    written: dict[str, Any] = {
+        tensors |= {f"{_PREFIX}{path}.{k}": plain(v) for k, v in values.items()}
+    check_numbers(tensors, f"adapter {adapter.name!r} was not exported")
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _task(model),
-        "base_model_name_or_path": base_model or getattr(config, "_name_or_path", None),
+        "base_model_name_or_path": base_model
+        or getattr(getattr(model, "config", None), "_name_or_path", None)
+        or None,
         "revision": None,
         "r": rank,
         "lora_alpha": rank,
@@ -159,15 +102,37 @@ def export_lora(
         "fan_in_fan_out": all(site.transposed for site in adapter.sites),
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": _targets([path.removesuffix(f".{_OUTPUT}") for path, *_ in pairs], model),
+        "target_modules": _targets([path.removesuffix(f".{OUTPUT}") for path, *_ in pairs], model),
         "modules_to_save": sorted(beside) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    _write(Path(folder), written, tensors)
+    _write(Path(folder), config, tensors)
     return Path(folder)
+
+
+def _check_shared(adapter: Adapter, model: nn.Module | None) -> None:
+    """Refuse a trained module whose weight is another module's too: PEFT would train a copy of it."""
+    trained = adapter.trained_modules
+    shared: SharedWeights | None = trained.shared if isinstance(trained, SavedModules) else None
+    if model is not None:
+        shared = shared_weights(model, trained.paths)
+    if shared is None and trained.paths:
+        warnings.warn(
+            f"whether the weights of {', '.join(trained.paths)} are other modules' too can only be told "
+            "with the model; where they are, PEFT computes something else. Pass model=...",
+            stacklevel=3,
+        )
+    for path, others in (shared or {}).items():
+        if others:
+            raise ValueError(
+                f"the module {path!r}, trained with the adapter, holds the same weight as "
+                f"{', '.join(others)}; PEFT would give {path!r} a weight of its own, so the model would "
+                "compute something else. Keep the folder of Adapter.save, or train all of these modules "
+                f"(train_also={[path, *(name.rpartition('.')[0] for name in others)]})"
+            )
 
 
 def _fill(pair: Tensor, rank: int) -> Tensor:
@@ -196,11 +161,18 @@ def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
     return sorted(set(paths))
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files, written aside and then put in place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        write_tensors(tensors, Path(aside, WEIGHTS), lortalib=__version__)
-        Path(aside, CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in (WEIGHTS, CONFIG):
-            os.replace(Path(aside, file), folder / file)
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Both files; the weights carry a digest of themselves and of what the configuration makes of them."""
+    text = json.dumps(config, indent=2) + "\n"
+    metadata = {
+        "format": "pt",
+        "lortalib": __version__,
+        SEAL: digest(sealed_text(config), tensors),
+    }
+    put_files(
+        folder,
+        {
+            WEIGHTS: lambda file: write_tensors(file, tensors, metadata),
+            CONFIG: lambda file: write_text(file, text),
+        },
+    )

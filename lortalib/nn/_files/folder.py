@@ -1,44 +1,200 @@
-"""Writes the files of a folder aside and then puts them in place."""
+"""Finds the files of an adapter in a folder, and puts new ones in their place in one step."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
 
-from safetensors.torch import save_file
-from torch import Tensor
-
+#: The file of an adapter.
 TENSORS = "adapter.safetensors"
-
-
+#: The second file that format version 1 had.
 DESCRIPTION = "adapter.json"
+#: No text that describes an adapter is longer, in bytes.
+LONGEST_TEXT = 16 * 2**20
+
+_ASIDE = ".saving-"
+_SECONDS_UNTIL_LEFT = 3600
 
 
 class AdapterFileError(ValueError):
-    """A folder that holds no sound adapter, or one that does not fit the model."""
+    """Says that a folder holds no sound adapter, or one that does not fit the model."""
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, **metadata: str) -> None:
-    """A safetensors file that others may read where they may read any new file of this process."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata={"format": "pt", **metadata})
-    file.chmod(mode)  # safetensors leaves it to the owner alone
+def adapter_file(folder: str | os.PathLike[str]) -> Path:
+    """The path of the adapter's file.
+
+    Args:
+        folder: a folder that `Adapter.save` wrote, or the path of its file.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says what is there instead.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
+    file = folder / TENSORS
+    if file.is_file():
+        return file
+    if (folder / DESCRIPTION).is_file():
+        raise FileNotFoundError(f"no {TENSORS} in {folder}, beside its {DESCRIPTION}")
+    theirs = (folder / "adapter_config.json").is_file()
+    raise FileNotFoundError(
+        f"no {TENSORS} in {folder}; a saved adapter is a folder with {TENSORS}, as Adapter.save "
+        "writes it"
+        + ". It holds an adapter of PEFT: open it with peft.PeftModel.from_pretrained, or a LoRA "
+        "with lortalib.nn.load_lora" * theirs
+    )
 
 
-def _replace_both(aside: Path, folder: Path) -> None:
-    """Put both new files in place; if one cannot be, the old ones are there again."""
-    kept: list[str] = []
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file, as `parse_json` reads them.
+
+    Raises:
+        AdapterFileError: it is too long, no UTF-8, or no strict JSON.
+    """
     try:
-        for file in (TENSORS, DESCRIPTION):
-            if (folder / file).exists():
-                shutil.copy2(folder / file, aside / f"old-{file}")
-                kept.append(file)
-        for file in (TENSORS, DESCRIPTION):
-            os.replace(aside / file, folder / file)
-    except OSError:
-        for file in kept:
-            shutil.copy2(aside / f"old-{file}", folder / file)
+        with file.open("rb") as opened:
+            return parse_json(opened.read(LONGEST_TEXT + 1).decode())
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{file} is damaged: {error}") from error
+
+
+def parse_json(text: str, longest: int = LONGEST_TEXT) -> Any:
+    """The value that a JSON text says; stricter than Python's reader.
+
+    Args:
+        text: the text.
+        longest: how many bytes it may have.
+
+    Raises:
+        ValueError: a text that is too long, nested too deep or no JSON, a key that stands twice, NaN or
+            infinity, half of a surrogate pair.
+
+    Example:
+        >>> parse_json('{"a": [1, 2.5]}')
+        {'a': [1, 2.5]}
+        >>> parse_json('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+            ...
+        ValueError: the key 'a' stands twice
+    """
+    if len(text) > longest or len(text.encode()) > longest:
+        raise ValueError(f"it has more than {longest:,} bytes of description")
+    try:
+        value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {double!r} stands twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def put_files(folder: Path, files: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Write files aside, then rename them into a folder.
+
+    One file appears in one step: whoever reads beside it, and whoever is killed, has the old one or the
+    new one. Of several, the old ones are put back whatever is raised between the renames.
+
+    Args:
+        folder: made where it is not there.
+        files: what writes each file, by its name; renamed in this order.
+
+    Raises:
+        OSError: the folder cannot be written. Files that were there are then as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(folder)
+    aside = folder / f"{_ASIDE}{uuid4().hex}"
+    try:
+        aside.mkdir()
+        for name, write in files.items():
+            with (aside / name).open("xb") as opened:
+                write(opened)
+                opened.flush()
+                os.fsync(
+                    opened.fileno()
+                )  # else a crash could leave an empty file under the new name
+        _swap(aside, folder, list(files))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(folder)
+
+
+def write_text(file: BinaryIO, text: str) -> None:
+    """Write a text as UTF-8."""
+    file.write(text.encode())
+
+
+def _swap(aside: Path, folder: Path, names: Iterable[str]) -> None:
+    """Rename new files into place; where there are several, the old ones come back on any error."""
+    names = list(names)
+    if len(names) == 1:
+        os.replace(aside / names[0], folder / names[0])
+        return
+    for name in names:
+        if (folder / name).exists():
+            _keep(folder / name, aside / f"old-{name}")
+    try:
+        for name in names:
+            os.replace(aside / name, folder / name)
+    except BaseException:
+        for name in names:
+            if (aside / f"old-{name}").exists():
+                os.replace(aside / f"old-{name}", folder / name)
+            elif not (aside / name).exists():
+                (folder / name).unlink(missing_ok=True)
         raise
+
+
+def _keep(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, copy)
+
+
+def _sync(folder: Path) -> None:
+    """Let the rename reach the disk, where folders can be opened (not on Windows)."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Remove what saves that were killed left, once it is too old to be of one that still runs."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _SECONDS_UNTIL_LEFT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_old_description(folder: Path) -> None:
+    """Remove the ``adapter.json`` of format version 1, once a file of a later version took its place."""
+    file = folder / DESCRIPTION
+    with suppress(OSError, AdapterFileError):
+        found = read_json(file) if file.is_file() else None
+        if isinstance(found, dict) and found.get("format") == "lortalib adapter":
+            file.unlink()

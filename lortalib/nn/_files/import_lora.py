@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from ...decomp import Network, get_format
-from .._adapter import Adapter, AdapterConfig
-from .._anatomy import BlockRule, Site, UnsupportedModelError, linear_sites, mlp_sites, sites
+from .._adapter import Adapter
+from .._anatomy import (
+    Site,
+    UnsupportedModelError,
+    is_conv1d,
+    linear_sites,
+    mlp_sites,
+    site_weight,
+    sites,
+)
+from .._config import AdapterConfig
 from .._group import Group, group_sites
 from .._host import check_name, install
-from .._trained_modules import TrainedModules, Values, find_modules
-from .export_lora import CONFIG, WEIGHTS
+from .._plan import check_whole
+from .fit import Rules, widths
 from .folder import AdapterFileError
-
-_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$"
-)
-
-
-_REFUSED = {
-    "use_dora": "DoRA rescales whole weights",
-    "lora_bias": "it trains biases",
-    "target_parameters": "it adapts packed parameters",
-    "layer_replication": "it copies layers of the base",
-}
-
-
-class LowRank(NamedTuple):
-    """The pair of one module, ``dW = b @ a``.
-
-    Attributes:
-        a: (r, features read).
-        b: (features written, r), with the scaling in it.
-    """
-
-    a: Tensor
-    b: Tensor
+from .lora_config import saved_modules
+from .lora_file import LowRank, open_lora
+from .lora_modules import check_modules, take_modules
 
 
 def load_lora(
@@ -58,7 +39,7 @@ def load_lora(
     name: str = "default",
     active: bool = True,
     freeze: bool = True,
-    rules: BlockRule | Sequence[BlockRule] = (),
+    rules: Rules = (),
 ) -> Adapter:
     """Put an existing LoRA of PEFT on a model, exactly, as an adapter of the format ``lora``.
 
@@ -80,7 +61,8 @@ def load_lora(
     Raises:
         FileNotFoundError: a file is missing.
         AdapterFileError: a damaged file, one of another method, a variant that is no sum of low-rank
-            pairs (DoRA, biases, embeddings, convolutions), or modules that the model does not have.
+            pairs (DoRA, biases, embeddings, convolutions), modules that the model does not have, or
+            values for one of several modules that hold one weight. The model is then as it was.
         ValueError: the name is in use.
 
     Example:
@@ -93,91 +75,38 @@ def load_lora(
         'layer matrix in r, layer matrix head out r'
     """
     check_name(model, name)
-    config, pairs, rest = _read(Path(folder))
     modules = dict(model.named_modules())
-    _check_fit(modules, pairs)
-    beside = _beside(model, config.get("modules_to_save") or [], rest)
-    groups = group_sites(_sites(model, modules, pairs, rules), gqa="split")
+    with open_lora(folder) as file:
+        _check_fit(modules, file.shapes)
+        paths = check_modules(model, saved_modules(file.config), file.shapes, file.others)
+        pairs, others = file.read()
+    trained = take_modules(model, paths, others)
+    chosen = _sites(model, modules, pairs, rules)
+    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
+    groups = group_sites(chosen, gqa="split")
     networks = {group.name: _network(group, pairs, modules) for group in groups}
-    settings = AdapterConfig(
-        "lora", 1.0, 1.0, float(config.get("lora_dropout") or 0), "split", "lora"
-    )
-    adapter = Adapter(name, settings, tuple(groups), networks, beside)
+    dropout = float(file.config.get("lora_dropout") or 0)
+    config = AdapterConfig("lora", 1.0, 1.0, dropout, "split", "lora")
+    adapter = Adapter(name, config, tuple(groups), networks, trained)
     install(adapter, model, active=active, freeze=freeze)
     return adapter
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, LowRank], dict[str, Tensor]]:
-    """The configuration, the pairs by path of their module, and the other tensors."""
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"no {file} in {folder}; a LoRA of PEFT is a folder with {CONFIG} and {WEIGHTS}"
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterFileError(f"a file in {folder} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise AdapterFileError(f"{folder / CONFIG} describes no LoRA but {kind!r}")
-    for key, why in _REFUSED.items():
-        if config.get(key):
-            raise AdapterFileError(f"the LoRA in {folder} has {key}: {why}, which no pair can say")
-    if config.get("bias", "none") != "none":
-        raise AdapterFileError(f"the LoRA in {folder} trains biases (bias={config['bias']!r})")
-    sides: dict[str, dict[str, Tensor]] = {}
-    rest = {}
-    for key, tensor in tensors.items():
-        found = _KEY.match(key)
-        if found and tensor.dim() == 2:
-            if not torch.isfinite(tensor).all():
-                raise AdapterFileError(f"tensor {key!r} in {folder} holds NaN or infinity")
-            sides.setdefault(found["path"], {})[found["side"]] = tensor.float()
-        elif ".lora_" in key:
-            raise AdapterFileError(
-                f"tensor {key!r} in {folder} is no side of a linear map's pair (shape "
-                f"{tuple(tensor.shape)}); embeddings, convolutions and DoRA cannot be read"
-            )
-        else:
-            rest[key.removeprefix("base_model.model.")] = tensor
-    pairs = {}
-    for path, side in sides.items():
-        if set(side) != {"A", "B"} or side["A"].shape[0] != side["B"].shape[1]:
-            raise AdapterFileError(f"the pair of {path} in {folder} is not whole")
-        pairs[path] = LowRank(side["A"], side["B"] * _scaling(config, path, len(side["A"])))
-    if not pairs:
-        raise AdapterFileError(f"{folder / WEIGHTS} holds no pair of a LoRA")
-    return config, pairs, rest
-
-
-def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """alpha/r of one module, patterns and rsLoRA heeded; the tensor says what r is."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _check_fit(modules: Mapping[str, nn.Module], pairs: Mapping[str, LowRank]) -> None:
-    for path, (a, b) in pairs.items():
+def _check_fit(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, int]]) -> None:
+    for path, shape in shapes.items():
         module = modules.get(path)
         if module is None:
             raise AdapterFileError(
                 f"the LoRA adapts {path}, which the model does not have; is it the model it was "
                 "trained on, with the same head?"
             )
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             raise AdapterFileError(f"the LoRA adapts {path}, a {type(module).__name__}")
-        wanted = tuple(weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape)
-        if wanted != (b.shape[0], a.shape[1]):
+        read, written = widths(module)
+        if shape != (written, read):
             raise AdapterFileError(
-                f"the LoRA's pair for {path} is of a {b.shape[0]} x {a.shape[1]} matrix; the model's "
-                f"is {wanted[0]} x {wanted[1]}"
+                f"the LoRA's pair for {path} is of a {shape[0]} x {shape[1]} matrix; the model's is "
+                f"{written} x {read}"
             )
 
 
@@ -185,7 +114,7 @@ def _sites(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     pairs: Mapping[str, LowRank],
-    rules: BlockRule | Sequence[BlockRule],
+    rules: Rules,
 ) -> list[Site]:
     """The sites of the adapted modules."""
     known: list[Site] = []
@@ -230,30 +159,4 @@ def _network(
         tensors[1][at][..., : len(a)] = b.reshape(group.heads, site.head_dim, len(a))
     network = Network(legs, tensors, group.shape)
     weight: Any = modules[group.sites[0].path].weight
-    return network.to(weight.device)
-
-
-def _beside(model: nn.Module, names: Sequence[str], rest: dict[str, Tensor]) -> TrainedModules:
-    """The modules that were trained as a whole."""
-    values: Values = {}
-    for path, module in model.named_modules():
-        if any(path == name or path.endswith(f".{name}") for name in names):
-            expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-            found = {k: rest.pop(f"{path}.{k}") for k in expected if f"{path}.{k}" in rest}
-            if {k: tuple(v.shape) for k, v in found.items()} != expected:
-                raise AdapterFileError(
-                    f"the LoRA's values of the module {path} do not fit the model"
-                )
-            values[path] = found
-    own = model.state_dict()
-    for key in list(rest):  # PEFT stores embeddings beside a LoRA on them; the model has those
-        known = own.get(key.replace(".base_layer.", "."))
-        if known is not None and torch.equal(known.cpu(), rest[key].to(known.dtype)):
-            del rest[key]
-    if rest:
-        raise AdapterFileError(
-            "the LoRA holds tensors that are no pair, no module to save and not the model's own: "
-            f"{', '.join(sorted(rest)[:4])}"
-        )
-    find_modules(model, list(values), ())
-    return TrainedModules(tuple(values), values)
+    return network if weight.is_meta else network.to(weight.device)

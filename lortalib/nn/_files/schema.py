@@ -1,147 +1,148 @@
-"""The records of an adapter as JSON, and back, with every value checked."""
+"""Declares what the file of an adapter says of it: the fields of format version 2."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
-from ...decomp import Legs, Network
-from .._adapter import AdapterConfig
-from .._anatomy import FeatureRows, Site
+from ...decomp import Legs
+from .._anatomy import Site
+from .._config import AdapterConfig
 from .._group import Group
 
-Record = TypeVar("Record")
+FORMAT = "lortalib adapter"
+FORMAT_VERSION = 2
+
+#: Bounds far beyond any adapter, so that a stranger's file costs neither time nor memory.
+MOST_PARAMETERS = 64
+MOST_LEGS = 52
+LONGEST_LINE = 10_000
+
+_PREFIX = "trained_modules."
 
 
-#: A group as it was saved, with its line and the sizes of its modes.
-Saved = tuple[Group, Legs, dict[str, int]]
+@dataclass(frozen=True)
+class SavedGroup:
+    """One group as its file describes it.
+
+    Attributes:
+        name: of the group and its network.
+        legs: the line of its network.
+        modes: size of each mode, in the order of the axes.
+        ranks: size of each bond.
+        parameters: name of each parameter of the line, in its order.
+        layers: layer of the model for each position of the mode ``layer``.
+        roles: role for each position of the mode ``matrix``.
+        sites: the projections.
+        shared: for a parameter that another network has too, the tensor of the file that it is.
+    """
+
+    name: str
+    legs: str
+    modes: dict[str, int]
+    ranks: dict[str, int]
+    parameters: tuple[str, ...]
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    sites: tuple[Site, ...]
+    shared: dict[str, str]
+
+    @cached_property
+    def line(self) -> Legs:
+        """The line, read."""
+        return parse_line(self.legs)
+
+    @property
+    def group(self) -> Group:
+        """The group, with the sites as they were saved."""
+        return Group(self.name, self.modes.get("head", 0), self.sites, self.layers, self.roles)
+
+    def keys_in_file(self) -> list[str]:
+        """The tensor of the file that each parameter of the line is."""
+        return [self.shared.get(own, self.key_of(own)) for own in self.parameters]
+
+    def key_of(self, own: str) -> str:
+        """The tensor of the file that would be a parameter of this network alone."""
+        return f"networks.{self.name}.{own}"
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each parameter of the line."""
+        sizes = {**self.modes, **self.ranks}
+        return [tuple(sizes[leg] for leg in term.legs) for term in self.line.terms]
 
 
-def group_to_json(group: Group, network: Network, shared: Mapping[str, str]) -> dict[str, Any]:
-    """A group, its network's line and sizes, and which of its tensors another network stores."""
-    return {
-        "name": group.name,
-        "legs": str(network.legs),
-        "modes": dict(network.shape),
-        "ranks": network.ranks,
-        "layers": list(group.layers),
-        "roles": list(group.roles),
-        "sites": [asdict(site) for site in group.sites],
-        "shared": dict(shared),
-    }
+@dataclass(frozen=True)
+class Description:
+    """What the file of an adapter says of it.
+
+    Attributes:
+        format: `FORMAT`.
+        format_version: `FORMAT_VERSION`.
+        lortalib_version: of the library that wrote it.
+        name: of the adapter.
+        config: how it was asked for.
+        trained_modules: paths of the modules that trained as a whole.
+        base_model: class, model_type, name of the model, and shape_fingerprint of the sites.
+        groups: which sites share which network.
+        shared_weights: for each trained module, the weights of other modules of the model that are the
+            very same tensor; None where that is not known.
+    """
+
+    format: str
+    format_version: int
+    lortalib_version: str
+    name: str
+    config: AdapterConfig
+    trained_modules: tuple[str, ...]
+    base_model: dict[str, str | None]
+    groups: tuple[SavedGroup, ...]
+    shared_weights: dict[str, tuple[str, ...]] | None = None
+
+    def text(self) -> str:
+        """The description as it stands in the file."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    def sites(self) -> Iterable[Site]:
+        """Every projection that is updated."""
+        return (site for group in self.groups for site in group.sites)
 
 
-def settings_from_json(entry: Any) -> AdapterConfig:
-    """Settings, checked.
+def parse_line(text: str) -> Legs:
+    """Read a stranger's line of legs, bounded first.
 
     Raises:
-        ValueError: a value that is missing, of the wrong type or out of range.
+        ValueError: too long, too many parameters or legs; `LegsError`, no line.
     """
-    settings = _record(AdapterConfig, entry)
-    if not (math.isfinite(settings.alpha) and math.isfinite(settings.scaling)):
-        raise ValueError("alpha or scaling is not finite")
-    if not 0 <= settings.dropout < 1:
-        raise ValueError(f"dropout is {settings.dropout}")
-    if settings.gqa not in ("pool", "split"):
-        raise ValueError(f"gqa is {settings.gqa!r}")
-    return settings
+    if len(text) > LONGEST_LINE or text.count(",") >= MOST_PARAMETERS:
+        raise ValueError(
+            f"a line of {len(text):,} characters and {text.count(',') + 1:,} parameters; at most "
+            f"{LONGEST_LINE:,} and {MOST_PARAMETERS} are read"
+        )
+    text = " ".join(text.split())  # long runs of blanks take long to read
+    legs = set(re.sub(r"\([^()]*\)", " ", text).replace(",", " ").split())
+    if len(legs) > MOST_LEGS:
+        raise ValueError(f"a line of {len(legs)} different legs; at most {MOST_LEGS} are read")
+    return Legs.parse(text)
 
 
-def group_from_json(entry: Any) -> Saved:
-    """A group with its line and sizes, checked against each other.
+def trained_key(path: str, name: str) -> str:
+    """The tensor of the file that is one value of a trained module."""
+    return f"{_PREFIX}{path}:{name}"
 
-    Raises:
-        ValueError: a value that is missing or does not fit the others; `LegsError` is one.
+
+def values_of(description: Description, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """For each trained module, the tensors of the file that are its values, by their name in it.
+
+    Args:
+        description: of the file.
+        names: of all tensors of the file.
     """
-    if not isinstance(entry, dict):
-        raise ValueError(f"a group is {entry!r}")
-    missing = {"name", "legs", "modes", "layers", "roles", "sites"} - set(entry)
-    if missing:
-        raise ValueError(f"a group lacks {', '.join(sorted(missing))}")
-    name, line, modes = entry["name"], entry["legs"], entry["modes"]
-    if not isinstance(name, str) or not name or "." in name or not isinstance(line, str):
-        raise ValueError(f"a group is called {name!r} and has the legs {line!r}")
-    if not isinstance(modes, dict) or not all(_fits(size, int) for size in modes.values()):
-        raise ValueError(f"the modes of group {name!r} are {modes!r}")
-    for key, kind in (("layers", int), ("roles", str), ("sites", dict)):
-        listed = entry[key]
-        if not isinstance(listed, list) or not listed or not all(_fits(x, kind) for x in listed):
-            raise ValueError(f"the {key} of group {name!r} are {listed!r}")
-    legs = Legs.parse(line)
-    legs.check(tuple(modes))
-    sites = tuple(_site(site) for site in entry["sites"])
-    layers, roles = tuple(entry["layers"]), tuple(entry["roles"])
-    if len({site.key for site in sites}) < len(sites):
-        raise ValueError(f"a site stands twice in group {name!r}")
-    if len(set(layers)) < len(layers) or len(set(roles)) < len(roles):
-        raise ValueError(f"a layer or role stands twice in group {name!r}")
-    group = Group(name, modes.get("head", 0), sites, layers, roles)
-    for site in sites:
-        if site.layer not in layers or site.role not in roles or group.heads % site.heads:
-            raise ValueError(f"site {site.key} is outside its group {name!r}")
-    if dict(group.shape) != modes:
-        raise ValueError(f"the modes {modes} of group {name!r} do not fit its sites")
-    return group, legs, modes
-
-
-def shared_from_json(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Parameter names of a group's network that are stored as another tensor.
-
-    Raises:
-        ValueError: anything but names.
-    """
-    shared = entry.get("shared", {})
-    if not isinstance(shared, dict) or not all(_fits(x, str) for x in shared.values()):
-        raise ValueError(f"the shared tensors of a group are {shared!r}")
-    return shared
-
-
-def _site(entry: Mapping[str, Any]) -> Site:
-    entry = dict(entry)
-    if isinstance(entry.get("also"), list):
-        entry["also"] = tuple(entry["also"])
-    rows = entry.get("rows")
-    if rows is not None:
-        try:
-            dims = tuple((int(size), int(stride)) for size, stride in rows["dims"])
-            entry["rows"] = FeatureRows(int(rows["offset"]), dims)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"the rows of a site are {rows!r}") from error
-    site = _record(Site, entry)
-    sizes = site.heads, site.query_heads, site.head_dim, site.width
-    if not site.role or "." in site.role or min(sizes) < 1 or site.experts < 0:
-        raise ValueError(f"a site is {entry!r}")
-    return site
-
-
-def _record(cls: type[Record], entry: Any) -> Record:
-    """A flat dataclass from a mapping: every field there, of its type, and none beside."""
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{cls.__name__} is {entry!r}")
-    hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    if set(names) != set(entry):
-        differ = ", ".join(sorted(set(names) ^ set(entry)))
-        raise ValueError(f"{cls.__name__} has other fields than expected: {differ}")
+    found: dict[str, dict[str, str]] = {path: {} for path in description.trained_modules}
     for name in names:
-        if not _fits(entry[name], hints[name]):
-            raise ValueError(f"{name} of {cls.__name__} is {entry[name]!r}")
-    return cls(**entry)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a simple type; an integer is also a float, a truth value is neither."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(x, get_args(hint)[0]) for x in value)
-    if hint is float:
-        whole = _fits(value, int) and abs(value) <= sys.float_info.max
-        return isinstance(value, float) or whole
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+        path, colon, own = name.removeprefix(_PREFIX).partition(":")
+        if name.startswith(_PREFIX) and colon and path in found:
+            found[path][own] = name
+    return found

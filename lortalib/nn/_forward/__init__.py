@@ -4,7 +4,7 @@ from .attach import Handle, attach, detach
 from .hooks import UpdateHook, by_module, watch_forwards
 from .pairs import Pair, PairSource
 from .scope import ForwardScope
-from .update import ModuleUpdate, OutputHook, Slot, add_updates, may_write_output, slots_of
+from .update import ModuleUpdate, OutputHook, Slot, add_update, may_write_output, slots_of
 
 __all__ = [
     "ForwardScope",
@@ -15,7 +15,7 @@ __all__ = [
     "PairSource",
     "Slot",
     "UpdateHook",
-    "add_updates",
+    "add_update",
     "attach",
     "by_module",
     "detach",

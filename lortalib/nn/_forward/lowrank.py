@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from ..._torch import is_tracing
-
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -34,11 +32,11 @@ def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
         y: (..., features).
         h: (..., p).
         b: (p, features), or (rows, p, features) where each row of a batch has a map of its own.
-        may_write: whether nobody else uses y, so that it can be added to in place.
+        may_write: whether nobody else uses y, so that it can be added to in place; never while torch traces.
     """
     if b.dim() == 3:
         return _add_by_row(y, h, b, may_write)
-    if not may_write or is_tracing() or not y.is_contiguous():
+    if not may_write or not y.is_contiguous():
         return y + h @ b
     if not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)

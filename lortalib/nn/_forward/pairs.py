@@ -158,6 +158,7 @@ class PairSource:
         self._batch_modes = batch_modes  # leading axes of every pair, behind that of the layers
         self._signatures: list[ModuleSites] = []
         self._places: list[tuple[PairIndex, PairIndex]] = []  # a function of the signatures alone
+        self._users: list[int] = []
         self._recipes: dict[object, CutRecipe] = {}
 
     def add(self, sites: ModuleSites) -> int:
@@ -182,8 +183,7 @@ class PairSource:
 
     def users(self, number: int) -> int:
         """How many modules of a layer have the same first map as this one, itself among them."""
-        firsts = [first for first, _ in self._places]
-        return firsts.count(firsts[number]) if firsts else 1
+        return self._users[number] if self._users else 1
 
     def pair(
         self, number: int, layer: int, dtype: torch.dtype, device: torch.device | None = None
@@ -197,6 +197,7 @@ class PairSource:
             device: of the result, where the module computes; that of the parameters by default. A
                 pair is smaller than what is read through it, so it is what travels.
         """
+        self._check_numbers(device)
         cuts = self._cut(self.network.select(layer=layer).tensors, False)
         first, second = self._signatures[number].pair(cuts, self.scaling)
         device = first.device if device is None else device
@@ -209,6 +210,7 @@ class PairSource:
             For each layer the pair of every signature. Modules of a layer that have one A get the very
             same tensor.
         """
+        self._check_numbers(device)
         how = Contraction(
             self.group.name,
             len(self.group.layers),
@@ -224,6 +226,17 @@ class PairSource:
             [Pair(made[a][layer][i], made[b][layer][j]) for (a, i), (b, j) in self._places]
             for layer in layers
         ]
+
+    def _check_numbers(self, device: torch.device | None) -> None:
+        """Refuse placeholders: an engine moved the parameters away and does not bring them back."""
+        if device is not None and device.type != "meta":
+            gone = [t for t in self.network.tensors if t.is_meta]
+            if gone:
+                raise RuntimeError(
+                    f"{len(gone)} parameters of the network {self.group.name!r} are on the meta device, "
+                    f"while the model computes on {device}: they were offloaded, or never given values. "
+                    "Offload the base first (dispatch_model, device_map), then apply or load the adapter"
+                )
 
     def place(self, number: int) -> tuple[PairIndex, PairIndex]:
         """Where the two maps of a module are in what `contract` returns."""
@@ -262,7 +275,9 @@ class PairSource:
             matrix = cuts[site.heads].roles.index(site.role)
             a, b = (PairIndex(k, matrix % made[k].shape[-3]) for k in sides[site.heads])
             places.append((b, a) if site.writer else (a, b))
-        self._places = places
+        if places != self._places:
+            firsts = [first for first, _ in places]
+            self._places, self._users = places, [firsts.count(first) for first in firsts]
         return made
 
     def _head_counts(self) -> dict[int, None]:

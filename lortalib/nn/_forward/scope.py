@@ -1,8 +1,8 @@
 """What belongs to one forward: its low-rank pairs, and the product that q, k and v share.
 
 A forward here is that of the outermost module around projections, whichever part of the model is
-called. What is made in it ends with it; only a backward (whose checkpoints run modules again) may still
-use its pairs.
+called. It begins by asking whether the pairs of the forward before are those of the parameters as they are
+now, numbers included; if not, it makes its own, once. Nothing else of a forward outlives it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ class CachedProduct:
 
 
 class PairSet:
-    """The pairs that one forward made of its sources, and the state of the parameters at that time."""
+    """The pairs that a forward made of its sources, and the parameters as they were then."""
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self._sources = sources
         self._state = _state(sources)
+        tensors = _tensors(sources)
+        # On a GPU comparing would wait for the device, which costs more than making the pairs again.
+        comparable = all(t.device.type == "cpu" for t in tensors)
+        self._numbers = [t.detach().clone() for t in tensors] if comparable else None
         self._made: dict[tuple[Any, ...], list[list[Pair]]] = {}
 
     def of(self, source: PairSource, dtype: torch.dtype, device: torch.device) -> list[list[Pair]]:
@@ -51,22 +55,35 @@ class PairSet:
             self._made[key] = source.pairs(dtype, device)
         return self._made[key]
 
-    def is_current(self) -> bool:
-        """Whether the parameters are the same objects in the same state: version, memory and flag.
+    @property
+    def backwards(self) -> int:
+        """How many backwards have passed the parameters."""
+        return sum([source.backwards.value for source in self._sources])
 
-        Writes through ``p.data`` and by some fused optimisers leave no trace in these. Between a forward
-        and its backward nobody writes so; else `ForwardScope.keep` says what follows.
+    def is_current(self, compare: bool) -> bool:
+        """Whether the parameters are what the pairs were made of.
+
+        Args:
+            compare: whether numbers are compared too; else only the parameters' identity, version, memory
+                and flag, in which writes through ``p.data`` and some fused optimisers leave no trace.
         """
-        return bool(self._state) and self._state == _state(self._sources)
+        if not self._state or self._state != _state(self._sources):
+            return False
+        if not compare:
+            return True
+        kept = self._numbers
+        return kept is not None and all(map(torch.equal, kept, _tensors(self._sources)))
+
+
+def _tensors(sources: Sequence[PairSource]) -> list[Tensor]:
+    return [tensor for source in sources for tensor in source.network.tensors]
 
 
 def _state(sources: Sequence[PairSource]) -> list[tuple[int, int, int, bool]]:
-    tensors = [tensor for source in sources for tensor in source.network.tensors]
-    if any(t.is_inference() for t in tensors):
-        return []  # they count no versions
-    return [
-        (id(t), t._version, t.data_ptr() if not t.is_meta else 0, t.requires_grad) for t in tensors
-    ]
+    tensors = _tensors(sources)
+    if any(t.is_inference() or t.is_meta for t in tensors):
+        return []  # inference tensors count no versions, and placeholders have no numbers
+    return [(id(t), t._version, t.data_ptr(), t.requires_grad) for t in tensors]
 
 
 @dataclass
@@ -84,6 +101,43 @@ class Running:
     frame: FrameType
     pairs: PairSet
     product: CachedProduct | None = field(default=None)
+
+    def pair(
+        self,
+        source: PairSource,
+        number: int,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Pair:
+        """The pair of one module, made with those of all layers."""
+        return self.pairs.of(source, dtype, device)[layer][number]
+
+    def product_of(self, x: Tensor, first: Tensor, users: int, p: float) -> Tensor:
+        """``x @ first^T``, taken once where several modules of a layer have one x and one first.
+
+        The product is given out again only for the very same x, unchanged, and the very same first,
+        and not after a backward, which frees the graph behind it.
+
+        Args:
+            x: (..., features).
+            first: (p, features), or (rows, p, features) for rows of a batch with maps of their own.
+            users: how many modules of a layer have this first.
+            p: probability of dropping a feature of x; one mask for all that share x.
+        """
+        if users == 1 or x.is_inference():  # inference tensors count no changes
+            return down(x, first, p)
+        known = self.product
+        backwards = self.pairs.backwards
+        mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, backwards
+        if known is not None and known.x() is x and known.first is first and known.mark == mark:
+            known.left -= 1
+            if known.left == 0:
+                self.product = None
+            return known.h
+        h = down(x, first, p)
+        self.product = CachedProduct(weakref.ref(x), mark, first, h, users - 1)
+        return h
 
     def is_on_stack(self) -> bool:
         """Whether the call is still under way: an interrupt ends it without a word to its hooks."""
@@ -108,7 +162,7 @@ class ForwardScope:
 
     def _reset(self) -> None:
         self._local = threading.local()
-        self._last: PairSet | None = None  # of the last forward that a backward can follow
+        self._last: PairSet | None = None  # of the forward before
         self._keeping = 0
 
     @property
@@ -126,11 +180,12 @@ class ForwardScope:
         running = self.running
         if running is not None and running.module is not module and running.is_on_stack():
             return
+        # Within a backward, as where a checkpoint runs its modules again, nobody writes unseen.
+        compare = not (self._keeping or is_in_backward())
         pairs = self._last
-        again = self._keeping or is_in_backward()  # a checkpoint runs its modules within a backward
-        if pairs is None or not again or not pairs.is_current():
+        if pairs is None or not pairs.is_current(compare):
             pairs = PairSet(self._sources)
-        self._last = pairs if again else None
+        self._last = pairs
         self._local.running = Running(module, frame, pairs)
 
     def end(self, module: nn.Module) -> None:
@@ -141,8 +196,6 @@ class ForwardScope:
         running.product = None
         if running.module is module:
             self._local.running = None
-            if torch.is_grad_enabled() or self._keeping:
-                self._last = running.pairs
 
     def forget(self) -> None:
         """Let go of all pairs."""
@@ -150,56 +203,12 @@ class ForwardScope:
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Let forwards within this context use the pairs of the forward before, while the parameters
-        are unchanged as `PairSet.is_current` can tell."""
+        """Let forwards within this context use pairs without comparing numbers; see `PairSet.is_current`."""
         self._keeping += 1
         try:
             yield
         finally:
             self._keeping -= 1
-            if not self._keeping:
-                self._last = None
-
-    def pair(
-        self,
-        source: PairSource,
-        number: int,
-        layer: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Pair:
-        """The pair of one module: with those of all layers in a forward, else by itself."""
-        running = self.running
-        if running is None:
-            return source.pair(number, layer, dtype, device)
-        return running.pairs.of(source, dtype, device)[layer][number]
-
-    def product(self, x: Tensor, first: Tensor, users: int, p: float) -> Tensor:
-        """``x @ first^T``, taken once where several modules of a layer have one x and one first.
-
-        The product is given out again only for the very same x, unchanged, and the very same first,
-        and not after a backward, which frees the graph behind it.
-
-        Args:
-            x: (..., features).
-            first: (p, features), or (rows, p, features) for rows of a batch with maps of their own.
-            users: how many modules of a layer have this first.
-            p: probability of dropping a feature of x; one mask for all that share x.
-        """
-        running = self.running
-        if users == 1 or running is None or x.is_inference():  # inference tensors count no changes
-            return down(x, first, p)
-        known = running.product
-        backwards = sum(source.backwards.value for source in self._sources)
-        mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, backwards
-        if known is not None and known.x() is x and known.first is first and known.mark == mark:
-            known.left -= 1
-            if known.left == 0:
-                running.product = None
-            return known.h
-        h = down(x, first, p)
-        running.product = CachedProduct(weakref.ref(x), mark, first, h, users - 1)
-        return h
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_sources": self._sources}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from ..._torch import has_global_forward_hooks, is_tracing
 from .._anatomy import Site, is_conv1d
 from .lowrank import add_up, down
 from .pairs import ModuleSites, Pair, PairSource
-from .scope import ForwardScope
+from .scope import ForwardScope, Running
 
 
 class UpdateOwner(Protocol):
@@ -97,13 +97,16 @@ class ModuleUpdate:
         """
         owner = self.owner
         p = owner.dropout if owner.training else 0.0
-        return add_updates(owner.scope, self.slots, self._pairs(y), x, y, p, may_write)
-
-    def _pairs(self, y: Tensor) -> Iterator[Pair]:
-        if is_tracing():
-            return (s.source.pair(s.number, s.layer, y.dtype, y.device) for s in self.slots)
-        scope = self.owner.scope
-        return (scope.pair(*slot, y.dtype, y.device) for slot in self.slots)
+        running = None if is_tracing() else owner.scope.running
+        dtype, device = y.dtype, y.device
+        for source, number, layer in self.slots:
+            if running is None:
+                pair = source.pair(number, layer, dtype, device)
+            else:
+                pair = running.pair(source, number, layer, dtype, device)
+            y = add_update(running, x, y, pair, source.users(number), p, may_write)
+            may_write = running is not None
+        return y
 
     def pair(self, dtype: torch.dtype, device: torch.device | None = None) -> Pair:
         """The whole update as one pair: first (p, features read), second (p, features written).
@@ -116,22 +119,29 @@ class ModuleUpdate:
         return pairs[0] if len(pairs) == 1 else Pair(*map(torch.cat, zip(*pairs)))
 
 
-def add_updates(
-    scope: ForwardScope,
-    slots: Sequence[Slot],
-    pairs: Iterable[Pair],
+def add_update(
+    running: Running | None,
     x: Tensor,
     y: Tensor,
+    pair: Pair,
+    users: int,
     p: float,
     may_write: bool,
 ) -> Tensor:
-    """``y`` with ``(x @ first^T) @ second`` of each pair added; x is read once for modules that share it."""
-    tracing = is_tracing()
-    for (source, number, _), (first, second) in zip(slots, pairs):
-        h = down(x, first, p) if tracing else scope.product(x, first, source.users(number), p)
-        y = add_up(y, h, second, may_write)
-        may_write = True
-    return y
+    """``y + (x @ first^T) @ second``.
+
+    Args:
+        running: the forward under way, in which x is read once for modules that share it.
+        x: a module's input.
+        y: its output.
+        pair: first and second.
+        users: how many modules of a layer have this first.
+        p: probability of dropping a feature of x.
+        may_write: whether nobody else uses y, so that it can be added to in place.
+    """
+    first, second = pair
+    h = down(x, first, p) if running is None else running.product_of(x, first, users, p)
+    return add_up(y, h, second, may_write)
 
 
 class OutputHook:
@@ -141,10 +151,12 @@ class OutputHook:
 def may_write_output(module: nn.Module) -> bool:
     """Whether the output of a module is a fresh tensor that nobody but the hooks of updates has seen.
 
-    Autograd does not need the output of a linear map, so it can then be added to in place.
+    Autograd does not need the output of a linear map, so it can then be added to in place. Never while
+    torch traces, which follows plain operations only.
     """
     return (
-        (type(module) is nn.Linear or is_conv1d(module))
+        not is_tracing()
+        and (type(module) is nn.Linear or is_conv1d(module))
         and "forward" not in module.__dict__
         and not has_global_forward_hooks()
         and (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._anatomy import Site, UnsupportedModelError
+from .._anatomy import Site, UnsupportedModelError, check_model
 from .._anatomy import sites as find_sites
 from .._host import adapters
 from .compare import WORDS, CallFindings, PlannedBlocks, features
@@ -158,6 +158,7 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
         stack   sites  calls  heads  agreed  coupled
         layers  8      2      24     24      0        confirmed
     """
+    model = check_model(model)
     planned = [s for s in (find_sites(model) if sites is None else sites) if s.role in _ROLES]
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("a model on the meta device cannot be run, so nothing can be verified")

@@ -1,0 +1,328 @@
+"""What every network of named legs can do, whoever owns its parameters."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._cut import Cut, CutPlan, make_cut_plan
+from ._einsum import contract
+from ._legs import Legs
+from ._modes import Shape
+from ._notation import LegsError, Term, check_bounds
+
+_FAR = ("head", "out")
+
+
+class TensorNetwork(ABC):
+    """A tensor as a network of parameters, whoever owns them; `Network` states the laws.
+
+    Attributes:
+        legs: the parsed line.
+        modes: the modes, in the order of the axes of `dense`.
+        sizes: the size of every leg.
+        names: a name for each parameter.
+    """
+
+    legs: Legs
+    modes: tuple[str, ...]
+    sizes: dict[str, int]
+    names: tuple[str, ...]
+
+    def _describe(self, legs: Legs, sizes: dict[str, int], modes: tuple[str, ...]) -> None:
+        self.legs, self.sizes, self.modes = legs, sizes, modes
+        self._terms = tuple(term.legs for term in legs.terms)
+
+    @property
+    def shape(self) -> Shape:
+        """The modes and their sizes, in the order of the axes of `dense`."""
+        return Shape({mode: self.sizes[mode] for mode in self.modes})
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters, in the order of the line."""
+        raise NotImplementedError
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Size of each bond, in order of first appearance."""
+        return {bond: self.sizes[bond] for bond in self.legs.bonds(self.modes)}
+
+    def count(self, trainable_only: bool = True) -> int:
+        """Count the trainable parameters of the network, entry by entry.
+
+        Args:
+            trainable_only: whether the entries of tensors marked ``(frozen)`` are left out.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp((6, 8, 4, 64, 16), rank=2).count()  # 2 * (6 + 8 + 4 + 64 + 16)
+            196
+        """
+        return sum(
+            tensor.numel()
+            for term, tensor in zip(self.legs.terms, self.tensors)
+            if not (trainable_only and term.frozen)
+        )
+
+    def dense(self) -> Tensor:
+        """Contract the network to the full tensor, against which every other operation is tested.
+
+        Returns:
+            A tensor of shape `shape`, its axes in the order of `modes`, in the dtype and on the
+            device of the parameters. Differentiable; costs its full size in memory.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp({"layer": 6, "in": 64, "out": 16}, rank=2).dense().shape
+            torch.Size([6, 64, 16])
+        """
+        return contract(self._terms, self.tensors, self.modes, self.sizes)
+
+    def select(self, index: Mapping[str, int] | None = None, /, **positions: int) -> TensorNetwork:
+        """Fix some modes at a position each, which leaves a network over the other modes.
+
+        Args:
+            index: a mapping from mode to position. ``in`` is a keyword of Python, so it can only be
+                given here: ``net.select({"in": 0}, layer=1)``.
+            positions: the same as keywords, for instance ``layer=3, matrix=0``. Negative positions
+                count from the end.
+
+        Returns:
+            A network that refers to slices of these parameters (nothing is copied; gradients
+            reach the parameters).
+
+        Raises:
+            KeyError: a name that is no mode of this network.
+            IndexError: a position outside the mode.
+            TypeError: a position that is no integer, a mode given twice, an index that is no
+                mapping.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> net = cp((6, 8, 4, 64, 16), rank=2)
+            >>> net.select(layer=3, matrix=0).shape
+            Shape({'head': 8, 'in': 64, 'out': 16})
+            >>> net.select({"in": 5, "out": 0}, layer=3).shape
+            Shape({'head': 8, 'matrix': 4})
+        """
+        index = self._positions({} if index is None else index, positions)
+        for mode, position in index.items():
+            if not -self.sizes[mode] <= position < self.sizes[mode]:
+                raise IndexError(
+                    f"{mode}={position} is outside the mode {mode!r} of size {self.sizes[mode]}"
+                )
+        tensors = [
+            tensor[tuple(index.get(leg, slice(None)) for leg in term.legs)]
+            for term, tensor in zip(self.legs.terms, self.tensors)
+        ]
+        legs = Legs(tuple(term.without(index) for term in self.legs.terms))
+        return NetworkView(legs, tensors, tuple(mode for mode in self.modes if mode not in index))
+
+    def _positions(self, index: Mapping[str, int], named: Mapping[str, int]) -> dict[str, int]:
+        if not isinstance(index, Mapping):
+            raise TypeError(
+                f"select takes a mapping from mode to position, or keywords; found "
+                f"{type(index).__name__}. Try select({{'in': 0}}, layer=1)"
+            )
+        twice = [mode for mode in index if mode in named]
+        if twice:
+            raise TypeError(f"select was given {twice[0]!r} twice, in the mapping and as a keyword")
+        for mode in (*index, *named):
+            if mode not in self.modes:
+                raise KeyError(
+                    f"cannot select {mode!r}: the modes of this network are {', '.join(self.modes)}"
+                )
+        return {mode: operator.index(at) for mode, at in (*index.items(), *named.items())}
+
+    def index_select(self, mode: str, positions: Tensor) -> TensorNetwork:
+        """Keep some positions of a mode, in the order given; positions may repeat.
+
+        Args:
+            mode: one of `modes`.
+            positions: integers of shape (number,), on the device of the parameters.
+
+        Returns:
+            A network over the same modes (gradients reach the parameters).
+
+        Raises:
+            KeyError: a name that is no mode of this network.
+            IndexError: a position outside the mode.
+
+        Example:
+            >>> import torch
+            >>> from lortalib.decomp import cp
+            >>> net = cp({"layer": 6, "in": 64, "out": 16}, rank=2)
+            >>> net.index_select("layer", torch.tensor([5, 0])).shape
+            Shape({'layer': 2, 'in': 64, 'out': 16})
+        """
+        if mode not in self.modes:
+            raise KeyError(
+                f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
+            )
+        return NetworkView(
+            self.legs,
+            [
+                tensor.index_select(term.legs.index(mode), positions)
+                if mode in term.legs
+                else tensor
+                for term, tensor in zip(self.legs.terms, self.tensors)
+            ],
+            self.modes,
+        )
+
+    def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
+        """Multiply the tensor by a matrix along one mode (the n-mode product).
+
+        The matrix becomes one more parameter of the network, so nothing dense is formed.
+
+        Args:
+            matrix: (new size, size of the mode).
+            mode: one of `modes`.
+
+        Returns:
+            A network whose mode has the new size; its axes are those of this one.
+
+        Raises:
+            KeyError: a name that is no mode of this network.
+            ValueError: a matrix of another shape.
+            LegsError: the network has as many legs or parameters as one can have.
+
+        Example:
+            >>> import torch
+            >>> from lortalib.decomp import cp
+            >>> means = torch.full((1, 4), 0.25)
+            >>> net = cp({"head": 4, "in": 5, "out": 3}, rank=2).mode_dot(means, "head")
+            >>> net.shape
+            Shape({'head': 1, 'in': 5, 'out': 3})
+        """
+        if mode not in self.modes:
+            raise KeyError(
+                f"cannot multiply along {mode!r}: the modes of this network are "
+                f"{', '.join(self.modes)}"
+            )
+        if matrix.ndim != 2 or matrix.shape[1] != self.sizes[mode]:
+            raise ValueError(
+                f"to multiply along {mode!r} of size {self.sizes[mode]}, a matrix of shape (new "
+                f"size, {self.sizes[mode]}) is needed; found {tuple(matrix.shape)}"
+            )
+        bond = mode
+        while bond in self.sizes:
+            bond += "_"
+        terms = [
+            Term(tuple(bond if leg == mode else leg for leg in term.legs), term.frozen, term.zero)
+            for term in self.legs.terms
+        ]
+        legs = Legs((*terms, Term((mode, bond), frozen=True)))
+        check_bounds(legs.terms)
+        return NetworkView(legs, [*self.tensors, matrix], self.modes)
+
+    def cut(self, *batch_modes: str) -> Cut:
+        """Split the network into ordinary low-rank pairs, exactly and differentiably.
+
+        The network is divided where the bonds that cross have the smallest product p; A holds the
+        side of ``in``. Besides ``in``, ``out`` and perhaps ``head`` only the modes ``batch_modes`` may be
+        left: all their slices are cut at once.
+
+        Args:
+            batch_modes: modes that stay as leading axes, in this order; none gives one pair.
+
+        Returns:
+            `Cut`: A ``(*batch_modes, p, in)`` and B ``(*batch_modes, head*out, p)``, with ``B @ A``
+            the slices as (head*out, in) matrices. Where one side does not depend on a mode of
+            ``batch_modes``, it has size 1 there and broadcasts.
+
+        Raises:
+            LegsError: other modes are left, or ``in``, ``out`` or one of ``batch_modes`` is missing.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> a, b = cp((6, 8, 4, 64, 16), rank=2).cut("layer", "matrix")
+            >>> a.shape, b.shape
+            (torch.Size([1, 1, 2, 64]), torch.Size([6, 4, 128, 2]))
+        """
+        return self.cut_plan(*batch_modes).cut(self.tensors)
+
+    def cut_plan(self, *batch_modes: str) -> CutPlan:
+        """Plan where `cut` divides the network, and in which order it contracts the two sides.
+
+        Args:
+            batch_modes: as for `cut`.
+
+        Returns:
+            `CutPlan`; ``plan.partition`` has the positions of the parameters on the side of
+            ``in``, of those on the other side, and the bonds that cross.
+
+        Raises:
+            LegsError: as `cut`.
+
+        Example:
+            >>> from lortalib.decomp import network
+            >>> plan = network("in p, out q, p q", {"in": 64, "out": 16}, (2, 3)).cut_plan()
+            >>> plan.partition.in_side, plan.partition.out_side, plan.partition.bonds, plan.rank
+            ((0,), (1, 2), ('p',), 2)
+        """
+        self._check_cut(batch_modes)
+        out_side = tuple(mode for mode in _FAR if mode in self.modes)
+        plan: CutPlan = make_cut_plan(self._terms, tuple(self.sizes.items()), out_side, batch_modes)
+        return plan
+
+    def _check_cut(self, batch_modes: tuple[str, ...]) -> None:
+        absent = [mode for mode in batch_modes if mode not in self.modes or mode in ("in", *_FAR)]
+        if absent or len(set(batch_modes)) < len(batch_modes):
+            raise LegsError(
+                f"cannot cut over {', '.join(map(repr, batch_modes))}: these are to be different modes of "
+                f"the network, which has {', '.join(self.modes)}, other than in, head and out"
+            )
+        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *batch_modes)]
+        if others or "in" not in self.modes or "out" not in self.modes:
+            names = ", ".join(f"{mode}=0" for mode in others)
+            every = ", ".join(repr(mode) for mode in (*batch_modes, *others))
+            raise LegsError(
+                "a cut needs the modes in, out and optionally head, and no others; "
+                f"this network has {', '.join(self.modes)}."
+                + f" Select first: net.select({names}).cut(), or cut them all: net.cut({every})"
+                * bool(others)
+            )
+
+    def to_tensorly(self) -> Any:
+        """Make a TensorLy object of the network, with live autograd: `lortalib.decomp.to_tensorly`."""
+        from ._tensorly import to_tensorly
+
+        return to_tensorly(self)
+
+    def __repr__(self) -> str:
+        rows = [("parameter", "legs", "sizes", "parameters")]
+        for name, term, tensor in zip(self.names, self.legs.terms, self.tensors):
+            sizes = " x ".join(map(str, tensor.shape))
+            rows.append((name, str(term), sizes, f"{tensor.numel():,}"))
+        rows.append(("total", "", "", f"{self.count(trainable_only=False):,}"))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = []
+        for row in rows:
+            left = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths))
+            lines.append(f"  {left}  {row[3].rjust(widths[3])}")
+        modes = ", ".join(f"{mode}={self.sizes[mode]}" for mode in self.modes)
+        head = f"{type(self).__name__}({modes}): {self.count():,} trainable parameters"
+        return "\n".join([head, *lines])
+
+
+class NetworkView(TensorNetwork):
+    """A network over slices of parameters that another network owns; see `Network.select`."""
+
+    def __init__(self, legs: Legs, tensors: Sequence[Tensor], modes: tuple[str, ...]) -> None:
+        pairs = zip(legs.terms, tensors)
+        sizes = {leg: n for term, tensor in pairs for leg, n in zip(term.legs, tensor.shape)}
+        self._describe(legs, sizes, modes)
+        self._tensors = tuple(tensors)
+        self.names = tuple("_".join(term.legs) or "scalar" for term in legs.terms)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The slices, in the order of the line."""
+        return self._tensors

@@ -1,0 +1,227 @@
+"""Checks that the parts of a description agree with each other, and its tensors with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...decomp import Network
+from .._anatomy import Site
+from .._config import AdapterConfig, check_alpha
+from .._plan import share_input_factor
+from .records import read_record, short
+from .schema import Description, SavedGroup, values_of
+from .tensors import TRAINABLE, TensorSpec
+
+#: Bounds far beyond any adapter, so that a stranger's file costs neither time nor memory.
+MOST_SITES = 100_000
+MOST_GROUPS = 2_000
+MOST_TRAINED_MODULES = 1_000
+LONGEST_PATH = 500
+LARGEST_SIZE = 2**24
+
+_BASE_MODEL = ("class", "model_type", "name", "shape_fingerprint")
+
+
+def check_description(value: Any) -> Description:
+    """The description that a JSON value holds, checked.
+
+    Raises:
+        ValueError: a value that is missing, unknown, of the wrong type, out of bounds, or that does not
+            fit the others.
+    """
+    if isinstance(value, dict):
+        _check_lengths(value.get("groups"))
+    description = read_record(Description, value)
+    if not description.name or "." in description.name:
+        raise ValueError(f"an adapter is called {description.name!r}")
+    unknown = set(description.base_model) - set(_BASE_MODEL)
+    if unknown:
+        raise ValueError(f"unknown field {short(min(unknown))} of base_model")
+    _check_config(description.config)
+    _check_groups(description)
+    _check_trained(description)
+    return description
+
+
+def _check_lengths(groups: Any) -> None:
+    """Bound what costs time before it is read."""
+    if not isinstance(groups, list) or not 0 < len(groups) <= MOST_GROUPS:
+        raise ValueError(f"field 'groups' is no list of 1 to {MOST_GROUPS:,} groups")
+    listed = [group.get("sites") for group in groups if isinstance(group, dict)]
+    if sum(len(sites) for sites in listed if isinstance(sites, list)) > MOST_SITES:
+        raise ValueError(f"there are more than {MOST_SITES:,} sites")
+
+
+def _check_config(config: AdapterConfig) -> None:
+    check_alpha(config.alpha)
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout is {config.dropout}")
+    if config.gqa not in ("pool", "split"):
+        raise ValueError(f"gqa is {short(config.gqa)}")
+    # With the start of LoRTA the scaling is alpha/r; with all others it is alpha.
+    ratio = config.alpha / config.scaling if config.scaling else math.inf
+    parts = max(1, round(ratio)) if config.init == "lorta" and math.isfinite(ratio) else 1
+    if not math.isclose(ratio, parts, rel_tol=1e-6):
+        raise ValueError(
+            f"scaling {config.scaling:g} does not follow from alpha {config.alpha:g} and init "
+            f"{short(config.init)}"
+        )
+
+
+def _check_groups(description: Description) -> None:
+    names = [saved.name for saved in description.groups]
+    if len(set(names)) < len(names):
+        raise ValueError("two groups have one name")
+    taken = nn.ModuleDict()
+    for name in names:
+        if not name or "." in name or hasattr(taken, name):
+            raise ValueError(f"no group can be called {short(name)}")
+    keys = [site.key for site in description.sites()]
+    if len(set(keys)) < len(keys):
+        raise ValueError("a site stands there twice")
+    owners = {
+        saved.key_of(own): shape
+        for saved in map(_check_group, description.groups)
+        for own, shape in zip(saved.parameters, saved.shapes())
+        if own not in saved.shared
+    }
+    for saved in description.groups:
+        for own, key, shape in zip(saved.parameters, saved.keys_in_file(), saved.shapes()):
+            if owners.get(key) != shape:
+                raise ValueError(f"{saved.key_of(own)} would be shared with {short(key)}")
+    if description.config.share_residual:
+        _check_shared_input(description.groups)
+
+
+def _check_group(saved: SavedGroup) -> SavedGroup:
+    name, line = saved.name, saved.line
+    for sizes in (saved.modes, saved.ranks):
+        if not all(0 < size <= LARGEST_SIZE for size in sizes.values()):
+            raise ValueError(f"the sizes of group {name!r} are {short(sizes)}")
+    line.check(tuple(saved.modes))
+    if set(line.bonds(saved.modes)) != set(saved.ranks):
+        raise ValueError(f"the ranks {short(saved.ranks)} of group {name!r} are not of its bonds")
+    own = saved.parameters
+    if len(own) != len(line.terms) or len(set(own)) < len(own) or "" in own or "." in "".join(own):
+        raise ValueError(f"the parameters of group {name!r} are called {short(own)}")
+    if set(saved.shared) - set(own):
+        raise ValueError(f"the shared parameters of group {name!r} are {short(saved.shared)}")
+    layers, roles = set(saved.layers), set(saved.roles)
+    if len(layers) < len(saved.layers) or len(roles) < len(saved.roles):
+        raise ValueError(f"a layer or role stands twice in group {name!r}")
+    if not (saved.sites and layers and roles):
+        raise ValueError(f"group {name!r} has no sites, layers or roles")
+    group = saved.group
+    for site in saved.sites:
+        _check_site(site)
+        if site.layer not in layers or site.role not in roles or group.heads % site.heads:
+            raise ValueError(f"site {site.key} is outside its group {name!r}")
+        if (site.width, site.head_dim, site.experts) != (
+            saved.modes.get("in"), saved.modes.get("out"), saved.modes.get("expert", 0)
+        ):  # fmt: skip
+            raise ValueError(f"site {site.key} does not fit the modes of {name!r}")
+    if dict(group.shape) != saved.modes:
+        raise ValueError(f"the modes {short(saved.modes)} of group {name!r} do not fit its sites")
+    return saved
+
+
+def _check_site(site: Site) -> None:
+    sizes = site.heads, site.query_heads, site.head_dim, site.width
+    if not site.role or "." in site.role or min(sizes) < 1 or site.experts < 0 or site.layer < 0:
+        raise ValueError(f"a site is {short(site)}")
+    if max(*sizes, site.experts, site.features, site.fused or 0) > LARGEST_SIZE:
+        raise ValueError(f"a size of site {site.key} is above {LARGEST_SIZE:,}")
+    rows = site.rows
+    if (rows is None) != (site.fused is None):
+        raise ValueError(f"site {site.key} has one of rows and fused")
+    if rows is not None:
+        last = rows.offset + sum((size - 1) * stride for size, stride in rows.dims)
+        dims = [number for pair in rows.dims for number in pair]
+        fits = rows.offset >= 0 and min(dims, default=1) > 0 and last < (site.fused or 0)
+        if not fits or math.prod(size for size, _ in rows.dims) != site.features:
+            raise ValueError(f"the rows of site {site.key} are {short(rows)}")
+
+
+def _check_shared_input(groups: Iterable[SavedGroup]) -> None:
+    """Hold ``share_residual`` against the tensors that are shared, by the rule that shares them."""
+    owners: dict[str, nn.Parameter] = {}
+    networks: dict[str, Network] = {}
+    for saved in groups:
+        empty = [torch.empty(shape, device="meta") for shape in saved.shapes()]
+        network = networks[saved.name] = Network(saved.line, empty, tuple(saved.modes))
+        for name, key, tensor in zip(network.names, saved.keys_in_file(), network.tensors):
+            network.register_parameter(name, owners.setdefault(key, nn.Parameter(tensor)))
+    before = [id(tensor) for network in networks.values() for tensor in network.tensors]
+    share_input_factor([saved.group for saved in groups], networks)
+    if before != [id(tensor) for network in networks.values() for tensor in network.tensors]:
+        raise ValueError(
+            "share_residual is true, but two networks have factors of their own for in"
+        )
+
+
+def _check_trained(description: Description) -> None:
+    paths = description.trained_modules
+    listed = set(paths)
+    if len(listed) < len(paths) or len(paths) > MOST_TRAINED_MODULES:
+        raise ValueError(f"the trained modules are {short(paths)}")
+    if set(description.shared_weights or ()) - listed:
+        raise ValueError("field 'shared_weights' speaks of modules that were not trained")
+    sites = [path for site in description.sites() for path in (site.path, *site.tied_paths)]
+    for path in (*paths, *sites):
+        if not path or len(path) > LONGEST_PATH:
+            raise ValueError(f"the path of a module is {short(path)}")
+    for path in paths:
+        if ":" in path or listed.intersection(_owners(path)):
+            raise ValueError(f"{path!r} cannot be a trained module")
+    for path in sites if listed else ():
+        inside = listed.intersection((path, *_owners(path)))
+        if inside:
+            raise ValueError(
+                f"the trained module {min(inside)!r} holds the adapted projection {path!r}"
+            )
+
+
+def _owners(path: str) -> Iterable[str]:
+    """The paths of the modules that a module is in."""
+    words = path.split(".")
+    return (".".join(words[:k]) for k in range(1, len(words)))
+
+
+def check_tensors(description: Description, specs: Mapping[str, TensorSpec]) -> None:
+    """Hold what a header says of the tensors against the description; no number is read.
+
+    Raises:
+        ValueError: a tensor that is missing or unknown, or has another shape or type than it must have.
+    """
+    known = {name for each in values_of(description, specs).values() for name in each.values()}
+    for saved in description.groups:
+        found = []
+        for key, shape, term in zip(saved.keys_in_file(), saved.shapes(), saved.line.terms):
+            if key not in specs:
+                raise ValueError(f"it lacks the tensor {key!r}")
+            if specs[key].shape != shape:
+                raise ValueError(
+                    f"tensor {key!r} has the shape {specs[key].shape}; its legs ({term}) have the "
+                    f"sizes {shape}"
+                )
+            if specs[key].dtype not in TRAINABLE:
+                raise ValueError(
+                    f"factor {key!r} is of type {specs[key].dtype}, no numbers to train; convert it "
+                    f"to one of {', '.join(TRAINABLE)}"
+                )
+            found.append(key)
+        known.update(found)
+        if len({specs[key].dtype for key in found}) > 1:
+            raise ValueError(f"the factors of group {saved.name!r} are of different types")
+    unknown = [name for name in specs if name not in known]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(f"it holds unknown tensors: {', '.join(map(short, unknown[:5]))}{more}")
+    for path, values in values_of(description, specs).items():
+        if not values:
+            raise ValueError(f"it lacks the values of the trained module {path!r}")

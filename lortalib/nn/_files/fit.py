@@ -1,0 +1,180 @@
+"""Finds the projections of a model that a saved adapter updates, or says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from .._anatomy import (
+    MLP_ROLES,
+    ROLES,
+    BlockRule,
+    Site,
+    UnsupportedModelError,
+    check_experts,
+    is_conv1d,
+    is_projection,
+    linear_sites,
+    mlp_sites,
+    site_weight,
+    sites,
+)
+from .._group import Group
+from .._plan import check_whole
+from .folder import AdapterFileError
+from .saved import SavedAdapter
+from .schema import Description, values_of
+from .weights import shared_weights
+
+Rules = BlockRule | Sequence[BlockRule]
+
+
+def fit_groups(model: nn.Module, saved: SavedAdapter, rules: Rules) -> list[Group]:
+    """The groups of a saved adapter with the sites of a model, which are held against the saved ones.
+
+    Args:
+        model: the model.
+        saved: the adapter.
+        rules: rows that explain a remote-code model.
+
+    Raises:
+        AdapterFileError: a projection or a trained module that the model does not have, or has in other
+            sizes.
+        ValueError: the model's attention was not found, or its weights cannot take an update.
+    """
+    description = saved.description
+    _check_trained(model, saved)
+    found = {site.key: site for site in _candidates(model, list(description.sites()), rules)}
+    _check_sizes(model, description, found)
+    groups = []
+    for each in description.groups:
+        fitted = tuple(found[site.key] for site in each.sites)
+        groups.append(Group(each.name, each.group.heads, fitted, each.layers, each.roles))
+    chosen = [site for group in groups for site in group.sites]
+    check_experts(model, chosen)
+    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
+    for path in description.trained_modules:
+        _check_apart(model, path, chosen)
+    return groups
+
+
+def _candidates(model: nn.Module, asked: list[Site], rules: Rules) -> list[Site]:
+    """The sites of the model, of the kinds that the file speaks of."""
+    plain = [site for site in asked if site.role not in ROLES or _is_linear(site.stack)]
+    roles = {site.role for site in asked if site.role in ROLES and not _is_linear(site.stack)}
+    modules = {path: m for path, m in model.named_modules() if is_projection(m)}
+    chosen = {site.path: modules[site.path] for site in plain if site.path in modules}
+    found = linear_sites(chosen, {path: widths(module) for path, module in chosen.items()})
+    lost = {site.key for site in plain} - {site.key for site in found}
+    # A model may have a stack of attention that is called as the stacks of other linear maps are.
+    roles |= {role for _, _, role in lost} & set(ROLES)
+    try:
+        if roles & set(ROLES) - set(MLP_ROLES):
+            found += sites(model, rules=rules)
+        if roles & set(MLP_ROLES):
+            found += mlp_sites(model)
+    except UnsupportedModelError:
+        if len(plain) < len(asked):
+            raise
+    return found
+
+
+def _is_linear(stack: str) -> bool:
+    return stack == "linear" or stack.startswith("linear.")
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Features that a linear map reads, and those that it writes.
+
+    Example:
+        >>> widths(nn.Linear(3, 4))
+        (3, 4)
+    """
+    if is_conv1d(module):
+        read, written = module.get_parameter("weight").shape
+        return read, written
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def _check_sizes(
+    model: nn.Module, description: Description, found: Mapping[tuple[str, int, str], Site]
+) -> None:
+    differences = []
+    for site in description.sites():
+        other = found.get(site.key)
+        where = f"{site.stack} layer {site.layer} {site.role}"
+        if other is None:
+            differences.append(f"{where}: the model has no such projection")
+        elif _sizes(other) != _sizes(site):
+            differences.append(
+                f"{where}: heads, query heads, head_dim, width are {_sizes(site)} in the file, "
+                f"{_sizes(other)} in the model"
+            )
+        elif (other.experts, other.writer) != (site.experts, site.writer):
+            differences.append(
+                f"{where}: experts and whether it writes the residual stream are "
+                f"{(site.experts, site.writer)} in the file, {(other.experts, other.writer)} in the "
+                "model"
+            )
+    if differences:
+        base = description.base_model
+        trained_on = " ".join(filter(None, [base.get("class"), base.get("name")]))
+        shown = "\n  ".join(differences[:5])
+        more = f"\n  ... and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise AdapterFileError(
+            f"the adapter (trained on {trained_on}) does not fit {type(model).__name__}; nothing was "
+            f"changed:\n  {shown}{more}"
+        )
+
+
+def _sizes(site: Site) -> tuple[int, ...]:
+    return site.heads, site.query_heads, site.head_dim, site.width
+
+
+def _check_trained(model: nn.Module, saved: SavedAdapter) -> None:
+    """Hold the modules that trained as a whole against those of the model."""
+    description, file = saved.description, saved.file
+    modules = dict(model.named_modules())
+    for path, names in values_of(description, saved.names).items():
+        if path not in modules:
+            raise AdapterFileError(
+                f"the adapter in {file.path} was trained beside the module {path!r}, which "
+                f"{type(model).__name__} does not have"
+            )
+        found = {own: file.specs[saved.names[key]].shape for own, key in names.items()}
+        wanted = {own: tuple(t.shape) for own, t in modules[path].state_dict().items()}
+        if found != wanted:
+            raise AdapterFileError(
+                f"the module {path!r} saved with the adapter holds {found}; the model's holds {wanted}"
+            )
+    known = description.shared_weights
+    here = shared_weights(model, description.trained_modules)
+    for path in description.trained_modules if known is not None else ():
+        before = (known or {}).get(path, ())
+        if bool(before) != bool(here[path]):
+            raise AdapterFileError(
+                f"the weights of the module {path!r} were shared with {_listed(before)} when the "
+                f"adapter was trained; in this {type(model).__name__} they are shared with "
+                f"{_listed(here[path])}, so its values would mean something else. Load it on a model "
+                "with the same tie_word_embeddings"
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _check_apart(model: nn.Module, path: str, chosen: Iterable[Site]) -> None:
+    """Refuse a trained module that holds nothing to train, or a weight that takes an update."""
+    if not any(True for _ in model.get_submodule(path).parameters()):
+        raise AdapterFileError(
+            f"the module {path!r}, trained with the adapter, has no parameters here"
+        )
+    for site in chosen:
+        for inner in (site.path, *site.tied_paths):
+            if inner == path or inner.startswith(f"{path}."):
+                raise AdapterFileError(
+                    f"the module {path!r}, trained with the adapter, holds the adapted projection "
+                    f"{inner!r} in {type(model).__name__}"
+                )

@@ -1,0 +1,120 @@
+"""Fits the modules that a LoRA saved as a whole, such as a head, to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .._anatomy import ATTRIBUTE
+from .._trained_modules import TrainedModules, Values
+from .folder import AdapterFileError
+from .records import short
+from .tensors import TensorSpec, plain
+
+
+def check_modules(
+    model: nn.Module,
+    names: Iterable[str],
+    adapted: Iterable[str],
+    specs: Mapping[str, TensorSpec],
+) -> list[str]:
+    """Hold the tensors beside the pairs of a LoRA against a model; no number is read.
+
+    Args:
+        model: the model.
+        names: of the saved modules, or the ends of their paths.
+        adapted: paths of the modules that have a pair.
+        specs: what the file says of each tensor, by its name in the model.
+
+    Returns:
+        The paths of the saved modules.
+
+    Raises:
+        AdapterFileError: a tensor that no module has or one of another shape, a saved module that holds
+            nothing to train or a module with a pair.
+    """
+    own, wanted, left = model.state_dict(), set(names), set(specs)
+    found = {path: module for path, module in model.named_modules() if _is_named(path, wanted)}
+    for path, module in found.items():
+        inner = [each for each in adapted if each == path or each.startswith(f"{path}.")]
+        if inner or not any(True for _ in module.parameters()):
+            raise AdapterFileError(
+                f"the LoRA saves the module {path} as a whole, which "
+                + (f"holds {inner[0]}, that has a pair too" if inner else "has no parameters")
+            )
+        expected = {f"{path}.{k}": tuple(v.shape) for k, v in module.state_dict().items()}
+        if {key: specs[key].shape for key in expected if key in specs} != expected:
+            raise AdapterFileError(f"the LoRA's values of the module {path} do not fit the model")
+        left -= expected.keys()
+    for key in sorted(left):
+        known = own.get(_in_model(key))
+        if known is None or tuple(known.shape) != specs[key].shape:
+            raise AdapterFileError(
+                f"the LoRA holds the tensor {short(key)}, which is no pair, not in a module to save and "
+                "not the model's own"
+            )
+    return list(found)
+
+
+def take_modules(
+    model: nn.Module, paths: Iterable[str], tensors: Mapping[str, Tensor]
+) -> TrainedModules:
+    """The modules that a LoRA saved as a whole, with its values.
+
+    Args:
+        model: the model.
+        paths: as `check_modules` returns them.
+        tensors: the values beside the pairs, by their name in the model.
+
+    Raises:
+        AdapterFileError: other values than the model's own for what is no saved module (PEFT writes the
+            embedding beside a LoRA on it), or for one of several modules that have one weight.
+    """
+    values: Values = {
+        path: {own: tensors[f"{path}.{own}"] for own in model.get_submodule(path).state_dict()}
+        for path in paths
+    }
+    trained = {f"{path}.{own}" for path, each in values.items() for own in each}
+    present = model.state_dict()
+    for key, tensor in tensors.items():
+        if key not in trained and not _equal(present[_in_model(key)], tensor):
+            raise AdapterFileError(
+                f"the LoRA holds other values of {short(key)} than the model, and does not list its "
+                "module among those to save; is it the model that the LoRA was trained on?"
+            )
+    _check_ties(model, {key: tensors[key] for key in trained})
+    return TrainedModules(tuple(values), values)
+
+
+def _check_ties(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Refuse values for one of several modules that hold one weight: PEFT gives it a weight of its own."""
+    holders: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        holders.setdefault(id(parameter), []).append(name)
+    for key, value in values.items():
+        others = holders.get(id(parameters.get(key)), [])
+        for other in others:
+            if other != key and not _equal(values.get(other, parameters[other]), value):
+                raise AdapterFileError(
+                    f"the LoRA has values of its own for {key}, whose weight is {other}'s too in this "
+                    "model. Load the model with tie_word_embeddings=False, so that each has its own"
+                )
+
+
+def _equal(known: Tensor, value: Tensor) -> bool:
+    """Whether a value is what the model has, in the model's type; on the meta device nobody knows."""
+    return known.is_meta or torch.equal(plain(known), value.to(known.dtype))
+
+
+def _is_named(path: str, names: set[str]) -> bool:
+    """Whether one of the names is a module's path or, behind a dot, the end of it."""
+    words = path.split(".")
+    ends = {".".join(words[k:]) for k in range(len(words))}
+    return not names.isdisjoint(ends) and words[0] != ATTRIBUTE
+
+
+def _in_model(key: str) -> str:
+    return key.replace(".base_layer.", ".")

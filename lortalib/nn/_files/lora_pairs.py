@@ -1,0 +1,83 @@
+"""Makes the low-rank pair of every module that an adapter updates, as LoRA writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...decomp import Network
+from .._adapter import Adapter
+from .._forward import ModuleUpdate, by_module
+from .._trained_modules import TrainedModules
+from .tensors import plain
+
+#: What PEFT calls the output projection of torch's own attention, which it wraps with it.
+OUTPUT = "base_layer.out_proj"
+
+
+def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The update of every module as LoRA writes it.
+
+    Args:
+        adapter: an adapter, also one that is on no model.
+
+    Yields:
+        Name of the module, A (p, features read) and B (features written, p), both float32:
+        ``B @ A`` is the whole change of its weight, as torch.nn.Linear stores one. p is the rank of
+        the cut; where the parts of a fused projection read through maps of their own, the sum of
+        theirs.
+
+    Raises:
+        ValueError: weights that LoRA has no pair for (packed experts, weights read directly), or
+            factors without numbers.
+    """
+    _check(adapter)
+    adapter = _gathered(adapter)
+    if any(tensor.is_meta for tensor in adapter.networks.parameters()):
+        raise ValueError(f"adapter {adapter.name!r} is on the meta device: it has no numbers")
+    with torch.no_grad():
+        for path, sites in by_module(adapter.sites):
+            first, second = ModuleUpdate(adapter, sites).pair(torch.float32)
+            yield path, first, second.mT
+        for path in _attentions(adapter):  # PEFT adapts the output projection too
+            width = next(site.width for site in adapter.sites if site.path == path)
+            zeros = torch.zeros(1, width)
+            yield f"{path}.{OUTPUT}", zeros, zeros.mT
+
+
+def _gathered(adapter: Adapter) -> Adapter:
+    """The adapter, or one with whole factors where they are divided over processes (FSDP2)."""
+    if not any(hasattr(tensor, "full_tensor") for tensor in adapter.networks.parameters()):
+        return adapter
+    networks = {}
+    for group in adapter.groups:
+        network = adapter.network(group)
+        whole = [plain(tensor) for tensor in network.tensors]
+        networks[group.name] = Network(network.legs, whole, network.modes)
+    return Adapter(adapter.name, adapter.config, adapter.groups, networks, TrainedModules())
+
+
+def _check(adapter: Adapter) -> None:
+    """Refuse weights for which no LoRA file says the same to all who read it."""
+    around = _attentions(adapter)
+    for site in adapter.sites:
+        owner, _, last = site.path.rpartition(".")
+        if site.experts:
+            what = "packs experts; a LoRA file has no pair for it"
+        elif last == "out_proj" and owner in around:
+            what = "is torch.nn.MultiheadAttention's, to which PEFT 0.21 adds a pair twice"
+        elif site.weight_read_directly and site.path not in around:
+            what = "is read without its module being called; a LoRA file has no pair for it"
+        else:
+            continue
+        raise ValueError(
+            f"{site.path}.{site.parameter} {what}. Merge the adapter instead (merge(), then save "
+            "the model), or leave these targets out"
+        )
+
+
+def _attentions(adapter: Adapter) -> dict[str, None]:
+    """Paths of the modules of torch.nn.MultiheadAttention whose q, k, v are adapted."""
+    return dict.fromkeys(s.path for s in adapter.sites if s.parameter == "in_proj_weight")

@@ -1,0 +1,154 @@
+"""Opens the file of an adapter, of any format version: what it says, then its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, BinaryIO
+
+from torch import Tensor, nn
+
+from ...decomp import Network
+from .checks import check_description, check_tensors
+from .folder import DESCRIPTION, AdapterFileError, adapter_file, parse_json, read_json
+from .schema import FORMAT, FORMAT_VERSION, Description, values_of
+from .tensors import TensorFile, digest, first_not_finite, open_tensors, write_tensors
+from .upgrades import upgrade
+
+_TEXT, _DIGEST = "lortalib", "sha256"
+_METADATA = {"format", _TEXT, _DIGEST}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What the file of an adapter holds, checked as far as that goes without its numbers.
+
+    Attributes:
+        file: the tensors, not yet read.
+        value: the description as read from JSON, brought to the present version.
+        description: the same, checked.
+        names: the name in the file of each tensor, by its present name.
+    """
+
+    file: TensorFile
+    value: dict[str, Any]
+    description: Description
+    names: Mapping[str, str]
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor by its present name, checked against the digest and to be finite.
+
+        Raises:
+            AdapterFileError: a number or a word of the file is not as it was written, or a number is
+                not finite.
+        """
+        tensors, metadata = self.file.read(), self.file.metadata
+        if _TEXT in metadata and digest(metadata[_TEXT], tensors) != metadata[_DIGEST]:
+            raise AdapterFileError(
+                f"{self.file.path} is damaged: its SHA-256 is another than the one it was written "
+                "with. Copy it again from where it is sound"
+            )
+        broken = first_not_finite(tensors)
+        if broken is not None:
+            raise AdapterFileError(f"{self.file.path}: tensor {broken!r} holds NaN or infinity")
+        return {name: tensors[old] for name, old in self.names.items()}
+
+
+@contextmanager
+def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
+    """Open a saved adapter; its header is read and checked, its numbers when they are asked for.
+
+    Args:
+        folder: what `Adapter.save` wrote, or the path of the file in it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: it is damaged, or of a newer format version.
+    """
+    path = adapter_file(folder)
+    with open_tensors(path) as file:
+        file.check_types()
+        try:
+            value = _description_of(file)
+            value, names = upgrade(value, {name: name for name in file.specs})
+            description = check_description(value)
+            check_tensors(description, {name: file.specs[old] for name, old in names.items()})
+        except AdapterFileError:
+            raise
+        except ValueError as error:
+            raise AdapterFileError(f"{path} is damaged: {error}") from error
+        yield SavedAdapter(file, value, description, names)
+
+
+def _description_of(file: TensorFile) -> dict[str, Any]:
+    """What a file says of its adapter, from its metadata; in version 1, from the file beside it."""
+    if not file.metadata.keys() - {"format"}:
+        beside = file.path.with_name(DESCRIPTION)
+        if not beside.is_file():
+            raise ValueError("it describes no adapter of lortalib")
+        return _of_version(beside.name, read_json(beside), lambda version: version == 1)
+    text = file.metadata.get(_TEXT)
+    if text is None:
+        raise ValueError("it describes no adapter of lortalib")
+    value = _of_version("its description", parse_json(text), lambda version: version != 1)
+    if value.get("format_version") == FORMAT_VERSION and (
+        set(file.metadata) != _METADATA or file.metadata["format"] != "pt"
+    ):
+        raise ValueError("its metadata is not what lortalib writes")
+    return value
+
+
+def _of_version(where: str, value: Any, fits: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise ValueError(f"{where} does not describe a lortalib adapter")
+    version = value.get("format_version")
+    if type(version) is int and 1 <= version <= FORMAT_VERSION and not fits(version):
+        raise ValueError(f"{where} is of format version {version}, which keeps it elsewhere")
+    return value
+
+
+def write_saved(file: BinaryIO, text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write the one file of an adapter.
+
+    Args:
+        file: opened for writing.
+        text: the description.
+        tensors: by name.
+    """
+    metadata = {"format": "pt", _TEXT: text, _DIGEST: digest(text, tensors)}
+    write_tensors(file, tensors, metadata)
+
+
+def make_networks(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Network]:
+    """The networks by name of their group; a parameter that several share is one in all of them.
+
+    Args:
+        description: of the file.
+        tensors: by their present names.
+    """
+    networks: dict[str, Network] = {}
+    owners: dict[str, nn.Parameter] = {}
+    for saved in description.groups:
+        values = [tensors[key] for key in saved.keys_in_file()]
+        network = Network(saved.line, values, tuple(saved.modes))
+        for name, key in zip(network.names, saved.keys_in_file()):
+            network.register_parameter(name, owners.setdefault(key, network.get_parameter(name)))
+        networks[saved.name] = network
+    return networks
+
+
+def values_in(
+    description: Description, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The values of the modules that trained as a whole, by path and name in it.
+
+    Args:
+        description: of the file.
+        tensors: by their present names.
+    """
+    return {
+        path: {own: tensors[key] for own, key in names.items()}
+        for path, names in values_of(description, tensors).items()
+    }
