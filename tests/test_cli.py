@@ -52,7 +52,7 @@ def machine(capsys, *arguments, code=0):
 def test_info(saved, capsys):
     model, folder, _ = saved
     found = machine(capsys, "info", folder)
-    assert found["trainable numbers"] == found["tensors"][0]["numbers"]
+    assert found["trainable parameters"] == found["tensors"][0]["trainable parameters"]
     assert len(found["sites"]) == 8
     host = LlamaForCausalLM.from_pretrained(model)
     adapter = lortalib.nn.load(host, folder)
@@ -69,7 +69,7 @@ def test_info(saved, capsys):
 
 def test_plan(saved, capsys):
     found = machine(capsys, "plan", saved[0], "--rank", 2, 4, "--decomposition", "cp", "lora")
-    counts = {(p["decomposition"], p["rank"]): p["trainable numbers"] for p in found["plans"]}
+    counts = {(p["decomposition"], p["rank"]): p["trainable parameters"] for p in found["plans"]}
     for (name, rank), count in counts.items():
         assert lortalib.nn.apply(tiny(), name, rank).count() == count
     assert "LoRA of this rank / it" in run(capsys, "plan", saved[0]).out

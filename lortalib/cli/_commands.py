@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import warnings
@@ -14,12 +13,9 @@ from typing import Any
 import torch
 
 from .. import nn as lnn
-from ..decomp import get_format
-from ..nn import Adapter, AdapterFileError
-from ..nn._apply import candidates
-from ..nn._groups import choose, group_sites
-from ..nn._lora import CONFIG
-from ..nn._storage import file_adapter, read_description
+from ..decomp import LegsError
+from ..nn import AdapterFileError
+from ..nn.door import choose_sites, find_candidates, lora_config
 from ._models import load, shape_of
 from ._output import Output
 
@@ -27,23 +23,23 @@ from ._output import Output
 def info(options: Namespace, output: Output) -> bool:
     """``info FOLDER``."""
     folder = Path(options.folder)
-    description = read_description(folder)
-    adapter = file_adapter(folder)
+    adapter = lnn.read(folder)
+    description = lnn.read_description(folder)
     networks = [
         {
             "tensor": group.name,
             "shape": str(adapter.network(group).shape).removeprefix("Shape"),
             "legs": str(adapter.network(group).legs),
             "ranks": " ".join(f"{b}={n}" for b, n in adapter.network(group).ranks.items()),
-            "numbers": adapter.network(group).count(),
+            "trainable parameters": adapter.network(group).count(),
         }
         for group in adapter.groups
     ]
     norms: dict[tuple[str, str], list[float]] = defaultdict(list)
     sites = []
     for site in output.progress(adapter.sites, "norms"):
-        heads = head_norms(adapter, site)
-        total = float(torch.tensor(heads).norm())
+        by_head = adapter.norms(site).reshape(-1, site.heads).norm(dim=0)  # over experts
+        heads, total = by_head.tolist(), float(by_head.norm())
         norms["layer", f"{site.stack} {site.layer}"].append(total)
         norms["matrix", f"{site.stack} {site.role}"].append(total)
         for number, norm in enumerate(heads):
@@ -58,11 +54,11 @@ def info(options: Namespace, output: Output) -> bool:
                 "norm by head": heads,
             }
         )
-    base = description.get("base_model") or {}
+    base = description["base_model"]
     about = {
         "adapter": adapter.name,
         "decomposition": adapter.config.decomposition,
-        "trainable numbers": adapter.count(),
+        "trainable parameters": adapter.count(),
         "scaling": adapter.scaling,
         "trained on": " ".join(filter(None, [base.get("class"), base.get("name")])),
         "trained beside": ", ".join(description["trained_beside"]) or None,
@@ -89,55 +85,54 @@ def _norm_table(
     ]
 
 
-def head_norms(adapter: Adapter, site: lnn.Site) -> list[float]:
-    """Frobenius norm of the scaled update of each head, from the pair: no update is formed."""
-    with torch.no_grad():
-        a, b = adapter.pair(site)
-        gram = a @ a.mT
-        heads = b.reshape(site.heads, -1, b.shape[-1])
-        squares = torch.einsum("hop,pq,hoq->h", heads, gram, heads).clamp(min=0)
-        return [float(x) for x in squares.sqrt() * abs(adapter.scaling)]
-
-
 def plan(options: Namespace, output: Output) -> bool:
     """``plan MODEL``."""
     model = shape_of(options.model, options.trust_remote_code)
-    chosen = choose(candidates(model, options.targets, ()), options.targets, None)
-    groups = group_sites(chosen, "pool")
     total = sum(p.numel() for p in model.parameters())
-    lora = sum(site.features + site.width for site in chosen)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    groups: tuple[lnn.Group, ...] = ()
     for name in options.decomposition:
-        made = get_format(name)
         for rank in options.rank:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
-                count = sum(made(g.shape, rank, device="meta").count() for g in groups)
-            rows.append(
-                {
-                    "decomposition": name,
-                    "rank": rank,
-                    "trainable numbers": count,
-                    "% of the model": 100 * count / total,
-                    "LoRA of this rank / it": rank * lora / count,
-                    "KiB in float32": count * 4 / 1024,
-                }
+            row: dict[str, Any] = {"decomposition": name, "rank": rank}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
+                    planned = lnn.plan(model, name, rank, targets=options.targets, device="meta")
+            except LegsError as error:  # a format that cannot carry a mode does not stop the others
+                reason = str(error).partition("\n")[0]
+                rows.append({**row, **dict.fromkeys(_COUNTS), "why not": reason})
+                continue
+            groups, count = planned.groups, planned.count()
+            counts = (
+                count,
+                100 * count / total,
+                planned.lora_count(rank) / count,
+                count * 4 / 1024,
             )
+            rows.append({**row, **dict(zip(_COUNTS, counts)), "why not": None})
     about = {
         "model": options.model,
         "class": type(model).__name__,
         "parameters": total,
-        "projections": len(chosen),
+        "projections": sum(len(group.sites) for group in groups),
         "tensors": "; ".join(f"{g.name} {tuple(g.shape.values())}" for g in groups),
     }
     output.show({**about, "plans": rows}, [about], rows)
-    return True
+    return bool(groups)
+
+
+_COUNTS = (
+    "trainable parameters",
+    "% of the model",
+    "LoRA of this rank / it",
+    "KiB in float32",
+)
 
 
 def sites(options: Namespace, output: Output) -> bool:
     """``sites MODEL``."""
     model = shape_of(options.model, options.trust_remote_code)
-    chosen = choose(candidates(model, options.targets, ()), options.targets, None)
+    chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     rows = [
         {
             "stack": site.stack,
@@ -168,7 +163,7 @@ def reason(site: lnn.Site) -> str:
     if site.experts:
         words.append(f"{site.experts} experts in one parameter")
     if site.weight_read_directly:
-        words.append("its weight is read directly, so it gets a parametrization")
+        words.append("its weight is read directly, so the update is added when it is read")
     if site.tied_paths:
         words.append(f"tied to {', '.join(site.tied_paths)}")
     return "; ".join(words)
@@ -179,24 +174,28 @@ def check(options: Namespace, output: Output) -> bool:
     folder = Path(options.folder)
     findings: dict[str, Any] = {"adapter": str(folder), "sound": False, "fits": None, "why": None}
     try:
-        description = read_description(folder)
-        adapter = file_adapter(folder)
+        adapter = lnn.read(folder)
+        base = lnn.read_description(folder)["base_model"]
         findings["sound"] = True
     except (AdapterFileError, FileNotFoundError) as error:
         findings["why"] = str(error)
         output.show(findings, [findings])
         return False
-    name = options.model or (description.get("base_model") or {}).get("name")
-    if name:
+    name = options.model or base.get("name")
+    if options.model or (name and Path(name).is_dir()):
         findings["model"] = name
         try:
-            lnn.load(shape_of(name, options.trust_remote_code), folder)
+            lnn.load(shape_of(name, options.trust_remote_code and bool(options.model)), folder)
             findings["fits"] = True
         except (OSError, ValueError) as error:
-            # A model that nobody asked about and that is not here says nothing about the adapter.
+            # A model that nobody asked about says nothing about the adapter.
             findings["fits"] = False if options.model else None
             findings["why"] = str(error).strip().partition("\n\n")[0]
-    findings["numbers"] = adapter.count()
+    elif name:
+        findings["why"] = (
+            f"{name!r}, which the file names, was not looked up; give --model to do so"
+        )
+    findings["trainable parameters"] = adapter.count()
     output.show(findings, [findings])
     return findings["fits"] is not False
 
@@ -206,7 +205,7 @@ def merge(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    read_description(Path(options.folder))  # before a large model is read for nothing
+    lnn.read_description(options.folder)  # before a large model is read for nothing
     model = load(options.model, options.dtype, options.trust_remote_code)
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder)
@@ -241,15 +240,13 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> bool:
 
 def export_lora(options: Namespace, output: Output) -> bool:
     """``export-lora FOLDER OUT``."""
-    adapter = file_adapter(Path(options.folder))
-    description = read_description(Path(options.folder))
-    base = (description.get("base_model") or {}).get("name")
+    adapter = lnn.read(options.folder)
+    base = lnn.read_description(options.folder)["base_model"].get("name")
     folder = lnn.export_lora(adapter, options.out, base_model=base)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     findings = {
         "adapter": options.folder,
         "written": str(folder),
-        "rank": config["r"],
+        "rank": lora_config(folder)["r"],
         "modules": len({path for site in adapter.sites for path in (site.path, *site.tied_paths)}),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }

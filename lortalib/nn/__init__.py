@@ -14,7 +14,7 @@ from ._anatomy import (
 from ._apply import apply
 from ._bank import Bank, bank
 from ._config import AdapterConfig
-from ._files import AdapterFileError, export_lora, load, load_lora
+from ._files import AdapterFileError, export_lora, load, load_lora, read, read_description
 from ._group import Group
 from ._host import adapters, set_active
 from ._plan import Plan, plan
@@ -43,6 +43,8 @@ __all__ = [
     "load_lora",
     "mlp_sites",
     "plan",
+    "read",
+    "read_description",
     "set_active",
     "sites",
     "verify",

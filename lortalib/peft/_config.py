@@ -7,8 +7,8 @@ from typing import Any, Union
 
 from peft import PeftConfig
 
-from ..nn._apply import check_settings
-from ._kind import peft_type
+from ..nn.door import check_settings
+from ._peft_type import peft_type
 
 #: Arguments of other methods that have no meaning here, and why.
 _REFUSED = {

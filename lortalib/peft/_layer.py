@@ -14,38 +14,24 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..nn import Adapter, Site
-from ..nn._lowrank import add, project
-from ..nn._share import Part, owns_output, parts_of, take_share
-
-BASE = "__base__"
+from ..nn.door import ModuleUpdate, Pair, add_update, may_write_output
 
 
 @dataclass
-class Held:
-    """What one module takes of an adapter.
+class AdapterSlot:
+    """An adapter's place in one module.
 
     Attributes:
         adapter: the adapter.
         sites: its sites in the module.
-        parts: what makes their pairs.
+        update: what it adds.
         tied: whether the weight is that of another module, which merges into it.
     """
 
     adapter: Adapter
     sites: list[Site]
-    parts: list[Part]
+    update: ModuleUpdate
     tied: bool = False
-
-    def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """All its pairs as one: (p, features read) and (p, features written)."""
-        pairs = [
-            factors.pair(kind, layer, like.dtype, like.device)
-            for factors, kind, layer in self.parts
-        ]
-        if len(pairs) == 1:
-            return pairs[0]
-        firsts, seconds = zip(*pairs)
-        return torch.cat(firsts), torch.cat(seconds)
 
 
 class LortaLayer(nn.Module, BaseTunerLayer):
@@ -57,12 +43,12 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: the module of the base.
         lorta_networks: for each adapter the networks that it takes a share of.
-        lorta_held: for each adapter what it takes.
+        lorta_slots: for each adapter what it takes.
     """
 
     lorta_networks: nn.ModuleDict
     adapter_layer_names = ("lorta_networks",)
-    other_param_names = ("lorta_held",)
+    other_param_names = ("lorta_slots",)
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__()
@@ -74,22 +60,32 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = features
         # Past nn.Module's registration.
         self.__dict__["lorta_networks"] = nn.ModuleDict()
-        self.lorta_held: dict[str, Held] = {}
+        self.lorta_slots: dict[str, AdapterSlot] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
 
-    def hold(self, name: str, adapter: Adapter, sites: Sequence[Site], tied: bool = False) -> None:
-        """Take the share of an adapter from now on; the arguments are the fields of `Held`."""
-        held = Held(adapter, list(sites), parts_of(adapter, sites), tied)
-        self.lorta_held[name] = held
+    def add(self, name: str, adapter: Adapter, sites: Sequence[Site], tied: bool = False) -> None:
+        """Add the updates of an adapter from now on; the arguments are the fields of `AdapterSlot`."""
+        slot = AdapterSlot(adapter, list(sites), ModuleUpdate(adapter, sites), tied)
+        self.lorta_slots[name] = slot
         self.lorta_networks[name] = nn.ModuleList(
-            cast(nn.Module, part.factors.network) for part in held.parts
+            cast(nn.Module, place.source.network) for place in slot.update.slots
         )
+
+    def places(self) -> dict[str, list[Site]]:
+        """The sites of every adapter; equal for layers that hold one weight and one update."""
+        return {name: slot.sites for name, slot in self.lorta_slots.items()}
+
+    def forget(self, name: str) -> None:
+        """Add the updates of an adapter no more; nothing happens where it is not there."""
+        self.lorta_slots.pop(name, None)
+        if name in self.lorta_networks:
+            del self.lorta_networks[name]
 
     # What it computes
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The output of the base layer with the shares of the active adapters added."""
+        """The output of the base layer with the updates of the active adapters added."""
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_names(x, names)
@@ -99,20 +95,20 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or (names is None and self.merged):
             return output
         if isinstance(output, tuple):  # quantised layers that return their scale beside the output
-            return (self._shared(x, output[0], names), *output[1:])
-        return self._shared(x, output, names)
+            return (self._with_updates(x, output[0], names), *output[1:])
+        return self._with_updates(x, output, names)
 
-    def _shared(self, x: Tensor, y: Tensor, names: Sequence[str] | None) -> Tensor:
-        """The output of the base layer with the shares added."""
+    def _with_updates(self, x: Tensor, y: Tensor, names: Sequence[str] | None) -> Tensor:
+        """The output of the base layer with the updates added."""
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        own = owns_output(self.base_layer)
+        own = may_write_output(self.base_layer)
         if names is not None:
             return self._add_by_row(x, y, names, own)
         for name in self.active_adapters:
-            held = self.lorta_held.get(name)
-            if held is not None:
-                y = take_share(held.adapter, held.parts, x, y, own)
+            slot = self.lorta_slots.get(name)
+            if slot is not None:
+                y = slot.update(x, y, own)
                 own = True
         return y
 
@@ -130,10 +126,10 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     def _add_by_row(self, x: Tensor, y: Tensor, names: Sequence[str], own: bool) -> Tensor:
         """Every row with the adapter named for it, all rows in two products."""
-        used = [name for name in dict.fromkeys(names) if name in self.lorta_held]
+        used = [name for name in dict.fromkeys(names) if name in self.lorta_slots]
         if not used:
             return y
-        pairs = [self.lorta_held[name].pair(y) for name in used]
+        pairs = [self.lorta_slots[name].update.pair(y.dtype, y.device) for name in used]
         p = max(len(first) for first, _ in pairs)
         firsts, seconds = (
             torch.stack([pad(side, (0, 0, 0, p - len(side))) for side in sides])
@@ -144,15 +140,14 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         if none in rows:
             firsts, seconds = (pad(side, (0, 0, 0, 0, 0, 1)) for side in (firsts, seconds))
         index = torch.tensor(rows, device=y.device)
-        first, second = firsts[index], seconds[index]
-        return add(y, project(x, first, 0.0), second, own)
+        return add_update(None, x, y, Pair(firsts[index], seconds[index]), 1, 0.0, own)
 
     # In the weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, in the shape in which it is stored."""
-        held = self.lorta_held[adapter]
-        delta = sum(held.adapter.delta(site) for site in held.sites)
+        slot = self.lorta_slots[adapter]
+        delta = sum(slot.adapter.delta(site) for site in slot.sites)
         assert isinstance(delta, Tensor)
         return delta.to(self.weight.device)
 
@@ -167,9 +162,9 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             ValueError: with ``safe_merge``, NaN or infinity; the weight is then as it was.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lorta_held:
+            if name not in self.lorta_slots:
                 continue
-            if self.lorta_held[name].tied:
+            if self.lorta_slots[name].tied:
                 self.merged_adapters.append(name)
                 continue
             weight = self.get_base_weight()
@@ -230,5 +225,9 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """The adapters, and how the base is quantised."""
-        names = ", ".join(self.lorta_held)
+        names = ", ".join(self.lorta_slots)
         return f"adapters=[{names}]" + str(quantization_extra_repr(self) or "")
+
+
+class LortaLinear(LortaLayer):
+    """The layer, under a name by which PEFT tells that it wraps a linear module ("all-linear")."""

@@ -6,26 +6,33 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..decomp import Network, direct_sum
-from ..nn import Adapter, export_lora
-from ..nn._apply import check_whole, make_network, make_settings
-from ..nn._beside import TrainedModules, Values
-from ..nn._groups import Group, group_sites
-from ..nn._share import by_module, release, surround
-from ..nn._site import MLP_ROLES
+from ..nn import Adapter, Site, export_lora
+from ..nn.door import (
+    MLP_ROLES,
+    Handle,
+    Plan,
+    Values,
+    by_module,
+    check_whole,
+    detach,
+    make_adapter,
+    plan_sites,
+    watch_forwards,
+)
 from ._config import LortaConfig
-from ._layer import BASE, LortaLayer
+from ._layer import LortaLayer, LortaLinear
+from ._mixed_batch import BASE, named_rows, repeats_of
 from ._targets import known_sites, sites_of
 
 
@@ -48,6 +55,7 @@ class LortaModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.lorta_adapters = nn.ModuleDict()
+        self._handles: dict[str, list[Handle]] = {}
         self._known = known_sites(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -103,8 +111,13 @@ class LortaModel(BaseTuner):
                 state_dict=state_dict,
             )
             config = self._config(adapter_name)
-            self._share(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
-        except Exception:
+            self._put(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
+        except BaseException:
+            detach(self._handles.pop(adapter_name, []))
+            if adapter_name in self.lorta_adapters:
+                del self.lorta_adapters[adapter_name]
+            for layer in self._targets.values():
+                layer.forget(adapter_name)
             for parent, name, layer in self._new:
                 setattr(parent, name, layer.base_layer)
             for parameter, flag in trained:
@@ -132,7 +145,7 @@ class LortaModel(BaseTuner):
                 "it would do nothing. Leave it out of target_modules, or use lortalib.nn.apply"
             )
         check_whole(self.model, {current_key: getattr(target, "weight", None)})
-        layer = LortaLayer(target, **get_quantization_kwargs(self))
+        layer = LortaLinear(target, **get_quantization_kwargs(self))
         if layer.in_features is None or isinstance(
             layer.get_base_layer(), (nn.MultiheadAttention, nn.Embedding, nn.modules.conv._ConvNd)
         ):
@@ -147,29 +160,45 @@ class LortaModel(BaseTuner):
     def _make(self, name: str, config: LortaConfig, meta: bool) -> Adapter:
         """The adapter for the modules that were just targeted."""
         modules = {path: layer.get_base_layer() for path, layer in self._targets.items()}
-        groups = group_sites(sites_of(self._known, modules), config.gqa)
-        options: dict[str, Any] = {"init": config.start, "dtype": torch.float32}
         weights = {path: layer.weight for path, layer in self._targets.items()}
-        networks = {}
-        for group in groups:
-            paths = (path for site in group.sites for path in (site.path, *site.tied_paths))
-            device = next(weights[path].device for path in paths if path in weights)
-            options["device"] = torch.device("meta") if meta else device
-            networks[group.name] = _network(config, group, options)
-        settings = make_settings(
-            config.decomposition, networks, config.alpha, config.dropout, config.gqa, config.start
-        )
-        return Adapter(name, settings, tuple(groups), networks, TrainedModules())
 
-    def _share(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
-        """Let the targeted modules take their shares."""
+        def device(site: Site) -> torch.device:
+            paths = (site.path, *site.tied_paths)
+            return next(weights[path].device for path in paths if path in weights)
+
+        planned = plan_sites(
+            sites_of(self._known, modules),
+            config.decomposition,
+            config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            init=config.start,
+            gqa=config.gqa,
+            device=torch.device("meta") if meta or config.ranks is not None else device,
+        )
+        if config.ranks is not None:  # as a weighted sum wrote them
+            networks = {
+                group.name: _of_ranks(
+                    planned.networks[group.name],
+                    config.ranks[group.name],
+                    torch.device("meta") if meta else device(group.sites[0]),
+                )
+                for group in planned.groups
+            }
+            planned = Plan(planned.groups, networks, planned.config)
+        return make_adapter(name, planned)
+
+    def _put(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
+        """Let the targeted modules add the updates of an adapter."""
         self.lorta_adapters[name] = adapter.train(self.training)
-        surround(self.model, adapter, adapter.groups)
+        handles = self._handles.setdefault(name, [])
+        handles.extend(watch_forwards(self.model, adapter.scope, adapter.groups))
         for path, own in by_module(adapter.sites):
             if path in self._targets:
                 tied = path != own[0].path and own[0].path in self._targets
-                self._targets[path].hold(name, adapter, own, tied)
-        adapter.prepare()
+                self._targets[path].add(name, adapter, own, tied)
+        for source in adapter.sources:
+            source.prepare()
         trains = name in self.active_adapters and not config.inference_mode
         for network in adapter.networks.values():
             assert isinstance(network, Network)
@@ -178,17 +207,44 @@ class LortaModel(BaseTuner):
 
     # Off the model
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a layer, or what it wraps, in the place of a module; a layer has no parameters of its own to
+        move."""
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse a weight that a module holds which the adapters do not change; see `BaseTuner`."""
+        super()._check_merge_allowed()
+        holders: dict[int, list[str]] = {}
+        layers: dict[str, LortaLayer] = {}
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                holders.setdefault(id(parameter), []).append(path)
+            if isinstance(module, LortaLayer):
+                layers[f"{path}.base_layer"] = module
+        for path, layer in layers.items():
+            for other in holders.get(id(layer.get_base_layer()._parameters.get("weight")), []):
+                alike = layers.get(other)
+                if alike is None or alike.places() != layer.places():
+                    raise ValueError(
+                        f"the weight of {path.removesuffix('.base_layer')} is also that of {other}, which "
+                        "the adapter does not change in the same way; merging would change both. Untie "
+                        "them first (tie_word_embeddings=False), or leave the adapter unmerged"
+                    )
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; see `BaseTuner`."""
         super().delete_adapter(adapter_name)
-        adapter = self._adapters()[adapter_name]
-        release(self.model, adapter, adapter.groups)
+        detach(self._handles.pop(adapter_name, []))
+        self._adapters()[adapter_name].scope.forget()
         del self.lorta_adapters[adapter_name]
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for adapter in self._adapters().values():
-            release(self.model, adapter, adapter.groups)
+        for handles in self._handles.values():
+            detach(handles)
         return model
 
     # Numbers
@@ -262,7 +318,7 @@ class LortaModel(BaseTuner):
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
+        except BaseException:
             del self.peft_config[adapter_name]
             raise
         own = self._adapters()[adapter_name]
@@ -284,12 +340,14 @@ class LortaModel(BaseTuner):
             raise KeyError(
                 f"no adapter {adapter_name!r}; there is {', '.join(self.lorta_adapters)}"
             )
-        beside: Values = {
+        trained: Values = {
             path: dict(module.modules_to_save[adapter_name].state_dict())
             for path, module in self.model.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
         }
-        return export_lora(self._adapters()[adapter_name], folder, self.model, beside=beside)
+        return export_lora(
+            self._adapters()[adapter_name], folder, self.model, trained_modules=trained
+        )
 
     # Batches whose rows differ
 
@@ -307,40 +365,12 @@ class LortaModel(BaseTuner):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
             )
-        beams = kwargs.get("num_beams")
-        beams = beams if isinstance(beams, int) and beams > 1 else 1
-        encoder = self.model.get_encoder() if _has_encoder(self.model) else None
-        inside = set() if encoder is None else {id(module) for module in encoder.modules()}
-        repeated = [name for name in names for _ in range(beams)]
-        handles = []
-        for module in self.modules():
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                rows = list(names) if id(module) in inside else repeated
-                hook = partial(_pass_names, adapter_names=rows)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with named_rows(self, names, repeats_of(self.model, kwargs)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-def _pass_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _has_encoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _network(config: LortaConfig, group: Group, options: Mapping[str, Any]) -> Network:
-    """The network of a group, of the ranks that a weighted sum wrote or of those asked for."""
-    if config.ranks is None:
-        return make_network(config.decomposition, group, config.rank, dict(options))
-    legs = make_network(config.decomposition, group, 1, {**options, "device": "meta"}).legs
-    sizes = {**group.shape, **config.ranks[group.name]}
-    device = options["device"]
-    tensors = [torch.zeros([sizes[leg] for leg in t.legs], device=device) for t in legs.terms]
-    return Network(legs, tensors, group.shape)
+def _of_ranks(like: Network, ranks: Mapping[str, int], device: torch.device) -> Network:
+    """A network of zeros with the line of another and ranks of its own."""
+    sizes = {**like.shape, **ranks}
+    shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
+    return Network(like.legs, [torch.zeros(shape, device=device) for shape in shapes], like.shape)

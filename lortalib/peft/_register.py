@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft.utils import register_peft_method
 
 from ._config import LortaConfig
-from ._kind import NAME, peft_type
 from ._model import LortaModel
+from ._peft_type import NAME, peft_type
 
 
 def register() -> None:

@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from ..nn import Site, UnsupportedModelError, mlp_sites
-from ..nn._anatomy import understood_sites
-from ..nn._linear import linear_sites
+from ..nn.door import linear_sites, understood_sites
 
 
 def known_sites(model: nn.Module) -> list[Site]:

@@ -37,7 +37,7 @@ def export_lora(
     folder: str | PathLike[str],
     model: nn.Module | None = None,
     *,
-    beside: Values | None = None,
+    trained_modules: Values | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write an adapter as a standard LoRA of PEFT, exactly: from the cut, without an SVD.
@@ -50,8 +50,8 @@ def export_lora(
         folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` are written.
         model: the model it belongs to, for the names in the configuration; by default the one that
             carries it.
-        beside: values of modules that were trained as a whole, by path and name; by default those
-            that the adapter trained beside it.
+        trained_modules: values of modules that were trained as a whole, by path and name; by default
+            those that the adapter trained.
         base_model: name of the model in the configuration; the model's own by default.
 
     Returns:
@@ -73,9 +73,10 @@ def export_lora(
     """
     if model is None and adapter.is_on_model:
         model = adapter.model
-    if beside is None:
+    if trained_modules is None:
         _check_shared(adapter, model)
-        beside = adapter.trained_modules.values(model) if adapter.trained_modules.paths else {}
+        own = adapter.trained_modules
+        trained_modules = own.values(model) if own.paths else {}
     pairs = list(lora_pairs(adapter))
     rank = max(len(a) for _, a, _ in pairs)
     tensors = {}
@@ -83,7 +84,7 @@ def export_lora(
         name = f"{_PREFIX}{path}"
         tensors[f"{name}.lora_A.weight"] = plain(_fill(a, rank))
         tensors[f"{name}.lora_B.weight"] = plain(_fill(b.mT, rank).mT)
-    for path, values in beside.items():
+    for path, values in trained_modules.items():
         tensors |= {f"{_PREFIX}{path}.{k}": plain(v) for k, v in values.items()}
     check_numbers(tensors, f"adapter {adapter.name!r} was not exported")
     config: dict[str, Any] = {
@@ -103,7 +104,7 @@ def export_lora(
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": _targets([path.removesuffix(f".{OUTPUT}") for path, *_ in pairs], model),
-        "modules_to_save": sorted(beside) or None,
+        "modules_to_save": sorted(trained_modules) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "layers_to_transform": None,
