@@ -61,7 +61,7 @@ def info(options: Namespace, output: Output) -> bool:
         "trainable parameters": adapter.count(),
         "scaling": adapter.scaling,
         "trained on": " ".join(filter(None, [base.get("class"), base.get("name")])),
-        "trained beside": ", ".join(description["trained_beside"]) or None,
+        "trained as a whole": ", ".join(description["trained_modules"]) or None,
         "written by": f"lortalib {description.get('lortalib_version')}",
     }
     output.show(

@@ -452,7 +452,7 @@ def test_status_and_printing():
     assert status.available_adapters == ["default", "other"]
     assert status.requires_grad == {"default": True, "other": False}
     assert status.peft_types == {"default": "LORTA", "other": "LORTA"}
-    assert "lorta.LortaLayer" in repr(model)
+    assert "lorta.LortaLinear" in repr(model)
     assert all(
         layer.available_adapters == ["default", "other"] for layer in model.get_layer_status()
     )
