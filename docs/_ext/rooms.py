@@ -32,11 +32,18 @@ class Rooms(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The table, parsed like the page around it."""
-        files = sorted((ROOT / self.arguments[0]).glob("_[a-z]*.py"))
+        folder = ROOT / self.arguments[0]
+        files = sorted(
+            file
+            for file in folder.rglob("*.py")
+            if file.name != "__init__.py"
+            and "_" in {file.stem[0], *(p[0] for p in file.relative_to(folder).parts)}
+        )
         lines = ["| file | |", "|---|---|"]
         for file in files:
             self.env.note_dependency(str(file))
-            lines.append(f"| `{file.stem}` | {first_sentence(file)} |")
+            name = file.relative_to(folder).with_suffix("").as_posix()
+            lines.append(f"| `{name}` | {first_sentence(file)} |")
         parent = nodes.Element()
         self.state.nested_parse(StringList(lines, self.arguments[0]), 0, parent)
         return parent.children

@@ -98,8 +98,18 @@ def plan(
 
     Args:
         model: the model, also on the meta device.
-        decomposition, rank, alpha, dropout, targets, layers, init, gqa, share_residual, rules, generator,
-            dtype: as for `apply`.
+        decomposition: as for `apply`, like all that follow but ``device``.
+        rank: as for `apply`.
+        alpha: as for `apply`.
+        dropout: as for `apply`.
+        targets: as for `apply`.
+        layers: as for `apply`.
+        init: as for `apply`.
+        gqa: as for `apply`.
+        share_residual: as for `apply`.
+        rules: as for `apply`.
+        generator: as for `apply`.
+        dtype: as for `apply`.
         device: of the networks, by default that of the weights; ``"meta"`` makes no numbers.
 
     Raises:
@@ -156,7 +166,15 @@ def plan_sites(
 
     Args:
         sites: what is to be updated.
-        decomposition, rank, alpha, dropout, init, gqa, share_residual, generator, dtype: as for `apply`.
+        decomposition: as for `apply`, like all that follow but ``device``.
+        rank: as for `apply`.
+        alpha: as for `apply`.
+        dropout: as for `apply`.
+        init: as for `apply`.
+        gqa: as for `apply`.
+        share_residual: as for `apply`.
+        generator: as for `apply`.
+        dtype: as for `apply`.
         device: of the networks, or a function from the first site of each to it.
 
     Raises:

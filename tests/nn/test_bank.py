@@ -619,6 +619,45 @@ def test_a_change_that_fails_anywhere_changes_nothing(change, failure):
     assert same_state((0, after[1]), (0, {name: state(bank)[1][name] for name in after[1]}))
 
 
+class Name:
+    """A name that raises when it is hashed for the at-th time."""
+
+    def __init__(self):
+        self.left = float("inf")
+
+    def __hash__(self):
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return 5
+
+
+def test_a_name_that_raises_changes_nothing():
+    bank, name, new = two_and_one_free(llama()), Name(), Name()
+    stack = constant(bank, 9, 3)
+    tensors = {group: [t[0] for t in ts] for group, ts in stack.items()}
+
+    def raising_everywhere(culprit, call):
+        before = state(bank)
+        for at in itertools.count():
+            culprit.left = at
+            try:
+                call()
+                assert at > 2
+                break
+            except KeyboardInterrupt:
+                assert same_state(state(bank), before), at
+            finally:
+                culprit.left = float("inf")
+
+    bank[name] = tensors  # the bank is full
+    raising_everywhere(name, lambda: bank.add(name, tensors))
+    raising_everywhere(new, lambda: bank.update({1: tensors, new: tensors}))
+    raising_everywhere(new, lambda: bank.__delitem__(new))
+    raising_everywhere(new, lambda: bank.fill([8, new, 9], stack))
+    assert bank.capacity == 7  # no place was lost
+
+
 def test_a_bank_that_cannot_be_made_leaves_nothing_on_the_model():
     model = llama()
     with unchanged(model):
@@ -756,6 +795,7 @@ def test_a_bank_made_and_grown_in_inference_mode_works_outside():
         bank = lortalib.nn.bank(model, "cp", 2, capacity=1)
         bank[0] = adapter
         bank[1] = bank[2] = bank[0]  # grows
+        assert not any(t.is_inference() for ts in bank[1].values() for t in ts)
     bank[1] = bank[0]
     bank.fill(["f"], {name: [t[None] for t in ts] for name, ts in bank[0].items()})
     bank.update(dict.fromkeys(range(10), adapter))

@@ -2,20 +2,14 @@
 
 import json
 import os
-import pkgutil
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
-import torch.distributed as dist
 from harness import (
     changes,
     close,
@@ -30,10 +24,7 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, each_family
-from safetensors import safe_open
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from saved_files import FILE, description, edit, tensors
 
 from lortalib import decomp
 from lortalib.nn import (
@@ -42,33 +33,12 @@ from lortalib.nn import (
     apply,
     export_lora,
     load,
-    load_lora,
+    read,
+    read_description,
     set_active,
 )
-from lortalib.nn._files import read, read_adapter, read_description
-from lortalib.nn._files.saved import write_saved
+from lortalib.nn._files import read_adapter
 from lortalib.nn._files.tensors import open_tensors
-
-FILE = "adapter.safetensors"
-
-
-def description(folder):
-    with safe_open(folder / FILE, framework="pt") as file:
-        return json.loads(file.metadata()["lortalib"])
-
-
-def tensors(folder):
-    with safe_open(folder / FILE, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def rewrite(file, text, change=lambda tensors: tensors):
-    """The file of an adapter with another description and other tensors, as if it was saved so."""
-    with open_tensors(file) as opened:
-        values = change(opened.read())
-    with file.open("wb") as opened:
-        write_saved(opened, text, values)
-
 
 # Round trip
 
@@ -326,8 +296,7 @@ def test_the_description_is_for_people_too(llama, tmp_path):
 def test_paths_are_only_a_hint(llama, inputs, tmp_path):
     put(llama, gqa="split").save(tmp_path)
     expected = output(llama, inputs)
-    text = json.dumps(description(tmp_path)).replace("self_attn.", "renamed.")
-    rewrite(tmp_path / FILE, text)
+    edit(tmp_path, text=json.dumps(description(tmp_path)).replace("self_attn.", "renamed."))
     other = FAMILIES["Llama"].model("ForCausalLM")
     load(other, tmp_path)
     assert same_bits(output(other, inputs), expected)
@@ -401,13 +370,15 @@ def test_a_field_that_later_versions_add_may_be_missing(llama, inputs, tmp_path)
     """Whatever has a default: the files of today stay sound when such a field is added."""
     put(llama, gqa="split").save(tmp_path)
     expected = output(llama, inputs)
-    value = description(tmp_path)
-    del value["config"]["share_residual"], value["shared_weights"]
-    for group in value["groups"]:
-        for site in group["sites"]:
-            for name in ("transposed", "parameter", "rows", "fused", "tied_paths", "experts"):
-                del site[name]
-    rewrite(tmp_path / FILE, json.dumps(value))
+
+    def older(value):
+        del value["config"]["share_residual"], value["shared_weights"]
+        for group in value["groups"]:
+            for site in group["sites"]:
+                for name in ("transposed", "parameter", "rows", "fused", "tied_paths", "experts"):
+                    del site[name]
+
+    edit(tmp_path, older)
     other = FAMILIES["Llama"].model("ForCausalLM")
     assert load(other, tmp_path).config.share_residual is False
     assert same_bits(output(other, inputs), expected)
@@ -456,201 +427,6 @@ def test_a_tied_head_goes_onto_a_tied_model_only(inputs, tmp_path):
         load(other, tmp_path)
 
 
-# Saving that fails
-
-
-class Stop(BaseException):
-    """An interrupt, as Ctrl-C is one."""
-
-
-STEPS = [
-    "os.replace",
-    "os.fsync",
-    "os.open",
-    "pathlib.Path.open",
-    "pathlib.Path.mkdir",
-    "pathlib.Path.glob",
-    "lortalib.nn._files.folder.remove_old_description",
-    "lortalib.nn._files.saved.write_tensors",
-    "lortalib.nn._files.saved.digest",
-    "shutil.rmtree",
-]
-
-
-def stops(place, calls, behind, error):
-    """A function that stops so many calls later: before its work, or behind it."""
-    function = pkgutil.resolve_name(place)
-    count = iter(range(10**6))
-
-    def call(*args, **kwargs):
-        now = next(count) == calls
-        if now and not behind:
-            raise error("no space left on device")
-        result = function(*args, **kwargs)
-        if now:
-            raise error("no space left on device")
-        return result
-
-    return call
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, Stop])
-@pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize("calls", [0, 1])
-@pytest.mark.parametrize("place", STEPS)
-def test_a_save_that_stops_leaves_the_old_or_the_new(
-    llama, tmp_path, monkeypatch, place, calls, behind, error
-):
-    adapter = put(llama)
-    adapter.save(tmp_path)
-    old = (tmp_path / FILE).read_bytes()
-    with torch.no_grad():
-        next(adapter.parameters()).neg_()
-    adapter.save(tmp_path / "new")
-    new = (tmp_path / "new" / FILE).read_bytes()
-    if place.endswith("remove_old_description"):
-        place = "lortalib.nn._files.adapter.remove_old_description"
-    with monkeypatch.context() as patched, unchanged(llama):
-        patched.setattr(place, stops(place, calls, behind, error))
-        with suppress(error):
-            adapter.save(tmp_path)
-    assert (tmp_path / FILE).read_bytes() in (old, new)
-    assert read(tmp_path).count() == adapter.count()
-    left = {name for name in os.listdir(tmp_path) if not name.startswith(".saving-")}
-    assert left == {FILE, "new"}
-    if place not in ("shutil.rmtree", "os.open"):  # what clears up: the next save does it
-        assert len(os.listdir(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("step", ["write_tensors", "fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file(llama, tmp_path, monkeypatch, step):
-    """Before the rename, no step may leave the new file."""
-    adapter = put(llama)
-    adapter.save(tmp_path)
-    old = (tmp_path / FILE).read_bytes()
-    with torch.no_grad():
-        next(adapter.parameters()).neg_()
-    place = "lortalib.nn._files.saved.write_tensors" if step == "write_tensors" else f"os.{step}"
-    with monkeypatch.context() as patched, unchanged(llama):
-        patched.setattr(place, stops(place, 0, False, OSError))
-        with pytest.raises(OSError, match="no space left"):
-            adapter.save(tmp_path)
-    assert os.listdir(tmp_path) == [FILE]
-    assert (tmp_path / FILE).read_bytes() == old
-
-
-def test_what_killed_saves_left_is_removed(llama, tmp_path):
-    adapter = put(llama)
-    adapter.save(tmp_path)
-    old, young = tmp_path / ".saving-old", tmp_path / ".saving-young"
-    for folder in (old, young):
-        folder.mkdir()
-        (folder / FILE).write_text("half")
-    loose = tmp_path / ".saving-file"
-    loose.write_text("half")
-    for path in (old, loose):
-        os.utime(path, (1, 1))
-    adapter.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".saving-young", FILE]
-
-
-def one_or_two(llama):
-    """Two adapters whose every number says which of the two it is of."""
-    found = []
-    for k in (1, 2):
-        adapter = put(llama, name=f"n{k}", alpha=float(k))
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.fill_(k)
-        found.append(adapter)
-    return found
-
-
-def whole(adapter):
-    """Whether name, alpha and numbers are of one save."""
-    k = adapter.config.alpha
-    return adapter.name == f"n{k:.0f}" and all((p == k).all() for p in adapter.parameters())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_writer_leaves_one_of_the_two(llama, tmp_path):
-    one, two = one_or_two(llama)
-    one.save(tmp_path)
-    random = Random(0)
-    seen = set()
-    for _ in range(12):
-        pid = os.fork()
-        if pid == 0:
-            while True:
-                two.save(tmp_path)
-                one.save(tmp_path)
-        time.sleep(0.02 + 0.03 * random.random())
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        found = read(tmp_path)
-        assert whole(found)
-        seen.add(found.name)
-    assert seen <= {"n1", "n2"}
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_reader_beside_a_writer_sees_the_old_or_the_new(llama, tmp_path):
-    one, two = one_or_two(llama)
-    one.save(tmp_path)
-    pid = os.fork()
-    if pid == 0:
-        while True:
-            two.save(tmp_path)
-            one.save(tmp_path)
-    try:
-        found = [read(tmp_path) for _ in range(100)]
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert all(map(whole, found))
-    assert {adapter.name for adapter in found} == {"n1", "n2"}
-
-
-def test_saving_onto_a_file_or_from_the_meta_device(llama, tmp_path):
-    (tmp_path / "taken").write_text("mine")
-    with pytest.raises(OSError, match="taken"):
-        put(llama).save(tmp_path / "taken")
-    assert (tmp_path / "taken").read_text() == "mine"
-    with torch.device("meta"):
-        on_meta = FAMILIES["Llama"].model()
-    with pytest.raises(ValueError, match="on the meta device: it has no numbers to save"):
-        put(on_meta).save(tmp_path / "meta")
-    assert not (tmp_path / "meta").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["a factor", "a trained module"])
-def test_what_no_reader_takes_is_not_written(where, value, llama, tmp_path):
-    adapter = put(llama, train_also=["lm_head"])
-    adapter.save(tmp_path)
-    old = (tmp_path / FILE).read_bytes()
-    factor, name = adapter.networks["layers"].in_r, "networks.layers.in_r"
-    if where == "a trained module":
-        factor, name = llama.lm_head.weight, "trained_modules.lm_head:weight"
-    with torch.no_grad():
-        factor.view(-1)[3] = value
-    message = f"'{name}' holds NaN or infinity, so adapter 'default' was not saved; nothing"
-    with unchanged(llama), pytest.raises(ValueError, match=message):
-        adapter.save(tmp_path)
-    assert (tmp_path / FILE).read_bytes() == old
-
-
-def test_what_no_file_holds_is_refused_by_name(llama, tmp_path):
-    adapter = put(llama, "cp")
-    adapter.networks["layers"].in_r.data = adapter.networks["layers"].in_r.data.half()
-    with pytest.raises(ValueError, match="'layers' are of different types"):
-        adapter.save(tmp_path)
-    adapter.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="float8_e4m3fn, which an adapter's file does not hold"):
-        adapter.save(tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
 def test_saving_over_an_adapter_replaces_it(llama, tmp_path):
     put(llama, "lora", 4, name="big").save(tmp_path)
     adapter = put(llama, "cp", 1, name="small")
@@ -659,31 +435,6 @@ def test_saving_over_an_adapter_replaces_it(llama, tmp_path):
     loaded = load(FAMILIES["Llama"].model("ForCausalLM"), tmp_path)
     assert loaded.name == "small"
     assert loaded.count() == adapter.count()
-
-
-# Factors that are divided over processes
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_an_adapter_of_a_sharded_model_is_saved_whole(llama, inputs, one_process, tmp_path):
-    adapter = put(llama, share_residual=True, train_also=["lm_head"])
-    expected = output(llama, inputs)
-    for layer in llama.model.layers:
-        fully_shard(layer, mesh=one_process)
-    fully_shard(llama, mesh=one_process)
-    assert all(isinstance(p, DTensor) for p in adapter.parameters())
-    adapter.save(tmp_path / "own")
-    adapter.export_lora(tmp_path / "lora")
-    for kind, get in (("own", load), ("lora", load_lora)):
-        other = FAMILIES["Llama"].model("ForCausalLM")
-        get(other, tmp_path / kind)
-        assert close(output(other, inputs), expected)
 
 
 def test_the_error_is_a_value_error():

@@ -50,15 +50,15 @@ class AttentionBlock:
     Attributes:
         path: path of the module.
         extra: words that tell a second set of projections in the same module from the first.
-        leaves: path of the projection of each role: q, k, v, o, or fused qkv, kv, or the latent
+        projections: path of the projection of each role: q, k, v, o, or fused qkv, kv, or the latent
             q_a, q_b, kv_a, kv_b.
         row: what is known of the class.
-        borrowed: whether the output projection belongs to another set of the same module.
+        shares_output: whether the output projection belongs to another set of the same module.
     """
 
     path: str
     extra: tuple[str, ...]
-    leaves: dict[str, str]
+    projections: dict[str, str]
     row: BlockRule
     shares_output: bool = False
 
@@ -89,11 +89,11 @@ def read_block(block: AttentionBlock, modules: dict[str, nn.Module]) -> list[Sit
     module = modules[block.path]
     if isinstance(module, nn.MultiheadAttention):
         return _read_torch(block, module)
-    width = {role: widths(modules[path]) for role, path in block.leaves.items()}
+    width = {role: widths(modules[path]) for role, path in block.projections.items()}
     if "o" not in width:
         raise BlockError(
             "no output projection was recognised beside "
-            + ", ".join(path.rpartition(".")[2] for path in block.leaves.values())
+            + ", ".join(path.rpartition(".")[2] for path in block.projections.values())
         )
     reader = BlockReader(block, modules, width)
     if "kv_b" in width:
@@ -259,7 +259,7 @@ class BlockReader:
         return name
 
     def _site(self, role: str, leaf: str, shape: _Shape, rows: FeatureRows | None) -> Site:
-        path = self.block.leaves[leaf]
+        path = self.block.projections[leaf]
         n_in, n_out = self.width[leaf]
         writer = role in WRITERS
         heads = shape.kv_heads if role in "kv" else shape.heads

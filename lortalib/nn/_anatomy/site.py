@@ -68,8 +68,8 @@ class Site:
         parameter: name of the weight in its module.
         rows: where the features lie, if the module holds other features too.
         fused: output features of the whole module, if ``rows`` is set.
-        bypassed: whether the module's forward is not called: its weight is read directly.
-        also: paths of further modules that hold the very same weight; they take the same share.
+        weight_read_directly: whether the module's forward is not called: its weight is read directly.
+        tied_paths: paths of further modules that hold the very same weight; they get the same update.
         experts: number of experts packed in the weight's first axis; 0 for an ordinary weight.
     """
 

@@ -67,7 +67,7 @@ class BatchTensors:
         tensors = self._tensors[source.group.name]
         stored = tensors[0].dtype
         wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
-        with torch.inference_mode(False), torch.no_grad():  # they serve later forwards in any mode
+        with torch.inference_mode(False):  # they serve later forwards in any mode
             tensors = [tensor.to(device, wide) for tensor in tensors]
             if layer is not None:
                 network = NetworkView(source.network.legs, tensors, source.network.modes)

@@ -99,7 +99,7 @@ class Store:
         Raises:
             KeyError: a name that is not in the store.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False):
             places = [0 if name is None else self._place(name) for name in names]
             at = torch.tensor(places, dtype=torch.long, device=self.device)
             return {
