@@ -1,6 +1,7 @@
 """Adapters on transformers models: one low-rank tensor for all attention projections."""
 
 from ._adapter import Adapter
+from ._adapters import adapters, set_active
 from ._align import align_to_gradient
 from ._anatomy import (
     BlockRule,
@@ -16,7 +17,6 @@ from ._bank import Bank, bank
 from ._config import AdapterConfig
 from ._files import AdapterFileError, export_lora, load, load_lora, read, read_description
 from ._group import Group
-from ._host import adapters, set_active
 from ._plan import Plan, plan
 from ._verify import Report, check_effect, verify
 

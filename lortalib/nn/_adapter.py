@@ -241,10 +241,9 @@ class Adapter(nn.Module):
     def keep_pairs(self) -> AbstractContextManager[None]:
         """Within this context no forward compares the parameters' numbers with those of the forward before.
 
-        Low-rank pairs are used again while the parameters are unchanged. On a CPU the numbers are compared
-        once in each forward; on a GPU that would wait for the device, so each forward makes its pairs anew.
-        For decoding, where every token is a forward, this context spares both. It notices every change but
-        writes through ``p.data`` and those of some fused optimisers.
+        On a CPU they are compared once in each forward; on a GPU, which that would wait for, each forward
+        makes its low-rank pairs anew. For decoding, where every token is a forward, this context spares both.
+        It notices every change but writes through ``p.data`` and those of some fused optimisers.
 
         Example:
             >>> import lortalib, torch
@@ -309,9 +308,6 @@ class Adapter(nn.Module):
 
         Args:
             folder: made where it is not there.
-
-        Returns:
-            The folder.
 
         Raises:
             OSError: the folder cannot be written.

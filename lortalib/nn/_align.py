@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..decomp import network, start_along
 from ._adapter import Adapter
-from ._host import adapters, install
+from ._adapters import adapters, install
 from ._trained_modules import TrainedModules
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..decomp import Rank, StartLike
 from ._adapter import Adapter
+from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError, unwrapped
-from ._host import check_name, install
 from ._plan import Decomposition, plan
 from ._targets import Targets
 from ._trained_modules import TrainedModules, find_modules

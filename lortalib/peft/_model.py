@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..decomp import Network, direct_sum
+from ..decomp import Network
 from ..nn import Adapter, Site, export_lora
 from ..nn.door import (
     MLP_ROLES,
@@ -33,7 +33,9 @@ from ..nn.door import (
 from ._config import LortaConfig
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
+from ._sum import of_ranks, weighted_sum
 from ._targets import known_sites, sites_of
+from ._tied import check_tied
 
 
 class LortaModel(BaseTuner):
@@ -178,7 +180,7 @@ class LortaModel(BaseTuner):
         )
         if config.ranks is not None:  # as a weighted sum wrote them
             networks = {
-                group.name: _of_ranks(
+                group.name: of_ranks(
                     planned.networks[group.name],
                     config.ranks[group.name],
                     torch.device("meta") if meta else device(group.sites[0]),
@@ -217,22 +219,7 @@ class LortaModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse a weight that a module holds which the adapters do not change; see `BaseTuner`."""
         super()._check_merge_allowed()
-        holders: dict[int, list[str]] = {}
-        layers: dict[str, LortaLayer] = {}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                holders.setdefault(id(parameter), []).append(path)
-            if isinstance(module, LortaLayer):
-                layers[f"{path}.base_layer"] = module
-        for path, layer in layers.items():
-            for other in holders.get(id(layer.get_base_layer()._parameters.get("weight")), []):
-                alike = layers.get(other)
-                if alike is None or alike.places() != layer.places():
-                    raise ValueError(
-                        f"the weight of {path.removesuffix('.base_layer')} is also that of {other}, which "
-                        "the adapter does not change in the same way; merging would change both. Untie "
-                        "them first (tie_word_embeddings=False), or leave the adapter unmerged"
-                    )
+        check_tied(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; see `BaseTuner`."""
@@ -302,16 +289,7 @@ class LortaModel(BaseTuner):
         if adapter_name in self.lorta_adapters:
             raise ValueError(f"there already is an adapter called {adapter_name!r}")
         owners = [self._adapters()[name] for name in adapters]
-        networks = {}
-        for group in owners[0].groups:
-            if any(group not in owner.groups for owner in owners):
-                raise ValueError(
-                    f"the adapters {list(adapters)} are not on the same modules, so no network of one "
-                    "rank is their sum"
-                )
-            parts = [owner.network(group) for owner in owners]
-            factors = [float(w) * owner.scaling for w, owner in zip(weights, owners)]
-            networks[group.name] = direct_sum(parts, factors)
+        networks = weighted_sum(owners, weights)
         config = copy.copy(self._config(adapters[0]))
         config.alpha, config.init_weights = 1.0, True
         config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
@@ -367,10 +345,3 @@ class LortaModel(BaseTuner):
             )
         with named_rows(self, names, repeats_of(self.model, kwargs)):
             yield
-
-
-def _of_ranks(like: Network, ranks: Mapping[str, int], device: torch.device) -> Network:
-    """A network of zeros with the line of another and ranks of its own."""
-    sizes = {**like.shape, **ranks}
-    shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
-    return Network(like.legs, [torch.zeros(shape, device=device) for shape in shapes], like.shape)

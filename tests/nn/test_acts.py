@@ -9,7 +9,7 @@ from harness import output, put, unchanged
 from models import BERT, CLIP, FAMILIES, image, image_and_words, words
 
 from lortalib.nn import apply, check_effect
-from lortalib.nn._host import host_of
+from lortalib.nn._adapters import host_of
 
 SIGLIP = CLIP | {"text_config": {**BERT, "projection_size": 16}}
 

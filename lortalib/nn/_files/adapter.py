@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..._version import __version__
 from ...decomp import Network
 from .._adapter import Adapter
+from .._adapters import check_name, install
 from .._anatomy import Site, check_model, site_weight
 from .._group import Group
-from .._host import check_name, install
 from .checks import check_description, check_tensors
 from .fit import Rules, fit_groups
 from .folder import TENSORS, parse_json, put_files, remove_old_description

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...decomp import Network, get_format
 from .._adapter import Adapter
+from .._adapters import check_name, install
 from .._anatomy import (
     Site,
     UnsupportedModelError,
@@ -23,7 +24,6 @@ from .._anatomy import (
 )
 from .._config import AdapterConfig
 from .._group import Group, group_sites
-from .._host import check_name, install
 from .._plan import check_whole
 from .fit import Rules, widths
 from .folder import AdapterFileError

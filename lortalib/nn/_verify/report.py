@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._adapters import adapters
 from .._anatomy import Site, UnsupportedModelError, check_model
 from .._anatomy import sites as find_sites
-from .._host import adapters
 from .compare import WORDS, CallFindings, PlannedBlocks, features
 from .heads import Forward, record_forward, single_queries, trace_heads, weight_name, whole_units
 

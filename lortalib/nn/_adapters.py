@@ -1,0 +1,122 @@
+"""The adapters of a model, as its users find, name, switch and install them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from torch import nn
+
+from ._adapter import Adapter
+from ._anatomy import ATTRIBUTE, check_model, unwrapped
+from ._host import AdapterHost
+
+
+def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
+    """Put a finished adapter on a model; the one place where `apply` and `load` touch it.
+
+    Args:
+        adapter: on no model yet.
+        model: the model.
+        active: whether it takes part in the forward at once.
+        freeze: whether all else of the model stops requiring gradients.
+
+    Raises:
+        ValueError: a module that it trains is in use by another active adapter, or the model has an
+            attribute of the adapters' name that is something else.
+    """
+    model = unwrapped(model)
+    host = host_of(model)
+    others = host.adapters() if host else []
+    taken = adapter.trained_modules.conflict(o.trained_modules for o in others if o.active)
+    if active and taken:
+        raise ValueError(
+            f"{taken!r} is trained by another active adapter and can hold only one's values; "
+            "disable that adapter first, or pass active=False"
+        )
+    with ExitStack() as undo:
+        if host is None:
+            if hasattr(model, ATTRIBUTE):
+                raise ValueError(
+                    f"the model has an attribute {ATTRIBUTE!r} that is no adapter; rename it first"
+                )
+            host = AdapterHost(model)
+            undo.callback(host.release)
+            model.add_module(ATTRIBUTE, host)
+        host.install(adapter, active, freeze, undo)
+        undo.pop_all()
+
+
+def host_of(model: nn.Module) -> AdapterHost | None:
+    """The host of a model, if any adapter was applied to it."""
+    host = unwrapped(model)._modules.get(ATTRIBUTE)
+    return host if isinstance(host, AdapterHost) else None
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name, in the order in which they were applied."""
+    host = host_of(model)
+    return {adapter.name: adapter for adapter in host.adapters()} if host else {}
+
+
+def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let exactly these adapters take part in the forward; their updates add up.
+
+    The cost does not depend on the size of the model.
+
+    Args:
+        model: a model with adapters.
+        names: one name, several, or none (``[]``).
+
+    Raises:
+        KeyError: a name that no adapter has.
+        ValueError: two of them train the same module. Whatever is raised, nothing is changed.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> for name in ("one", "two"):
+        ...     adapter = lortalib.nn.apply(model, "cp", rank=2, name=name)
+        >>> set_active(model, "two")
+        >>> [name for name, adapter in adapters(model).items() if adapter.active]
+        ['two']
+    """
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    known = adapters(model)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise KeyError(
+            f"no adapter is called {', '.join(map(repr, unknown))}; the model has "
+            f"{', '.join(map(repr, known)) or 'none'}"
+        )
+    for position, name in enumerate(wanted):
+        before = [known[other].trained_modules for other in wanted[:position]]
+        taken = known[name].trained_modules.conflict(before)
+        if taken:
+            raise ValueError(
+                f"the adapters {wanted} cannot be active together: both train {taken!r}"
+            )
+    host = host_of(model)
+    if host is not None:
+        host.set_active([known[name] for name in wanted])
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse what is no model, and a name that no adapter on it can have.
+
+    Raises:
+        TypeError: no model.
+        ValueError: a name that is in use or impossible.
+    """
+    model = check_model(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
+    if name in adapters(model):
+        raise ValueError(
+            f"the model already has an adapter called {name!r}; give name=..., or remove that one "
+            f"with lortalib.nn.adapters(model)[{name!r}].remove()"
+        )
+    if hasattr(host_of(model) or AdapterHost(nn.Module()), name):
+        raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
