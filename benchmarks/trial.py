@@ -22,7 +22,7 @@ def stored_weight(model: nn.Module, site: Site) -> Tensor:
     module = model.get_submodule(site.path)
     if is_parametrized(module, site.parameter):
         return module.parametrizations[site.parameter].original
-    return getattr(module, site.parameter)
+    return module._parameters[site.parameter]
 
 
 class Trial:

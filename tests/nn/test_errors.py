@@ -75,7 +75,7 @@ BAD = {
     "line without out": ({"decomposition": "in r, head layer matrix r"}, r"carries .*out"),
     "line with a task": ({"decomposition": f"task p, {LINE}"}, r"task(.|\n)*task p, in p"),
     "a format of several tasks": ({"decomposition": "metatt_41d"}, r"'?task"),
-    "wrong shape": ({"decomposition": wrong_shape}, r"asked for .*out=4.* and returned .*out=5"),
+    "wrong shape": ({"decomposition": wrong_shape}, r"asked for .*'out': 4.* and returned .*'out': 5"),
     "no network": ({"decomposition": lambda shape: None}, r"returned no Network but None"),
     "all frozen": ({"decomposition": "in r (frozen), head out layer matrix r (frozen)"}, "frozen"),
     # train_also

@@ -181,15 +181,31 @@ def test_the_pairs_of_all_layers_are_made_at_once(decomposition):
     assert 0 < cold[1] < cold[0] + 7
 
 
+def compared(found):
+    return sum(times for (operation, _), times in found.items() if operation == "equal")
+
+
 @each_model
-def test_every_forward_makes_its_pairs_once_and_compares_nothing(name):
+def test_a_forward_compares_each_parameter_once_and_one_that_keeps_its_pairs_none(name):
     model = wide(name)
-    put(model)
-    inferring(model)()  # plans its contractions
-    first = operations(inferring(model))
+    adapter = put(model)
+    inferring(model)()
+    found = operations(inferring(model))
+    assert compared(found) == len(list(adapter.parameters()))
     training(model)()
-    assert operations(inferring(model)) == first
-    assert not any(operation == "equal" for operation, _ in first)
+    inferring(model)()
+    assert operations(inferring(model)) == found
+    assert compared(warm(model, adapter)) == 0
+
+
+@each_model
+def test_a_disabled_adapter_costs_no_operation(name):
+    model = wide(name)
+    base = operations(inferring(model))
+    put(model)
+    inferring(model)()
+    set_active(model, [])
+    assert operations(inferring(model)) == base
 
 
 @each_model
@@ -200,6 +216,7 @@ def test_to_switch_adapters_touches_no_tensor(name):
     alone = {}
     for own in "ab":
         set_active(model, own)
+        inferring(model)()
         alone[own] = operations(inferring(model))
     for names in ("a", "b", [], ["a", "b"], "a", "b"):
         assert operations(lambda names=names: set_active(model, names)) == Counter()
@@ -207,17 +224,14 @@ def test_to_switch_adapters_touches_no_tensor(name):
             assert operations(inferring(model)) == alone[names]
 
 
-def test_pairs_are_kept_within_the_context_only_and_a_copy_keeps_none():
+def test_a_copy_makes_its_own_pairs_once():
     model = wide("Llama")
-    adapter = put(model)
-    inferring(model)()  # plans its contractions
-    cold, kept = operations(inferring(model)), warm(model, adapter)
-    assert cold.total() > kept.total()
-    assert operations(inferring(model)) == cold
-    with adapter.keep_pairs():
-        inferring(model)()
-        twin = copy.deepcopy(model)
-    assert operations(inferring(twin)).total() >= cold.total()
+    put(model)
+    inferring(model)()
+    again = operations(inferring(model))
+    twin = copy.deepcopy(model)
+    assert operations(inferring(twin)).total() > again.total()
+    assert operations(inferring(twin)) == again
 
 
 def test_kept_pairs_are_made_anew_after_a_change():

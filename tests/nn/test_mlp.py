@@ -168,7 +168,7 @@ def test_an_expert_of_the_tensor_is_that_expert_of_the_weight(name):
     (network,) = adapter.networks.values()
     for site in adapter.sites:
         before = adapter.delta(site)
-        assert before.shape == model.get_submodule(site.path).get_parameter(site.parameter).shape
+        assert before.shape == model.get_submodule(site.path)._parameters[site.parameter].shape
         with torch.no_grad():
             network.expert_r[2] += 1
         moved = (adapter.delta(site) - before).flatten(1).abs().sum(1)

@@ -125,7 +125,6 @@ def test_a_killed_writer_leaves_one_of_the_two(llama, tmp_path):
     one, two = one_or_two(llama)
     one.save(tmp_path)
     random = Random(0)
-    seen = set()
     for _ in range(12):
         pid = os.fork()
         if pid == 0:
@@ -135,10 +134,7 @@ def test_a_killed_writer_leaves_one_of_the_two(llama, tmp_path):
         time.sleep(0.02 + 0.03 * random.random())
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        found = read(tmp_path)
-        assert whole(found)
-        seen.add(found.name)
-    assert seen <= {"n1", "n2"}
+        assert whole(read(tmp_path))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -151,12 +147,15 @@ def test_a_reader_beside_a_writer_sees_the_old_or_the_new(llama, tmp_path):
             two.save(tmp_path)
             one.save(tmp_path)
     try:
-        found = [read(tmp_path) for _ in range(100)]
+        loads, seen, end = 0, set(), time.monotonic() + 60
+        while loads < 100 or (len(seen) < 2 and time.monotonic() < end):
+            found = read(tmp_path)
+            assert whole(found)
+            loads, seen = loads + 1, seen | {found.name}
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert all(map(whole, found))
-    assert {adapter.name for adapter in found} == {"n1", "n2"}
+    assert seen == {"n1", "n2"}
 
 
 def test_saving_onto_a_file_or_from_the_meta_device(llama, tmp_path):

@@ -12,7 +12,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -93,14 +94,19 @@ class Running:
     Attributes:
         module: the outermost module around projections.
         frame: of its call.
-        pairs: what it made so far.
+        scope: whose forward it is.
         product: the last product with an A that several modules share.
     """
 
     module: nn.Module
     frame: FrameType
-    pairs: PairSet
-    product: CachedProduct | None = field(default=None)
+    scope: ForwardScope
+    product: CachedProduct | None = None
+
+    @cached_property
+    def pairs(self) -> PairSet:
+        """The pairs of this forward; asked for by the first module that adds an update."""
+        return self.scope.current_pairs()
 
     def pair(
         self,
@@ -180,13 +186,17 @@ class ForwardScope:
         running = self.running
         if running is not None and running.module is not module and running.is_on_stack():
             return
+        self._local.running = Running(module, frame, self)
+
+    def current_pairs(self) -> PairSet:
+        """The pairs of the forward before, if they are those of the parameters as they are now, else new
+        ones."""
         # Within a backward, as where a checkpoint runs its modules again, nobody writes unseen.
         compare = not (self._keeping or is_in_backward())
         pairs = self._last
         if pairs is None or not pairs.is_current(compare):
-            pairs = PairSet(self._sources)
-        self._last = pairs
-        self._local.running = Running(module, frame, pairs)
+            self._last = pairs = PairSet(self._sources)
+        return pairs
 
     def end(self, module: nn.Module) -> None:
         """The forward of a module around projections ends."""
