@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 WHEEL_TESTS ?= tests/decomp tests/nn/test_adapter.py tests/nn/test_merge.py tests/nn/test_storage.py
+BITS := $(patsubst %,tests/nn/test_%.py,mlp merge adapter storage beside transactions)
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
 BENCHMARKS := training memory inference bank scale files plots
@@ -22,13 +23,12 @@ demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP ad
 test: .venv/.test  ## the test suite; make test PYTEST="-m 'slow or not slow'" for all of it
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
-test-portable: .venv/.test  ## the tests that ask for equal bits, with other instruction sets
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 -m 'not slow' tests/nn tests/decomp
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 \
-		tests/nn/test_mlp.py tests/nn/test_merge.py tests/nn/test_adapter.py
+test-portable: .venv/.test  ## the tests that ask for equal bits, with two other instruction sets
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 -m 'not slow' $(BITS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 -m 'not slow' $(BITS)
 
 test-wheel:  ## tests on the installed wheel, away from the checkout
-	rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	rm -rf build dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) build
 	.venv-wheel/bin/python -m build -q --wheel
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) "$$(ls dist/*.whl)[test]"
@@ -72,4 +72,4 @@ coverage: .venv/.test  ## every model type of transformers: writes docs/models-t
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-wheel .wheel-tests dist docs/_build runs
+	rm -rf .venv .venv-wheel .wheel-tests build dist docs/_build runs

@@ -78,20 +78,63 @@ def test_a_header_out_of_bounds_is_not_read(saved):
     assert time.monotonic() - start < 1
 
 
-def test_a_large_unknown_tensor_is_not_read(saved, monkeypatch):
-    data = (saved / FILE).read_bytes()
+def with_header(folder, change, length=None):
+    """Write the file with another header, and with so many bytes behind it."""
+    data = (folder / FILE).read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
-    end = len(data) - 8 - size
-    header["more"] = {"dtype": "U8", "shape": [2**31], "data_offsets": [end, end + 2**31]}
+    change(header)
     text = json.dumps(header).encode()
-    with (saved / FILE).open("wb") as file:
+    with (folder / FILE).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + data[8 + size :])
-        file.truncate(8 + len(text) + end + 2**31)
+        file.truncate(8 + len(text) + (len(data) - 8 - size if length is None else length))
+
+
+def test_a_large_unknown_tensor_is_not_read(saved):
+    def change(header):
+        end = max(entry["data_offsets"][1] for entry in header.values() if "dtype" in entry)
+        header["more"] = {"dtype": "U8", "shape": [2**31 - end], "data_offsets": [end, 2**31]}
+
+    with_header(saved, change, 2**31)  # sparse
     start = time.monotonic()
     with pytest.raises(AdapterFileError, match="unknown tensors: 'more'"):
         read(saved)
     assert time.monotonic() - start < 1
+
+
+KEY = "networks.layers.layer_a_b"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[KEY].update(data_offsets=[0, 32]),  # where another tensor is
+        lambda h: h.pop(KEY),  # a gap
+        lambda h: h[KEY].update(data_offsets=h[KEY]["data_offsets"][::-1]),
+        lambda h: h[KEY].update(data_offsets=[-32, 0]),
+        lambda h: h[KEY].update(shape=[2, 2, 4]),
+        lambda h: h[KEY].update(shape=[-2, -2, 2]),
+        lambda h: h[KEY].update(shape=[1] * 65 + [8]),
+        lambda h: h[KEY].update(shape=[2**62, 2**62]),
+        lambda h: h[KEY].update(shape="8"),
+        lambda h: h[KEY].update(more=1),
+        lambda h: h.update(more=5),
+        lambda h: h["__metadata__"].update(more=5),
+        lambda h: h.update(__metadata__=[]),
+    ],
+)
+def test_a_header_that_lies(change, saved):
+    with_header(saved, change)
+    with pytest.raises(AdapterFileError, match="damaged or cut short"):
+        read(saved)
+
+
+@pytest.mark.parametrize("more", [-1, 1, 8])
+def test_a_file_of_another_length(more, saved):
+    data = (saved / FILE).read_bytes()
+    (saved / FILE).write_bytes(data[:more] if more < 0 else data + bytes(more))
+    with pytest.raises(AdapterFileError, match="shorter or longer than its header says"):
+        read(saved)
 
 
 # Any damage at all

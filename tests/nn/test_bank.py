@@ -16,6 +16,7 @@ import torch
 from harness import changes, each_format, output, picture, put, unchanged
 from models import FAMILIES, Stored
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, LongformerConfig, LongformerModel
 
@@ -615,8 +616,10 @@ def test_a_change_that_fails_anywhere_changes_nothing(change, failure):
             assert same_state(now, before), at
     assert same_state(state(bank), after)
     assert at > 2 or change == "delete"
-    bank.fill("abcdefgh", constant(bank, 5, 8))  # no place was lost, and none is given twice
-    assert same_state((0, after[1]), (0, {name: state(bank)[1][name] for name in after[1]}))
+    bank.update({50 + k: constant(bank, 50 + k) for k in range(8)})  # no place is given twice
+    now = state(bank)[1]
+    assert same_state((0, after[1]), (0, {name: now[name] for name in after[1]}))
+    assert all(torch.equal(t, torch.full_like(t, 50 + k)) for k in range(8) for t in now[50 + k])
 
 
 class Name:
@@ -822,9 +825,10 @@ def test_one_context_serves_forwards_in_any_mode():
     torch.testing.assert_close(found.detach(), wanted.clone())
 
 
-def test_transforms_leave_nothing_in_a_context():
+def test_transforms_and_traces_leave_nothing_in_a_context():
     model, inputs = llama(), prompts()
     bank = filled(model)
+    wanted = rows_of(model, bank, [1, None], inputs)
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
 
     def loss(embedded):
@@ -834,7 +838,10 @@ def test_transforms_leave_nothing_in_a_context():
         found = torch.func.grad(loss)(embedded)
         loss(embedded.requires_grad_()).backward()
         torch.testing.assert_close(found, embedded.grad)
-        output(model, inputs)
+    with bank.using([1, None]):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            output(model, inputs)
+        torch.testing.assert_close(output(model, inputs), wanted)
 
 
 # How many rows a forward has
@@ -848,7 +855,18 @@ class Masked(nn.Module):
         self.inner = Stored()
 
     def forward(self, mask, places=None, *, states=None, **rest):
-        return self.inner(states if states is not None else rest["extra"])
+        return self.inner(next(x for x in (states, *rest.values()) if x is not None))
+
+
+class Ordered(nn.Module):
+    """A model whose first argument has the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Stored()
+
+    def forward(self, states, table=None):
+        return self.inner(states)
 
 
 def test_the_batch_is_told_whatever_the_order_of_the_arguments():
@@ -882,6 +900,16 @@ def test_the_batch_of_arguments_of_unknown_names():
         model(x, states=x)
     with torch.no_grad(), bank.using([1, 2]):
         torch.testing.assert_close(model(x[:1], x[:3, 0], states=x)[0], wanted)
+        # A name of transformers tells more than the order.
+        torch.testing.assert_close(model(x[:, 0], inputs_embeds=x[1:3])[0], wanted[1:3])
+    model = Ordered().eval()
+    bank = filled(model)
+    with torch.no_grad(), bank.using([1, 2]):
+        wanted = model(x[:2])[0]
+        torch.testing.assert_close(model(table=x, states=x[:2])[0], wanted)
+        torch.testing.assert_close(model(x[:2], x)[0], wanted)
+    with bank.using([1, 2, 3]), pytest.raises(ValueError, match=r"named 3 rows, but .* batch of 4"):
+        model(x)
 
 
 def test_the_batch_belongs_to_one_forward():

@@ -175,7 +175,11 @@ def test_a_file_of_tensors_alone(target, saved):
 @pytest.mark.parametrize("version", [3, 4, 10**30])
 def test_a_newer_format_version(target, saved, version):
     edit(saved, lambda d: d.update(format_version=version, new_field=1))
-    refuses(target, saved, rf"written by a newer lortalib \(format {version}\); update lortalib")
+    refuses(
+        target,
+        saved,
+        rf"safetensors was written by a newer lortalib \(format {version}\); update lortalib",
+    )
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", "2", 2.0, True, None, [1]])

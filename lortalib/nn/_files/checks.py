@@ -38,7 +38,7 @@ def check_description(value: Any) -> Description:
         _check_lengths(value.get("groups"))
     description = read_record(Description, value)
     if not description.name or "." in description.name:
-        raise ValueError(f"an adapter is called {description.name!r}")
+        raise ValueError(f"an adapter is called {short(description.name)}")
     unknown = set(description.base_model) - set(_BASE_MODEL)
     if unknown:
         raise ValueError(f"unknown field {short(min(unknown))} of base_model")
@@ -99,34 +99,34 @@ def _check_groups(description: Description) -> None:
 
 
 def _check_group(saved: SavedGroup) -> SavedGroup:
-    name, line = saved.name, saved.line
+    name, line = short(saved.name), saved.line
     for sizes in (saved.modes, saved.ranks):
         if not all(0 < size <= LARGEST_SIZE for size in sizes.values()):
-            raise ValueError(f"the sizes of group {name!r} are {short(sizes)}")
+            raise ValueError(f"the sizes of group {name} are {short(sizes)}")
     line.check(tuple(saved.modes))
     if set(line.bonds(saved.modes)) != set(saved.ranks):
-        raise ValueError(f"the ranks {short(saved.ranks)} of group {name!r} are not of its bonds")
+        raise ValueError(f"the ranks {short(saved.ranks)} of group {name} are not of its bonds")
     own = saved.parameters
     if len(own) != len(line.terms) or len(set(own)) < len(own) or "" in own or "." in "".join(own):
-        raise ValueError(f"the parameters of group {name!r} are called {short(own)}")
+        raise ValueError(f"the parameters of group {name} are called {short(own)}")
     if set(saved.shared) - set(own):
-        raise ValueError(f"the shared parameters of group {name!r} are {short(saved.shared)}")
+        raise ValueError(f"the shared parameters of group {name} are {short(saved.shared)}")
     layers, roles = set(saved.layers), set(saved.roles)
     if len(layers) < len(saved.layers) or len(roles) < len(saved.roles):
-        raise ValueError(f"a layer or role stands twice in group {name!r}")
+        raise ValueError(f"a layer or role stands twice in group {name}")
     if not (saved.sites and layers and roles):
-        raise ValueError(f"group {name!r} has no sites, layers or roles")
+        raise ValueError(f"group {name} has no sites, layers or roles")
     group = saved.group
     for site in saved.sites:
         _check_site(site)
         if site.layer not in layers or site.role not in roles or group.heads % site.heads:
-            raise ValueError(f"site {site.key} is outside its group {name!r}")
+            raise ValueError(f"site {short(site.key)} is outside its group {name}")
         if (site.width, site.head_dim, site.experts) != (
             saved.modes.get("in"), saved.modes.get("out"), saved.modes.get("expert", 0)
         ):  # fmt: skip
-            raise ValueError(f"site {site.key} does not fit the modes of {name!r}")
+            raise ValueError(f"site {short(site.key)} does not fit the modes of {name}")
     if dict(group.shape) != saved.modes:
-        raise ValueError(f"the modes {short(saved.modes)} of group {name!r} do not fit its sites")
+        raise ValueError(f"the modes {short(saved.modes)} of group {name} do not fit its sites")
     return saved
 
 
@@ -135,16 +135,16 @@ def _check_site(site: Site) -> None:
     if not site.role or "." in site.role or min(sizes) < 1 or site.experts < 0 or site.layer < 0:
         raise ValueError(f"a site is {short(site)}")
     if max(*sizes, site.experts, site.features, site.fused or 0) > LARGEST_SIZE:
-        raise ValueError(f"a size of site {site.key} is above {LARGEST_SIZE:,}")
+        raise ValueError(f"a size of site {short(site.key)} is above {LARGEST_SIZE:,}")
     rows = site.rows
     if (rows is None) != (site.fused is None):
-        raise ValueError(f"site {site.key} has one of rows and fused")
+        raise ValueError(f"site {short(site.key)} has one of rows and fused")
     if rows is not None:
         last = rows.offset + sum((size - 1) * stride for size, stride in rows.dims)
         dims = [number for pair in rows.dims for number in pair]
         fits = rows.offset >= 0 and min(dims, default=1) > 0 and last < (site.fused or 0)
         if not fits or math.prod(size for size, _ in rows.dims) != site.features:
-            raise ValueError(f"the rows of site {site.key} are {short(rows)}")
+            raise ValueError(f"the rows of site {short(site.key)} are {short(rows)}")
 
 
 def _check_shared_input(groups: Iterable[SavedGroup]) -> None:

@@ -15,7 +15,7 @@ from .checks import check_description, check_tensors
 from .folder import DESCRIPTION, AdapterFileError, adapter_file, parse_json, read_json
 from .schema import FORMAT, FORMAT_VERSION, Description, values_of
 from .tensors import TensorFile, digest, first_not_finite, open_tensors, write_tensors
-from .upgrades import upgrade
+from .upgrades import NewerFormatError, upgrade
 
 _TEXT, _DIGEST = "lortalib", "sha256"
 _METADATA = {"format", _TEXT, _DIGEST}
@@ -77,6 +77,8 @@ def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
             check_tensors(description, {name: file.specs[old] for name, old in names.items()})
         except AdapterFileError:
             raise
+        except NewerFormatError as error:
+            raise AdapterFileError(f"{path} {error}") from error
         except ValueError as error:
             raise AdapterFileError(f"{path} is damaged: {error}") from error
         yield SavedAdapter(file, value, description, names)
@@ -88,11 +90,11 @@ def _description_of(file: TensorFile) -> dict[str, Any]:
         beside = file.path.with_name(DESCRIPTION)
         if not beside.is_file():
             raise ValueError("it describes no adapter of lortalib")
-        return _of_version(beside.name, read_json(beside), lambda version: version == 1)
+        return _of_version(beside.name, read_json(beside), beside=True)
     text = file.metadata.get(_TEXT)
     if text is None:
         raise ValueError("it describes no adapter of lortalib")
-    value = _of_version("its description", parse_json(text), lambda version: version != 1)
+    value = _of_version("its description", parse_json(text), beside=False)
     if value.get("format_version") == FORMAT_VERSION and (
         set(file.metadata) != _METADATA or file.metadata["format"] != "pt"
     ):
@@ -100,11 +102,12 @@ def _description_of(file: TensorFile) -> dict[str, Any]:
     return value
 
 
-def _of_version(where: str, value: Any, fits: Any) -> dict[str, Any]:
+def _of_version(where: str, value: Any, beside: bool) -> dict[str, Any]:
+    """A description, if its version is one that keeps it there: version 1 beside the file, others in it."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{where} does not describe a lortalib adapter")
     version = value.get("format_version")
-    if type(version) is int and 1 <= version <= FORMAT_VERSION and not fits(version):
+    if type(version) is int and 1 <= version <= FORMAT_VERSION and beside != (version == 1):
         raise ValueError(f"{where} is of format version {version}, which keeps it elsewhere")
     return value
 

@@ -12,6 +12,10 @@ Entry = TypeVar("Entry")
 Parts = tuple[dict[str, Any], dict[str, Entry]]
 
 
+class NewerFormatError(ValueError):
+    """Says that a file is of a format version that this library does not know yet."""
+
+
 def upgrade(description: dict[str, Any], tensors: Mapping[str, Entry]) -> Parts[Entry]:
     """The description as the present version would say it, and the tensors by their present names.
 
@@ -20,13 +24,14 @@ def upgrade(description: dict[str, Any], tensors: Mapping[str, Entry]) -> Parts[
         tensors: anything by the names of the file's tensors.
 
     Raises:
-        ValueError: a version that is newer or unknown, or a description that is damaged.
+        NewerFormatError: a version that is newer.
+        ValueError: a version that is unknown, or a description that is damaged.
 
     Example:
-        >>> upgrade({"format_version": 3}, {})
-        Traceback (most recent call last):
-            ...
-        ValueError: it was written by a newer lortalib (format 3); update lortalib
+        >>> old = {"format_version": 1, "settings": {"alpha": 1.0}}
+        >>> upgrade(old, {"beside.lm_head:weight": 0})  # doctest: +NORMALIZE_WHITESPACE
+        ({'format_version': 2, 'config': {'alpha': 1.0}},
+         {'trained_modules.lm_head:weight': 0})
     """
     version = description.get("format_version")
     if type(version) is not int or version < 1:
@@ -34,8 +39,8 @@ def upgrade(description: dict[str, Any], tensors: Mapping[str, Entry]) -> Parts[
             f"its format version is {short(version)}; versions 1 to {FORMAT_VERSION} are known"
         )
     if version > FORMAT_VERSION:
-        raise ValueError(
-            f"it was written by a newer lortalib (format {short(version)}); update lortalib"
+        raise NewerFormatError(
+            f"was written by a newer lortalib (format {short(version)}); update lortalib"
         )
     found = description, dict(tensors)
     while version < FORMAT_VERSION:
