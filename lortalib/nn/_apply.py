@@ -74,7 +74,7 @@ def apply(
         The `Adapter`, active.
 
     Raises:
-        AnatomyError: the model's attention was not, or not wholly, found.
+        UnsupportedModelError: the model's attention was not, or not wholly, found.
         ValueError: a bad argument, a name that is in use, targets that choose nothing, a plan that
             the live model contradicts. The model is then as it was.
 

@@ -41,7 +41,7 @@ def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> S
         Sites ordered by stack, layer and role; printed, the list is a table by stack.
 
     Raises:
-        AnatomyError: no attention projection was found, or a block that looks like attention was
+        UnsupportedModelError: no attention projection was found, or a block that looks like attention was
             not understood; the message names the blocks and what they hold.
 
     Example:
@@ -115,7 +115,7 @@ def mlp_sites(model: nn.Module) -> SiteList:
     are ordinary ones. Their stacks carry the names of the towers that they stand in.
 
     Raises:
-        AnatomyError: no MLP was found.
+        UnsupportedModelError: no MLP was found.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaModel

@@ -94,7 +94,7 @@ class Report:
         """Do nothing if `ok`.
 
         Raises:
-            AnatomyError: the plan is wrong, or nothing was seen that could confirm it.
+            UnsupportedModelError: the plan is wrong, or nothing was seen that could confirm it.
         """
         if not self.ok:
             seen = "" if self.disagreements else " No attention call of a planned site was seen."
@@ -145,7 +145,7 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
         A `Report`; print it. ``report.ok`` is true where nothing disagrees.
 
     Raises:
-        AnatomyError: no plan could be made, or one that does not fit the widths of the model.
+        UnsupportedModelError: no plan could be made, or one that does not fit the widths of the model.
         ValueError: the model has no weights (meta device).
         Exception: whatever the model's own forward raises.
 
