@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from harness import close, examples, output, put, same_bits, unchanged
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lora_files import config_of, edit, loaded_by_peft
 from models import FAMILIES, each_family
@@ -232,22 +232,30 @@ def test_tensors_beside_the_pairs(theirs, llama):
         load_lora(llama, theirs)
 
 
-WORDS = st.lists(st.sampled_from(["a", "b", "ab", "0", "q_proj"]), min_size=1, max_size=4)
-
-
-@given(
-    path=WORDS.map(".".join),
-    names=st.lists(WORDS.flatmap(lambda w: st.sampled_from([".".join, "_".join]).map(
-        lambda join: join(w))), max_size=4),
-    marks=st.lists(st.sampled_from(["{}", "^{}", "{}$", "^{}$"]), min_size=4, max_size=4),
-    escaped=st.booleans(),
-)  # fmt: skip
-@examples(400)
-def test_names_in_patterns_mean_what_they_mean_to_peft(path, names, marks, escaped):
+@st.composite
+def paths_and_patterns(draw):
+    """A path, and names that are ends of it or nearly so, as a configuration may write them."""
+    path = ".".join(
+        draw(st.lists(st.sampled_from(["a", "ab", "0", "v_proj"]), min_size=1, max_size=4))
+    )
     patterns = {}
-    for number, (name, mark) in enumerate(zip(names, marks)):
-        name = re.escape(name).replace("_", "_") if escaped else name
-        patterns[mark.format(name)] = number + 10
+    for value in range(10, 10 + draw(st.integers(0, 3))):
+        name = path[draw(st.integers(0, len(path) - 1)) :]
+        name = name.replace(
+            *draw(st.sampled_from([("x", "x"), ("_", "."), (".", "_"), ("a", ".")]))
+        )
+        name = re.escape(name) if draw(st.booleans()) else name
+        mark = draw(st.sampled_from(["{}", "{}", "{}", "^{}", "{}$", "^{}$"]))
+        patterns[mark.format(name)] = value
+    return path, patterns
+
+
+@given(case=paths_and_patterns())
+@example(case=("ab", {"b": 10}))
+@example(case=("a.b", {"^b": 10}))
+@examples(400)
+def test_names_in_patterns_mean_what_they_mean_to_peft(case):
+    path, patterns = case
     expected = patterns.get(get_pattern_key(list(patterns), path), 1)
     assert Scaling({"lora_alpha": 1, "alpha_pattern": patterns})(path, 1) == expected
 

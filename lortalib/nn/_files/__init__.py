@@ -4,11 +4,9 @@ from .adapter import load, read, read_adapter, read_description, save
 from .export_lora import export_lora
 from .folder import AdapterFileError
 from .import_lora import load_lora
-from .lora_config import CONFIG, WEIGHTS, lora_config
+from .lora_config import lora_config
 
 __all__ = [
-    "CONFIG",
-    "WEIGHTS",
     "AdapterFileError",
     "export_lora",
     "load",

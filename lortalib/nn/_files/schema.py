@@ -121,7 +121,6 @@ def parse_line(text: str) -> Legs:
             f"a line of {len(text):,} characters and {text.count(',') + 1:,} parameters; at most "
             f"{LONGEST_LINE:,} and {MOST_PARAMETERS} are read"
         )
-    text = " ".join(text.split())  # long runs of blanks take long to read
     legs = set(re.sub(r"\([^()]*\)", " ", text).replace(",", " ").split())
     if len(legs) > MOST_LEGS:
         raise ValueError(f"a line of {len(legs)} different legs; at most {MOST_LEGS} are read")
