@@ -183,17 +183,23 @@ def test_a_model_of_low_precision_gets_pairs_of_full_precision():
     cut = wanted.low_rank_pair(site)
     wanted.remove()
     seen = []
-    original = lortalib.nn._forward.scope.down
+    down, add_up = (getattr(lortalib.nn._forward.lowrank, name) for name in ("down", "add_up"))
 
-    def down(x, a, p):
+    def watched_down(x, a, p):
         seen.append(a)
-        return original(x, a, p)
+        return down(x, a, p)
+
+    def watched_add_up(y, h, b, may_write):
+        seen.append(b)
+        return add_up(y, h, b, may_write)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lortalib.nn._forward.scope.down", down)
+        patch.setattr("lortalib.nn._forward.scope.down", watched_down)
+        patch.setattr("lortalib.nn._forward.update.add_up", watched_add_up)
         rows_of(model, bank, [1, None], inputs)
-    assert torch.equal(seen[0][0], (cut.A * 0.5).bfloat16())  # not a product of rounded factors
-    assert len(seen) == 2 * 2  # in each layer x is read once for q, k and v
+    assert torch.equal(seen[0][0], (cut.A * 0.5).bfloat16())
+    assert torch.equal(seen[1][0], cut.B.mT.bfloat16())  # not a product of rounded factors
+    assert len(seen) == 2 * (2 + 4)  # in each layer x is read once for q, k and v
 
 
 def test_the_count_is_that_of_an_adapter():
@@ -269,11 +275,13 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
     other = put(llama(), rank=3)
     lotr = put(llama(), "lotr", 2)
     some = put(llama(), targets="q")
+    beside = put(llama(), train_also=["lm_head"])
     nan = {name: [t * float("nan") for t in ts] for name, ts in bank[0].items()}
     for source, why in (
         (other, "tensors of the shapes"),
         (lotr, "has the legs"),
         (some, "other projections"),
+        (beside, "trains whole modules"),
         (nan, "NaN or infinity"),
         ({}, "does not fit"),
     ):
@@ -698,6 +706,9 @@ def test_places_that_are_free_are_taken_before_the_bank_grows():
     assert bank.capacity == 4
     assert equal_tensors(bank["a"], constant(bank, 29))
     assert equal_tensors(bank["b"], constant(bank, -29))
+    for name in bank:
+        del bank[name]
+    assert len(bank) == 0
 
 
 # Threads
