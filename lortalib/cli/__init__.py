@@ -2,7 +2,7 @@
 
 Example:
     >>> main(["info", "no-such-folder", "--json"]) # doctest: +ELLIPSIS
-    {"error": "no adapter.json in no-such-folder; ...
+    {"error": "no adapter.safetensors in no-such-folder; ...
     1
 """
 
