@@ -146,7 +146,7 @@ def measure_sizes(sizes: tuple[int, ...], progress: Progress) -> list[dict[str, 
     draw = random.Random(0)
     one = {name: [t[0] for t in tensors] for name, tensors in random_stack(bank, 1).items()}
     ids = torch.randint(5, 900, (ROWS, 1), generator=torch.Generator().manual_seed(0))
-    # What forwards and the numbers on their way into the bank leave in the process is not counted.
+    # What forwards and the tensors on their way into the bank leave in the process is not counted.
     bank.add("first", one)
     forward(model, bank, ["first"] * ROWS, ids)
     random_stack(bank, 10_000)
@@ -229,7 +229,7 @@ def above(times: Times, name: str) -> str:
 def size_table(found: list[dict[str, Any]]) -> str:
     """The second question's table."""
     head = (
-        "adapters", "numbers of each", "bytes of each, in the process", "to fill, s",
+        "adapters", "trainable parameters of each", "bytes of each, in the process", "to fill, s",
         "replace one, µs", "look up and gather 64, µs", "forward of 64 rows, ms",
     )  # fmt: skip
     return table(

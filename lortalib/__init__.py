@@ -10,8 +10,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ._peft_import import register_when_imported
 from ._version import __version__
-from ._with_peft import register_when_imported
 
 if TYPE_CHECKING:
     from . import cli, decomp, nn, peft

@@ -1,16 +1,23 @@
 """The command line, on saved models and adapters, and on what users get wrong."""
 
 import json
+import random
+import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lortalib
 from lortalib.cli import main
+
+sys.path.append(str(Path(__file__).parent / "nn"))
+from saved_files import edit
 
 IDS = {"input_ids": torch.arange(5, 19).view(2, 7)}
 
@@ -36,6 +43,34 @@ def saved(tmp_path_factory):
     adapter.save(folder / "adapter")
     with torch.no_grad():
         return folder / "model", folder / "adapter", model(**IDS)[0]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The same of a model with packed experts."""
+    folder = tmp_path_factory.mktemp("packed")
+    torch.manual_seed(0)
+    MixtralForCausalLM(
+        MixtralConfig(
+            num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=24, vocab_size=64, num_local_experts=3, head_dim=8,
+        )
+    ).save_pretrained(folder / "model")  # fmt: skip
+    model = MixtralForCausalLM.from_pretrained(folder / "model").eval()
+    generator = torch.Generator().manual_seed(1)
+    adapter = lortalib.nn.apply(
+        model, "cp", 3, targets="all", init="normal", alpha=0.1, generator=generator
+    )
+    adapter.save(folder / "adapter")
+    with torch.no_grad():
+        return folder / "model", folder / "adapter", model(**IDS)[0]
+
+
+def changed(folder, out, change):
+    """A copy of an adapter's folder whose file says something else, and is sealed again."""
+    shutil.copytree(folder, out)
+    edit(out, change)
+    return out
 
 
 def run(capsys, *arguments, code=0):
@@ -71,7 +106,74 @@ def test_plan(saved, capsys):
     counts = {(p["decomposition"], p["rank"]): p["trainable parameters"] for p in found["plans"]}
     for (name, rank), count in counts.items():
         assert lortalib.nn.apply(tiny(), name, rank).count() == count
-    assert "LoRA of this rank / it" in run(capsys, "plan", saved[0]).out
+    text = run(capsys, "plan", saved[0]).out
+    assert "LoRA of this rank / it" in text
+    assert "why not" not in text
+
+
+def test_plan_counts_the_lora_that_peft_makes(saved, capsys):
+    found = machine(capsys, "plan", saved[0], "--rank", 2, "--decomposition", "cp", "lora")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    theirs, _ = peft.get_peft_model(tiny(), config).get_nb_trainable_parameters()
+    for row in found["plans"]:
+        ratio = row["LoRA of this rank / it"]
+        assert ratio * row["trainable parameters"] == pytest.approx(theirs)
+
+
+# Packed experts
+
+
+def test_plan_of_packed_experts_lists_what_cannot_be_had(packed, capsys):
+    found = machine(capsys, "plan", packed[0], "--targets", "mlp")
+    assert found["projections"] == 6
+    by_name = {}
+    for row in found["plans"]:
+        by_name.setdefault(row["decomposition"], []).append(row)
+    assert {name: len(rows) for name, rows in by_name.items()} == {
+        "cp": 5, "tucker": 5, "tt": 5, "lotr": 1, "lora": 1,
+    }  # fmt: skip
+    for name, rows in by_name.items():
+        for row in rows:
+            if name in ("lotr", "lora"):
+                assert row["trainable parameters"] is row["rank"] is None
+                assert "carries the mode 'expert'" in row["why not"]
+                assert not row["why not"].endswith("in")
+            else:
+                assert row["trainable parameters"] > 0
+                assert row["why not"] is None
+    text = run(capsys, "plan", packed[0], "--targets", "mlp").out
+    assert "why not" in text
+    none = machine(capsys, "plan", packed[0], "--targets", "mlp", "--decomposition", "lora", code=1)
+    assert none["projections"] == 6
+
+
+def test_info_on_packed_experts(packed, capsys):
+    model, folder, _ = packed
+    found = machine(capsys, "info", folder)
+    adapter = lortalib.nn.load(MixtralForCausalLM.from_pretrained(model), folder)
+    assert len(found["sites"]) == len(adapter.sites) == 14
+    for entry, site in zip(found["sites"], adapter.sites):
+        delta = adapter.delta(site).detach()
+        assert entry["norm"] == pytest.approx(delta.norm().item(), rel=1e-4)
+        assert len(entry["norm by head"]) == site.heads
+        squares = torch.tensor(entry["norm by head"]).square().sum().item()
+        assert entry["norm"] ** 2 == pytest.approx(squares, rel=1e-4)
+    assert "layers down" in run(capsys, "info", folder).out
+
+
+def test_every_other_command_on_packed_experts(packed, capsys, tmp_path):
+    model, folder, logits = packed
+    checked = machine(capsys, "check", folder)
+    assert (checked["sound"], checked["fits"]) == (True, True)
+    sites = machine(capsys, "sites", model, "--targets", "all")["sites"]
+    assert sum("3 experts in one parameter" in site["why"] for site in sites) == 6
+    refused = run(capsys, "export-lora", folder, tmp_path / "lora", code=1)
+    assert "packs experts; a LoRA file has no pair for it" in refused.err
+    assert not (tmp_path / "lora").exists()
+    assert machine(capsys, "merge", model, folder, tmp_path / "out")["projections changed"] == 14
+    merged = MixtralForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(**IDS)[0], logits, atol=1e-5)
 
 
 def test_sites(saved, capsys):
@@ -136,7 +238,15 @@ def test_check(saved, capsys, tmp_path):
             ["merge", "{model}", "{adapter}", "{out}", "--dtype", "float99"],
             "unknown dtype 'float99'",
         ),
+        (
+            ["merge", "{model}", "{adapter}", "{out}", "--dtype", "float8_e4m3fn"],
+            "unknown dtype 'float8_e4m3fn'; choose auto, float16, bfloat16, float32, float64",
+        ),
+        (["merge", "{model}", "{adapter}", "{out}", "--dtype", "__name__"], "unknown dtype"),
+        (["merge", "{model}", "{adapter}", "{out}", "--dtype", "int8"], "unknown dtype"),
         (["export-lora", "nowhere", "out"], "no adapter.safetensors"),
+        (["check", "{adapter}", "--trust-remote-code"], "goes with --model only"),
+        (["info", "[/x]"], "no adapter.safetensors in [/x]"),
     ],
 )
 def test_errors_of_users_are_one_line_and_no_traceback(saved, arguments, message, capsys, tmp_path):
@@ -147,6 +257,152 @@ def test_errors_of_users_are_one_line_and_no_traceback(saved, arguments, message
     assert "Traceback" not in shown.err
     assert message in json.loads(run(capsys, *filled, "--json", code=1).out)["error"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_merge_in_a_dtype(saved, dtype, capsys, tmp_path):
+    run(capsys, "merge", *saved[:2], tmp_path / "out", "--dtype", dtype)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert merged.dtype == getattr(torch, dtype)
+
+
+# Files and models of strangers
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Fails where anything is looked up in a network."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"a network was asked for {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_check_looks_up_no_name_of_a_file(saved, capsys, tmp_path, offline, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lortalib.cli._commands.shape_of", lambda *name: asked.append(name))
+    folder = changed(saved[1], tmp_path / "a", lambda v: v["base_model"].update(name="evil/model"))
+    found = machine(capsys, "check", folder)
+    assert (found["sound"], found["fits"]) == (True, None)
+    assert found["why"] == "the model 'evil/model' was not looked up; give it as --model to do so"
+    assert asked == []
+    none = changed(saved[1], tmp_path / "b", lambda v: v["base_model"].update(name=None))
+    assert "names no model" in machine(capsys, "check", none)["why"]
+    odd = changed(saved[1], tmp_path / "c", lambda v: v["base_model"].update(name="x" * 300))
+    assert "was not looked up" in machine(capsys, "check", odd)["why"]
+
+
+def test_check_runs_no_code_that_a_file_names(saved, capsys, tmp_path):
+    """Neither that of the folder that an adapter names, nor a kernel that its configuration names."""
+    bad = tmp_path / "bad"
+    shutil.copytree(saved[0], bad)
+    ran = tmp_path / "ran"
+    (bad / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: pass\nclass M: pass\n")
+    config = json.loads((bad / "config.json").read_text())
+    config.update(
+        model_type="strange", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"},
+    )  # fmt: skip
+    (bad / "config.json").write_text(json.dumps(config))
+    folder = changed(saved[1], tmp_path / "a", lambda v: v["base_model"].update(name=str(bad)))
+    found = machine(capsys, "check", folder)
+    assert (found["sound"], found["fits"]) == (True, None)
+    refused = machine(capsys, "check", folder, "--trust-remote-code", code=1)
+    assert "goes with --model only" in refused["error"]
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"attn_implementation": "evil/kernel"}, True),
+        ({"_attn_implementation": "flash_attention_2"}, True),
+        ({"architectures": ["pipeline"]}, True),
+        ({"architectures": [5]}, True),
+        ({"architectures": 5}, True),
+        ({"architectures": ["AutoModel"]}, True),
+        ({"architectures": ["PreTrainedModel"]}, True),
+        ({"architectures": ["BertModel"]}, False),
+        ({"hidden_size": "x"}, False),
+        ({"num_attention_heads": 0}, False),
+        ({"hidden_act": "nope"}, False),
+        ({"rope_parameters": 5}, False),
+        ({"dtype": "__name__"}, False),
+        ({"model_type": 5}, False),
+    ],
+)
+def test_configurations_of_models_that_say_something_odd(
+    saved, changes, fits, capsys, tmp_path, offline
+):
+    odd = tmp_path / "odd"
+    shutil.copytree(saved[0], odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, **changes}))
+    found = machine(capsys, "check", saved[1], "--model", odd, code=0 if fits else 1)
+    assert found["fits"] is fits
+    for command in ("plan", "sites"):
+        shown = run(capsys, command, odd, code=0 if fits else 1)
+        assert fits or shown.err.startswith("lortalib: ")
+
+
+NAMES = ["[/x]", "[red]x[/red]", ":smile:", "\x1b[2J", "two\nlines", "x" * 3000, "日本"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_strangers_are_shown_as_text(saved, name, capsys, tmp_path):
+    def change(value):
+        value["name"] = name
+        value["base_model"].update({"class": name, "name": name})
+
+    folder = changed(saved[1], tmp_path / "a", change)
+    for command in ("info", "check"):
+        text = run(capsys, command, folder).out
+        text.encode("utf-8")
+        assert "\x1b[2J" not in text
+        if command == "info" and len(name) < 20 and name.isprintable():
+            assert name in text
+        assert json.loads(run(capsys, command, folder, "--json").out)["adapter"]
+    run(capsys, "export-lora", folder, tmp_path / "lora")
+
+
+def test_a_path_that_is_no_text_is_shown_escaped(capsys):
+    """As Python reads bytes of an argument that are no UTF-8."""
+    assert r"no adapter.safetensors in \udcff" in run(capsys, "info", "\udcff", code=1).err
+
+
+WRONG = [None, True, 5, -1, 10**12, 1.5, "", "x", "[/x]", [], [5], {}, {"a": 5}, "\ud800"]
+
+
+def places(value, path=()):
+    """Every place of a JSON value."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(min(len(value), 2)):
+            yield from places(value[key], (*path, key))
+
+
+def put(value, path, new):
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+def test_any_value_of_a_wrong_type_is_one_message(saved, packed, capsys, tmp_path):
+    choose = random.Random(0)
+    for model, folder, _ in (saved, packed):
+        found = []
+        edit(shutil.copytree(folder, tmp_path / model.parent.name), found.append)
+        cases = [(path, new) for path in places(found[0]) if path for new in WRONG]
+        for number, (path, new) in enumerate(choose.sample(cases, 60)):
+            here = tmp_path / f"{model.parent.name}{number}"
+            changed(folder, here, lambda value, path=path, new=new: put(value, path, new))
+            for command in (["info"], ["check"], ["export-lora"]):
+                out = [here / "lora"] if command == ["export-lora"] else []
+                code = main([*command, str(here), *map(str, out)])
+                shown = capsys.readouterr()
+                assert code in (0, 1), (command, path, new)
+                assert "Traceback" not in shown.err
 
 
 def test_wrong_usage_leaves_with_2(capsys):

@@ -1,4 +1,4 @@
-"""The commands. Each prints what it found and returns whether all was well."""
+"""Runs the commands; each prints what it found and returns whether all was well."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ._output import Output
 
 
 def info(options: Namespace, output: Output) -> bool:
-    """``info FOLDER``."""
+    """Say what an adapter is: ``info FOLDER``."""
     folder = Path(options.folder)
     adapter = lnn.read(folder)
     description = lnn.read_description(folder)
@@ -76,7 +77,7 @@ def info(options: Namespace, output: Output) -> bool:
 def _norm_table(
     norms: dict[tuple[str, str], list[float]], kind: str
 ) -> list[dict[str, str | float]]:
-    """The norm of the update by layer, matrix or head, over all sites of each."""
+    """Combine the norms of the updates by layer, matrix or head, over all sites of each."""
     found = {name: torch.tensor(v).norm().item() for (k, name), v in norms.items() if k == kind}
     most = max(found.values(), default=0.0) or 1.0
     return [
@@ -86,39 +87,38 @@ def _norm_table(
 
 
 def plan(options: Namespace, output: Output) -> bool:
-    """``plan MODEL``."""
+    """Count the trainable parameters of formats: ``plan MODEL``."""
     model = shape_of(options.model, options.trust_remote_code)
     total = sum(p.numel() for p in model.parameters())
+    chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     rows: list[dict[str, Any]] = []
-    groups: tuple[lnn.Group, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in options.decomposition:
         for rank in options.rank:
-            row: dict[str, Any] = {"decomposition": name, "rank": rank}
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
                     planned = lnn.plan(model, name, rank, targets=options.targets, device="meta")
             except LegsError as error:  # a format that cannot carry a mode does not stop the others
-                reason = str(error).partition("\n")[0]
-                rows.append({**row, **dict.fromkeys(_COUNTS), "why not": reason})
-                continue
-            groups, count = planned.groups, planned.count()
-            counts = (
-                count,
-                100 * count / total,
-                planned.lora_count(rank) / count,
-                count * 4 / 1024,
+                reason = str(error).partition("\n")[0].removesuffix(", in")
+                rows.append(_row(name, None, (None,) * len(_COUNTS), reason))
+                break
+            shapes = {group.name: tuple(group.shape.values()) for group in planned.groups}
+            count, lora = planned.count(), planned.lora_count(rank)
+            rows.append(
+                _row(name, rank, (count, 100 * count / total, lora / count, count * 4 / 1024))
             )
-            rows.append({**row, **dict(zip(_COUNTS, counts)), "why not": None})
     about = {
         "model": options.model,
         "class": type(model).__name__,
         "parameters": total,
-        "projections": sum(len(group.sites) for group in groups),
-        "tensors": "; ".join(f"{g.name} {tuple(g.shape.values())}" for g in groups),
+        "projections": len(chosen),
+        "tensors": "; ".join(f"{name} {shape}" for name, shape in shapes.items()) or None,
     }
-    output.show({**about, "plans": rows}, [about], rows)
-    return bool(groups)
+    refused = any(row["why not"] for row in rows)
+    table = [{k: v for k, v in row.items() if refused or k != "why not"} for row in rows]
+    output.show({**about, "plans": rows}, [about], table)
+    return bool(shapes)
 
 
 _COUNTS = (
@@ -129,8 +129,20 @@ _COUNTS = (
 )
 
 
+def _row(
+    name: str, rank: int | None, counts: Sequence[float | None], reason: str | None = None
+) -> dict[str, Any]:
+    """Describe one format of one rank; a format that the model cannot have has a reason and no counts."""
+    return {
+        "decomposition": name,
+        "rank": rank,
+        **dict(zip(_COUNTS, counts)),
+        "why not": reason,
+    }
+
+
 def sites(options: Namespace, output: Output) -> bool:
-    """``sites MODEL``."""
+    """Say what would be adapted in a model: ``sites MODEL``."""
     model = shape_of(options.model, options.trust_remote_code)
     chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     rows = [
@@ -151,7 +163,7 @@ def sites(options: Namespace, output: Output) -> bool:
 
 
 def reason(site: lnn.Site) -> str:
-    """Why a site is read as it is, in words."""
+    """Say in words why a site is read as it is."""
     side = "writes the residual stream" if site.writer else "reads the residual stream"
     words = [f"{site.heads} heads of {site.head_dim}, {side} of width {site.width}"]
     if site.heads != site.query_heads:
@@ -170,38 +182,49 @@ def reason(site: lnn.Site) -> str:
 
 
 def check(options: Namespace, output: Output) -> bool:
-    """``check FOLDER``."""
+    """Say whether an adapter is sound, and fits a model: ``check FOLDER``."""
+    if options.trust_remote_code and not options.model:
+        raise ValueError(
+            "--trust-remote-code goes with --model only: the file of an adapter names no code to run"
+        )
     folder = Path(options.folder)
     findings: dict[str, Any] = {"adapter": str(folder), "sound": False, "fits": None, "why": None}
     try:
         adapter = lnn.read(folder)
-        base = lnn.read_description(folder)["base_model"]
+        named = lnn.read_description(folder)["base_model"].get("name")
         findings["sound"] = True
     except (AdapterFileError, FileNotFoundError) as error:
         findings["why"] = str(error)
         output.show(findings, [findings])
         return False
-    name = options.model or base.get("name")
-    if options.model or (name and Path(name).is_dir()):
+    findings["trainable parameters"] = adapter.count()
+    name = options.model or named
+    if options.model or (named and _is_folder(named)):
         findings["model"] = name
         try:
-            lnn.load(shape_of(name, options.trust_remote_code and bool(options.model)), folder)
+            lnn.load(shape_of(name, options.trust_remote_code), folder)
             findings["fits"] = True
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             # A model that nobody asked about says nothing about the adapter.
             findings["fits"] = False if options.model else None
             findings["why"] = str(error).strip().partition("\n\n")[0]
-    elif name:
-        findings["why"] = (
-            f"{name!r}, which the file names, was not looked up; give --model to do so"
-        )
-    findings["trainable parameters"] = adapter.count()
+    elif named:
+        findings["why"] = f"the model {named!r} was not looked up; give it as --model to do so"
+    else:
+        findings["why"] = "the file names no model; give one as --model"
     output.show(findings, [findings])
     return findings["fits"] is not False
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # a name that no folder can have
+        return False
+
+
 def merge(options: Namespace, output: Output) -> bool:
-    """``merge MODEL FOLDER OUT``."""
+    """Write a model with an adapter in its weights: ``merge MODEL FOLDER OUT``."""
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
@@ -214,32 +237,37 @@ def merge(options: Namespace, output: Output) -> bool:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
         whole = Path(aside, "model")  # takes its place in one step, so nobody sees half a model
         model.save_pretrained(whole)
-        copied = _copy_tokenizer(options.model, whole, options.trust_remote_code)
+        without = _copy_tokenizer(options.model, whole, options.trust_remote_code)
         os.replace(whole, out)
-    findings = {
+    findings: dict[str, Any] = {
         "model": options.model,
         "adapter": options.folder,
         "written": str(out),
         "projections changed": len(adapter.sites),
-        "tokenizer copied": copied,
+        "tokenizer copied": without is None,
     }
+    if without is not None:
+        findings["why no tokenizer"] = without
     output.show(findings, [findings])
     return True
 
 
-def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> bool:
+def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None:
+    """Copy the tokenizer of a model; returns why there is none, if there is none."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError):  # a model need not have one
-        return False
-    tokenizer.save_pretrained(out)
-    return True
+        tokenizer.save_pretrained(out)
+    except (
+        Exception
+    ) as error:  # a model need not have one, and a merged one is not thrown away for it
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
 
 
 def export_lora(options: Namespace, output: Output) -> bool:
-    """``export-lora FOLDER OUT``."""
+    """Write an adapter as a LoRA of PEFT: ``export-lora FOLDER OUT``."""
     adapter = lnn.read(options.folder)
     base = lnn.read_description(options.folder)["base_model"].get("name")
     folder = lnn.export_lora(adapter, options.out, base_model=base)

@@ -1,4 +1,4 @@
-"""Arguments, and what becomes of errors."""
+"""Reads the arguments, runs a command, and turns errors into messages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from . import _commands
+from ._models import DTYPES
 from ._output import Output
 
 #: What a user can mend: a wrong path, a damaged file, a model that does not fit.
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", "what an adapter is: by tensor, layer, matrix and head", "FOLDER")
-    plan = command("plan", "how many numbers each format trains on a model", "MODEL")
+    plan = command("plan", "how many trainable parameters each format has on a model", "MODEL")
     plan.add_argument("--rank", type=int, nargs="+", default=[1, 4, 8, 16, 64], metavar="R")
     plan.add_argument(
         "--decomposition", nargs="+", default=["cp", "tucker", "tt", "lotr", "lora"], metavar="D"
@@ -62,17 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (plan, sites):
         sub.add_argument("--targets", default="qkvo", help="qkvo, mlp, all (default: qkvo)")
     check = command("check", "is an adapter sound, and does it fit a model?", "FOLDER")
-    check.add_argument("--model", help="folder or name; by default the one that the adapter names")
+    check.add_argument(
+        "--model",
+        help="folder or name; by default the folder that the adapter names, if there is one",
+    )
     merge = command(
         "merge", "write the model with the adapter in its weights", "MODEL", "FOLDER", "OUT"
     )
     merge.add_argument(
-        "--dtype", default="auto", help="of the weights (default: as they are stored)"
+        "--dtype",
+        default="auto",
+        help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)",
     )
     command("export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT")
     for sub in (plan, sites, check, merge):
         sub.add_argument(
-            "--trust-remote-code", action="store_true", help="run code that comes with the model"
+            "--trust-remote-code",
+            action="store_true",
+            help="run code that comes with the model" + " (of --model)" * (sub is check),
         )
     return parser
 

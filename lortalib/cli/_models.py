@@ -1,7 +1,9 @@
-"""Models by folder or name, with their weights or only their shapes."""
+"""Reads models by folder or name, with their weights or only their shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +11,86 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+#: What ``--dtype`` may name, beside "auto"; transformers can hold a model in each.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 def shape_of(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device, from its configuration alone: no weight is read.
+    """Make the model on the meta device, from its configuration alone; no weight is read.
+
+    Args:
+        name: of a folder, or of a model on the hub.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         OSError: no such model.
-        ValueError: a model type that transformers does not know.
+        ValueError: a configuration of which no model can be made.
     """
-    config = AutoConfig.from_pretrained(_known(name), trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = _class_of(config)
-        made = model._from_config(config) if model else None
-        found: PreTrainedModel = made or AutoModel.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+    # A configuration may name a kernel of the hub as its attention; plain attention loads no code.
+    plain: dict[str, Any] = {"attn_implementation": "eager"}
+    with _told_of(name):
+        config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = _class_of(config)
+            found: PreTrainedModel = (
+                model._from_config(config, **plain)
+                if model is not None
+                else AutoModel.from_config(config, trust_remote_code=trust_remote_code, **plain)
+            )
     return found
 
 
 def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its weights, of the class that its configuration names.
+    """Read the model with its weights, as the class that its configuration names.
+
+    Args:
+        name: of a folder, or of a model on the hub.
+        dtype: of the weights: one of `DTYPES`, or "auto" for that in which they are stored.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         OSError: no such model.
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype, or a configuration of which no model can be made.
     """
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(wanted, (str, torch.dtype)):
-        raise ValueError(f"unknown dtype {dtype!r}; for instance float32, bfloat16 or auto")
-    config = AutoConfig.from_pretrained(_known(name), trust_remote_code=trust_remote_code)
-    model = _class_of(config) or AutoModel
-    options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
-    found: PreTrainedModel = model.from_pretrained(name, **options)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+    }
+    with _told_of(name):
+        config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
+        model = _class_of(config) or AutoModel
+        found: PreTrainedModel = model.from_pretrained(name, **options)
     return found
 
 
-def _known(name: str) -> str:
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Say of which model an error is that transformers did not foresee in a configuration."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"no model can be made of the configuration of {name} "
+            f"({type(error).__name__}: {error}). Look at its config.json"
+        ) from error
+
+
+def _checked(name: str) -> str:
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json: it is no folder of a model")
     return name
 
 
-def _class_of(config: Any) -> Any:
-    """The class of transformers that the configuration names, if it names one."""
-    names = getattr(config, "architectures", None) or []
-    return next((found for n in names if (found := getattr(transformers, n, None))), None)
+def _class_of(config: Any) -> type[Any] | None:
+    """Find the class of transformers that a configuration names, if it names one of a model."""
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class:
+            return found
+    return None

@@ -1,17 +1,17 @@
-"""Tables and progress for people, JSON for machines."""
+"""Prints tables and progress for people, JSON for machines."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
 
 
 class Output:
-    """Where a command's findings go: as tables, with rich where it is installed, or as one JSON object.
+    """Prints a command's findings as tables, with rich where it is installed, or as one JSON object.
 
     Attributes:
         machine: whether JSON was asked for.
@@ -36,21 +36,21 @@ class Output:
                 _print_table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
 
     def say(self, line: str) -> None:
-        """A line for people."""
+        """Print a line for people."""
         if not self.machine:
-            print(line)
+            print(_printable(line))
 
     def error(self, error: BaseException) -> None:
-        """What went wrong, without a traceback."""
+        """Print what went wrong, without a traceback."""
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = text.strip() or type(error).__name__
         if self.machine:
             print(json.dumps({"error": text, "kind": type(error).__name__}))
         else:
-            print(f"lortalib: {text}", file=sys.stderr)
+            print(f"lortalib: {_printable(text)}", file=sys.stderr)
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
-        """The items, with a bar on the standard error where it is a terminal."""
+        """Yield the items, with a bar on the standard error where it is a terminal."""
         if self.machine or not sys.stderr.isatty():
             yield from items
             return
@@ -64,7 +64,20 @@ def _cell(value: Any) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Escape what no terminal should see of a file's names: control characters, halves of characters."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is a number, or stands for one that there is not."""
+    return cell == _cell(None) or cell.replace(",", "").replace(".", "").isdigit()
 
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:
@@ -79,10 +92,12 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name, column in zip(head, zip(*rows)):
-        numbers = all(cell.replace(",", "").replace(".", "").isdigit() for cell in column)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if all(map(_is_number, column)) else "left"
+        table.add_column(name, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    width = None if sys.stdout.isatty() else 160
+    # Names out of files are text, and no markup of rich.
+    console = Console(width=width, markup=False, emoji=False)
     console.print(table)
     console.print()

@@ -53,5 +53,5 @@ def check_alpha(alpha: object) -> None:
         ValueError: an alpha that is zero, or beyond the range of float32.
     """
     largest = torch.finfo(torch.float32).max
-    if not isinstance(alpha, Real) or not 0 < abs(float(alpha)) <= largest:
+    if not isinstance(alpha, Real) or not 0 < abs(alpha) <= largest:  # type: ignore[operator]
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")

@@ -1,24 +1,28 @@
-"""What a door to the library is built on, beside `lortalib.nn.apply`, the bank, PEFT and the command line.
+"""Lends what a further door to the library is built on, as PEFT's and the command line's are.
 
-A door plans (`plan`, or `plan_sites` for sites that it finds itself), makes an `Adapter` of the plan, and
-lets modules add its updates: `ModuleUpdate` is what one module adds, ``update(x, y)``; `watch_forwards`
-marks where forwards begin and end, so that the low-rank pairs of all layers are made once in each.
+A door does four things:
+
+1. It plans: `plan` finds the sites of a model itself; `plan_sites` takes those that the door found, with
+   `understood_sites` and `linear_sites`. `check_settings` and `check_whole` refuse before anything is made.
+2. It makes an `Adapter` of the plan with `make_adapter`, and registers it where its parameters shall be.
+3. It lets modules add the updates: `by_module` says which, `ModuleUpdate` is what one module adds,
+   ``update(x, y)``, and `may_write_output` tells whether y may be written in place.
+4. It watches: `watch_forwards` marks where forwards begin and end, so that the low-rank pairs of all layers
+   are made once in each. `detach` takes those hooks off again.
 
 Example:
     >>> import torch
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
     ...                              intermediate_size=64)).eval()
-    >>> planned = plan(model, "cp", 2, init="normal")
-    >>> adapter = make_adapter("default", planned)
+    >>> adapter = make_adapter("default", plan(model, "cp", 2, init="normal"))
     >>> handles = list(watch_forwards(model, adapter.scope, adapter.groups))
-    >>> path, sites = next(by_module(adapter.sites))
-    >>> update = ModuleUpdate(adapter, sites)
-    >>> x = torch.ones(1, 3, 32)
-    >>> update(x, torch.zeros(1, 3, 32)).shape
-    torch.Size([1, 3, 32])
-    >>> for handle in handles:
-    ...     handle.remove()
+    >>> updates = {path: ModuleUpdate(adapter, sites) for path, sites in by_module(adapter.sites)}
+    >>> path, update = next(iter(updates.items()))
+    >>> x, y = torch.ones(1, 3, 32), torch.zeros(1, 3, 32)
+    >>> torch.allclose(update(x, y), x @ adapter.delta(path).T, atol=1e-6)
+    True
+    >>> detach(handles)
 """
 
 from __future__ import annotations
@@ -37,8 +41,7 @@ from ._forward import (
     may_write_output,
     watch_forwards,
 )
-from ._group import group_sites
-from ._plan import Plan, check_whole, make_network, plan, plan_sites
+from ._plan import Plan, check_whole, plan, plan_sites
 from ._targets import choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
 
@@ -48,7 +51,6 @@ __all__ = [
     "ModuleUpdate",
     "Pair",
     "Plan",
-    "TrainedModules",
     "Values",
     "add_update",
     "by_module",
@@ -57,11 +59,9 @@ __all__ = [
     "choose_sites",
     "detach",
     "find_candidates",
-    "group_sites",
     "linear_sites",
     "lora_config",
     "make_adapter",
-    "make_network",
     "may_write_output",
     "plan",
     "plan_sites",
@@ -70,16 +70,11 @@ __all__ = [
 ]
 
 
-def make_adapter(
-    name: str, planned: Plan, trained_modules: TrainedModules | None = None
-) -> Adapter:
-    """The adapter of a plan, on no model yet.
+def make_adapter(name: str, planned: Plan) -> Adapter:
+    """Make the adapter of a plan, on no model yet.
 
     Args:
         name: its name.
         planned: what `plan` or `plan_sites` returned.
-        trained_modules: modules that train as a whole with it; none by default.
     """
-    networks = dict(planned.networks)
-    trained = trained_modules or TrainedModules()
-    return Adapter(name, planned.config, planned.groups, networks, trained)
+    return Adapter(name, planned.config, planned.groups, dict(planned.networks), TrainedModules())

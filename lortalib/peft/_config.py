@@ -1,8 +1,11 @@
-"""The configuration of the method, in the words that PEFT's users know."""
+"""Describes the configuration of the method, in the words that PEFT's users know."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
+from numbers import Integral
+from reprlib import repr as short
 from typing import Any, Union
 
 from peft import PeftConfig
@@ -20,9 +23,78 @@ _REFUSED = {
 }
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are(fits: Callable[[object], bool], value: object) -> bool:
+    """Whether a value is a list of values that fit; a text is no list of letters here."""
+    return isinstance(value, (list, tuple, set)) and all(map(fits, value))
+
+
+def _are_names(value: object) -> bool:
+    return _are(lambda each: isinstance(each, str), value)
+
+
+def _are_named(fits: Callable[[object], bool], value: object) -> bool:
+    """Whether a value is a mapping from names to values that fit."""
+    return isinstance(value, Mapping) and _are_names([*value]) and all(map(fits, value.values()))
+
+
+def _are_sizes(value: object) -> bool:
+    return _are_named(_is_integer, value)
+
+
+def _are_integers(value: object) -> bool:
+    return _are(_is_integer, value)
+
+
+_A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
+    lambda value: value is None or isinstance(value, str) or _are_names(value),
+    "a list of names, one text (a regular expression), or None",
+)
+#: What a field may be, and the same in words. Configurations are read from files of others.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (
+        lambda value: _is_integer(value) or _are_sizes(value),
+        "an integer, or a mapping from bonds to integers",
+    ),
+    "decomposition": (
+        lambda value: isinstance(value, str),
+        "a text: the name of a format, or a line of legs",
+    ),
+    "target_modules": _A_PATTERN_OR_NAMES,
+    "exclude_modules": _A_PATTERN_OR_NAMES,
+    "layers_to_transform": (
+        lambda value: value is None or _is_integer(value) or _are_integers(value),
+        "an integer, a list of integers, or None",
+    ),
+    "layers_pattern": (
+        lambda value: value is None or isinstance(value, str) or _are_names(value),
+        "a name, a list of names, or None",
+    ),
+    "modules_to_save": (
+        lambda value: value is None or _are_names(value),
+        "a list of names, or None",
+    ),
+    "trainable_token_indices": (
+        lambda value: value is None or _are_integers(value) or _are_named(_are_integers, value),
+        "a list of integers, a mapping from names of embeddings to such lists, or None",
+    ),
+    "init_weights": (
+        lambda value: isinstance(value, (bool, str)),
+        "True, False, or the name of a start",
+    ),
+    "ranks": (
+        lambda value: value is None or _are_named(_are_sizes, value),
+        "a mapping from networks to mappings from bonds to integers, or None",
+    ),
+}
+
+
 @dataclass
 class LortaConfig(PeftConfig):
-    """One low-rank tensor for all target modules of a model (LoRTA, arXiv 2410.04060).
+    """Asks for one low-rank tensor for all target modules of a model (LoRTA, arXiv 2410.04060).
 
     Attention and MLP projections that lortalib knows in the model become the modes layer, head and
     matrix of one tensor for each size, as with `lortalib.nn.apply`; any other linear module is a
@@ -48,7 +120,7 @@ class LortaConfig(PeftConfig):
 
     Raises:
         ValueError: a bad value, or an argument that has no meaning for a shared tensor.
-        TypeError: another ``bias``.
+        TypeError: a value of another type, or another ``bias``.
 
     Example:
         >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
@@ -88,10 +160,12 @@ class LortaConfig(PeftConfig):
         for (name, why), value in zip(_REFUSED.items(), refused):
             if value:
                 raise ValueError(f"{name} is not supported: {why}")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name, (fits, what) in _KINDS.items():
+            if not fits(getattr(self, name)):
+                raise TypeError(f"{name} must be {what}; found {short(getattr(self, name))}")
+        for name in ("target_modules", "exclude_modules"):
+            if _are_names(getattr(self, name)):
+                setattr(self, name, set(getattr(self, name)))
         check_settings(self.alpha, self.dropout, self.start)
         if self.gqa not in ("pool", "split"):
             raise ValueError(f"gqa must be 'pool' or 'split'; found {self.gqa!r}")
@@ -105,7 +179,7 @@ class LortaConfig(PeftConfig):
 
     @property
     def start(self) -> str:
-        """The name of the starting values."""
+        """The name of the start that ``init_weights`` means, as `lortalib.nn.apply` calls it."""
         if isinstance(self.init_weights, bool):
             return "invariant" if self.init_weights else "normal"
         return self.init_weights

@@ -1,4 +1,4 @@
-"""PEFT's wrapper around one module: the same arithmetic as the hooks of `lortalib.nn`."""
+"""Wraps one module for PEFT, with the same arithmetic as the hooks of `lortalib.nn`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch.nn.functional import pad
 
 from ..nn import Adapter, Site
 from ..nn.door import ModuleUpdate, Pair, add_update, may_write_output
+from ._sharded import divided_like, whole, whole_adapter
 
 
 @dataclass
 class AdapterSlot:
-    """An adapter's place in one module.
+    """Holds what one adapter adds to one module.
 
     Attributes:
         adapter: the adapter.
@@ -35,15 +36,15 @@ class AdapterSlot:
 
 
 class LortaLayer(nn.Module, BaseTunerLayer):
-    """A linear module and the adapters that take part in it.
+    """Wraps a linear module and adds the updates of adapters to its output.
 
-    The numbers are the tuner's: a layer only refers to them, so that each is registered, saved and
-    counted once.
+    The trainable parameters are the tuner's: a layer only refers to them, so that each is registered, saved
+    and counted once.
 
     Attributes:
         base_layer: the module of the base.
-        lorta_networks: for each adapter the networks that it takes a share of.
-        lorta_slots: for each adapter what it takes.
+        lorta_networks: for each adapter the networks whose pairs the layer uses.
+        lorta_slots: for each adapter what it adds.
     """
 
     lorta_networks: nn.ModuleDict
@@ -58,7 +59,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         )
         features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = features
-        # Past nn.Module's registration.
+        # Past nn.Module's registration, which would save the tuner's parameters once more.
         self.__dict__["lorta_networks"] = nn.ModuleDict()
         self.lorta_slots: dict[str, AdapterSlot] = {}
         self.merged_adapters: list[str] = []
@@ -72,8 +73,8 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             cast(nn.Module, place.source.network) for place in slot.update.slots
         )
 
-    def places(self) -> dict[str, list[Site]]:
-        """The sites of every adapter; equal for layers that hold one weight and one update."""
+    def sites(self) -> dict[str, list[Site]]:
+        """List the sites of every adapter by its name."""
         return {name: slot.sites for name, slot in self.lorta_slots.items()}
 
     def forget(self, name: str) -> None:
@@ -85,7 +86,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     # What it computes
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The output of the base layer with the updates of the active adapters added."""
+        """Return the output of the base layer with the updates of the active adapters added."""
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_names(x, names)
@@ -99,7 +100,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         return self._with_updates(x, output, names)
 
     def _with_updates(self, x: Tensor, y: Tensor, names: Sequence[str] | None) -> Tensor:
-        """The output of the base layer with the updates added."""
+        """Return the output of the base layer with the updates added."""
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         own = may_write_output(self.base_layer)
@@ -125,7 +126,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             )
 
     def _add_by_row(self, x: Tensor, y: Tensor, names: Sequence[str], own: bool) -> Tensor:
-        """Every row with the adapter named for it, all rows in two products."""
+        """Add to every row the update of the adapter named for it, all rows in two products."""
         used = [name for name in dict.fromkeys(names) if name in self.lorta_slots]
         if not used:
             return y
@@ -145,12 +146,14 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     # In the weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the weight, in the shape in which it is stored."""
+        """Return what an adapter adds to the weight, whole and in the shape in which it is stored."""
         slot = self.lorta_slots[adapter]
-        delta = sum(slot.adapter.delta(site) for site in slot.sites)
+        owner = whole_adapter(slot.adapter)
+        delta = sum(owner.delta(site) for site in slot.sites)
         assert isinstance(delta, Tensor)
         return delta.to(self.weight.device)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of adapters to the weight, which is kept as it was for `unmerge`.
 
@@ -168,28 +171,47 @@ class LortaLayer(nn.Module, BaseTunerLayer):
                 self.merged_adapters.append(name)
                 continue
             weight = self.get_base_weight()
-            delta = self.get_delta_weight(name)
+            delta = divided_like(self.get_delta_weight(name), weight)
             wide = torch.promote_types(weight.dtype, delta.dtype)
             merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
+            if safe_merge and not whole(torch.isfinite(merged)).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-            if self._unmerged is None:
-                self._unmerged = weight.clone()
-            self.set_base_weight(merged)
+            kept = weight.clone() if self._unmerged is None else self._unmerged
+            self._write(merged)
+            self._unmerged = kept
             self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight back, every bit of it."""
+        """Put the weight back, every bit of it.
+
+        Raises:
+            RuntimeError: FSDP2 has gathered the weight.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._unmerged is not None:
             weight = self.get_base_weight()
-            self.set_base_weight(self._unmerged.to(weight.device, weight.dtype))
+            self._write(self._unmerged.to(weight.device, weight.dtype))
             self._unmerged = None
         self.merged_adapters.clear()
+
+    def _write(self, weight: Tensor) -> None:
+        """Give the base layer a weight; one that FSDP2 divides stays in the memory that FSDP2 knows."""
+        own = self.get_base_weight()
+        if hasattr(own, "device_mesh") != hasattr(weight, "device_mesh"):
+            raise RuntimeError(
+                "FSDP2 has gathered this weight for a forward, or divided it since it was merged, so a "
+                "change would be lost. Call merge_adapter and unmerge_adapter outside of the forward, and "
+                "reshard() on the outermost model before each"
+            )
+        if hasattr(own, "device_mesh"):
+            own.copy_(weight)
+        else:
+            self.set_base_weight(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Yes: the update is a matrix."""

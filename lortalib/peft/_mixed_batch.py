@@ -1,4 +1,4 @@
-"""Batches whose rows use different adapters: the names of the rows, as each layer sees them."""
+"""Gives each layer the names of its rows, for batches whose rows use different adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = "__base__"
 
 @contextmanager
 def named_rows(tuner: nn.Module, names: Sequence[str], repeats: Iterable[int]) -> Iterator[None]:
-    """Within this context the layers of a tuner see a name for every row.
+    """Let the layers of a tuner see a name for every row, within this context.
 
     Args:
         tuner: whose layers.
@@ -46,27 +46,25 @@ class _PassNames:
         """Torch's forward pre-hook with keyword arguments."""
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next((value for value in given if value.dim()), None)
-        times, rest = divmod(len(self.names) if first is None else len(first), len(self.names))
-        names = [
-            n for n in self.names for _ in range(times if not rest and times in self.repeats else 1)
-        ]
+        rows = len(self.names) if first is None else len(first)
+        repeat = next((n for n in self.repeats if n * len(self.names) == rows), 1)
+        names = [name for name in self.names for _ in range(repeat)]
         return args, {**kwargs, "adapter_names": names}
 
 
-def repeats_of(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:
-    """How often generation with these arguments may repeat a row.
+def repeats_of(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """Find how often generation with these arguments may repeat a row: by beams, by sequences, by both.
 
     Args:
         model: whose generation config counts where the arguments say nothing.
-        kwargs: the arguments of the call, a ``generation_config`` among them or not.
+        args: the arguments of the call, a generation config among them or not.
+        kwargs: those with a name.
     """
-    own = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
 
-    def number(name: str) -> int:
-        for value in (kwargs.get(name), *(getattr(config, name, None) for config in own)):
-            if isinstance(value, int) and value > 0:
-                return value
-        return 1
+    def numbers(name: str) -> set[int]:
+        found = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return {1, *(value for value in found if isinstance(value, int) and value > 0)}
 
-    beams, sequences = number("num_beams"), number("num_return_sequences")
-    return {1, beams, sequences, beams * sequences}
+    beams, sequences = numbers("num_beams"), numbers("num_return_sequences")
+    return {one * other for one in beams for other in sequences}

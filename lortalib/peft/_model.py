@@ -1,18 +1,17 @@
-"""The tuner: holds the adapters of a model for PEFT, and wraps the target modules."""
+"""Holds the adapters of a model for PEFT, and wraps the target modules."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -21,8 +20,6 @@ from ..nn import Adapter, Site, export_lora
 from ..nn.door import (
     MLP_ROLES,
     Handle,
-    Plan,
-    Values,
     by_module,
     check_whole,
     detach,
@@ -33,16 +30,19 @@ from ..nn.door import (
 from ._config import LortaConfig
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
-from ._sum import of_ranks, weighted_sum
+from ._sharded import divide_again
+from ._sum import check_sum, weighted_sum, with_ranks
 from ._targets import known_sites, sites_of
 from ._tied import check_tied
+from ._undo import Snapshot
+from ._whole_modules import whole_modules
 
 
 class LortaModel(BaseTuner):
-    """A model whose target modules take shares of low-rank tensors; made by ``get_peft_model``.
+    """Puts adapters on a model whose target modules share low-rank tensors; made by ``get_peft_model``.
 
-    Every number is a parameter of ``lorta_adapters.<adapter>.networks.<group>``, once; the wrappers
-    of the modules only refer to them.
+    Every trainable parameter is one of ``lorta_adapters.<adapter>.networks.<group>``, once; the wrappers of
+    the modules only refer to them.
 
     Attributes:
         lorta_adapters: the adapters by name, those of `lortalib.nn`.
@@ -79,7 +79,7 @@ class LortaModel(BaseTuner):
         return cast("dict[str, Adapter]", dict(self.lorta_adapters.items()))
 
     def _short(self, paths: set[str]) -> set[str]:
-        """The last words of paths, where they name nothing else."""
+        """Shorten paths to their last words, where these name nothing else."""
         words = {path.rpartition(".")[2] for path in paths}
         named = {
             name.removesuffix(".base_layer")
@@ -101,10 +101,12 @@ class LortaModel(BaseTuner):
         Raises:
             ValueError: targets that lortalib cannot adapt. The model is then as it was.
         """
-        self._targets: dict[str, LortaLayer] = {}
-        self._new: list[tuple[nn.Module, str, LortaLayer]] = []
-        trained = [(p, p.requires_grad) for p in model.parameters()]
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.peft_config.pop, adapter_name, None)
+            self._targets: dict[str, LortaLayer] = {}
+            undo.callback(Snapshot(self).restore)
+            undo.callback(self._forget, adapter_name)
+            known = [(p, p.requires_grad) for p in self.lorta_adapters.parameters()]
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -114,19 +116,15 @@ class LortaModel(BaseTuner):
             )
             config = self._config(adapter_name)
             self._put(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
-        except BaseException:
-            detach(self._handles.pop(adapter_name, []))
-            if adapter_name in self.lorta_adapters:
-                del self.lorta_adapters[adapter_name]
-            for layer in self._targets.values():
-                layer.forget(adapter_name)
-            for parent, name, layer in self._new:
-                setattr(parent, name, layer.base_layer)
-            for parameter, flag in trained:
+            for parameter, flag in known:  # as PEFT does with the parameters that it sees
                 parameter.requires_grad_(flag)
-            raise
-        finally:
-            self._targets, self._new = {}, []
+            self._targets = {}
+            undo.pop_all()
+
+    def _forget(self, adapter_name: str) -> None:
+        """Take an adapter from the layers that were just targeted."""
+        for layer in self._targets.values():
+            layer.forget(adapter_name)
 
     def _create_and_replace(
         self,
@@ -156,11 +154,10 @@ class LortaModel(BaseTuner):
                 "quantized) and `transformers.pytorch_utils.Conv1D` are supported."
             )
         self._replace_module(parent, target_name, layer, target)
-        self._new.append((parent, target_name, layer))
         self._targets[current_key] = layer
 
     def _make(self, name: str, config: LortaConfig, meta: bool) -> Adapter:
-        """The adapter for the modules that were just targeted."""
+        """Make the adapter for the modules that were just targeted."""
         modules = {path: layer.get_base_layer() for path, layer in self._targets.items()}
         weights = {path: layer.weight for path, layer in self._targets.items()}
 
@@ -179,19 +176,12 @@ class LortaModel(BaseTuner):
             device=torch.device("meta") if meta or config.ranks is not None else device,
         )
         if config.ranks is not None:  # as a weighted sum wrote them
-            networks = {
-                group.name: of_ranks(
-                    planned.networks[group.name],
-                    config.ranks[group.name],
-                    torch.device("meta") if meta else device(group.sites[0]),
-                )
-                for group in planned.groups
-            }
-            planned = Plan(planned.groups, networks, planned.config)
+            planned = with_ranks(planned, config.ranks, torch.device("meta") if meta else device)
         return make_adapter(name, planned)
 
     def _put(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
         """Let the targeted modules add the updates of an adapter."""
+        adapter.active = True  # which of the installed ones a layer adds is PEFT's to say
         self.lorta_adapters[name] = adapter.train(self.training)
         handles = self._handles.setdefault(name, [])
         handles.extend(watch_forwards(self.model, adapter.scope, adapter.groups))
@@ -216,10 +206,26 @@ class LortaModel(BaseTuner):
         move."""
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse a weight that a module holds which the adapters do not change; see `BaseTuner`."""
-        super()._check_merge_allowed()
-        check_tied(self.model)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Add the updates of adapters to the weights; see `BaseTuner`.
+
+        Raises:
+            ValueError: a weight that another module holds too, which the adapters do not change.
+        """
+        check_tied(self.model, adapter_names)
+        divide_again(self.model, self._weights())
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the weights back, every bit of them; see `BaseTuner`."""
+        divide_again(self.model, {})
+        super().unmerge_adapter()
+
+    def _weights(self) -> dict[str, Tensor]:
+        layers = self.model.named_modules()
+        return {path: layer.weight for path, layer in layers if isinstance(layer, LortaLayer)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; see `BaseTuner`."""
@@ -228,13 +234,22 @@ class LortaModel(BaseTuner):
         self._adapters()[adapter_name].scope.forget()
         del self.lorta_adapters[adapter_name]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            check_tied(self.model, adapter_names)
+            divide_again(self.model, self._weights())
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for handles in self._handles.values():
             detach(handles)
         return model
 
-    # Numbers
+    # Parameters
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors are float32, or of the base's dtype where PEFT was asked not to cast them."""
@@ -245,13 +260,13 @@ class LortaModel(BaseTuner):
             if next(networks.parameters()).dtype in (torch.float16, torch.bfloat16):
                 networks.float()
             return
-        weight = next(m for m in self.model.modules() if isinstance(m, LortaLayer)).weight
+        weight = next(iter(self._weights().values()))
         if weight.dtype.is_floating_point:
             networks.to(weight.dtype)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """``lorta_adapters.<adapter>.networks`` is ``lorta_adapters.networks`` in a file."""
+        """Turn ``lorta_adapters.<adapter>.networks`` into ``lorta_adapters.networks``, as in a file."""
         own = rf"(^|\.)lorta_adapters\.{re.escape(adapter_name)}\."
         return re.sub(own, r"\1lorta_adapters.", key, count=1)
 
@@ -262,7 +277,7 @@ class LortaModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """A new adapter whose update is exactly the weighted sum of the updates of others.
+        """Add an adapter whose update is exactly the weighted sum of the updates of others.
 
         The ranks add up: the new networks are direct sums along the bonds.
 
@@ -276,35 +291,24 @@ class LortaModel(BaseTuner):
             ValueError: unknown adapters, unlike decompositions or targets, a name that is in use,
                 another combination type.
         """
-        if combination_type != "cat":
-            raise ValueError(
-                f"combination_type must be 'cat', the exact sum; found {combination_type!r}"
-            )
-        unknown = [name for name in adapters if name not in self.lorta_adapters]
-        if unknown or not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"asked to add {list(adapters)} with the weights {list(weights)}; a weight is needed "
-                f"for each, and the adapters are {', '.join(self.lorta_adapters)}"
-            )
-        if adapter_name in self.lorta_adapters:
-            raise ValueError(f"there already is an adapter called {adapter_name!r}")
+        check_sum([*self.lorta_adapters], adapters, weights, adapter_name, combination_type)
         owners = [self._adapters()[name] for name in adapters]
         networks = weighted_sum(owners, weights)
         config = copy.copy(self._config(adapters[0]))
         config.alpha, config.init_weights = 1.0, True
         config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
         self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
         try:
-            self.inject_adapter(self.model, adapter_name)
+            own = self._adapters()[adapter_name]
+            with torch.no_grad():
+                for group in own.groups:
+                    values = networks[group.name].tensors
+                    for tensor, value in zip(own.network(group).tensors, values):
+                        tensor.copy_(value)
         except BaseException:
-            del self.peft_config[adapter_name]
+            self.delete_adapter(adapter_name)
             raise
-        own = self._adapters()[adapter_name]
-        with torch.no_grad():
-            for group in own.groups:
-                values = networks[group.name].tensors
-                for tensor, value in zip(own.network(group).tensors, values):
-                    tensor.copy_(value)
 
     def export_lora(self, folder: str | PathLike[str], adapter_name: str = "default") -> Path:
         """Write an adapter as a standard LoRA, exactly; see `lortalib.nn.export_lora`.
@@ -313,25 +317,21 @@ class LortaModel(BaseTuner):
 
         Raises:
             KeyError: no such adapter.
+            ValueError: it trains rows of an embedding (``trainable_token_indices``).
         """
         if adapter_name not in self.lorta_adapters:
             raise KeyError(
                 f"no adapter {adapter_name!r}; there is {', '.join(self.lorta_adapters)}"
             )
-        trained: Values = {
-            path: dict(module.modules_to_save[adapter_name].state_dict())
-            for path, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        }
-        return export_lora(
-            self._adapters()[adapter_name], folder, self.model, trained_modules=trained
-        )
+        trained = whole_modules(self.model, adapter_name)
+        adapter = self._adapters()[adapter_name]
+        return export_lora(adapter, folder, self.model, trained_modules=trained)
 
     # Batches whose rows differ
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While it is open, the layers see ``adapter_names``: a name, or "__base__", for each row."""
+        """Let the layers see ``adapter_names``, a name or "__base__" for each row, while it is open."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -343,5 +343,5 @@ class LortaModel(BaseTuner):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
             )
-        with named_rows(self, names, repeats_of(self.model, kwargs)):
+        with named_rows(self, names, repeats_of(self.model, args, kwargs)):
             yield

@@ -1,4 +1,4 @@
-"""The member of PEFT's enumeration of methods."""
+"""Adds the method to PEFT's enumeration of methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NAME = "LORTA"
 
 
 def peft_type() -> PeftType:
-    """``PeftType.LORTA``, added if it is not there.
+    """Return ``PeftType.LORTA``, added if it is not there.
 
     The enumeration is closed and PEFT looks methods up by its members, so one is made the way that
     `enum` makes them.

@@ -1,17 +1,45 @@
-"""Weighted sums of adapters, exact: networks whose ranks add up."""
+"""Makes weighted sums of adapters, exactly: networks whose ranks add up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from reprlib import repr as short
 
 import torch
 
 from ..decomp import Network, direct_sum
-from ..nn import Adapter
+from ..nn import Adapter, Site
+from ..nn.door import Plan
+
+
+def check_sum(
+    known: Sequence[str], names: Sequence[str], weights: Sequence[float], name: str, kind: str
+) -> None:
+    """Refuse a weighted sum that cannot be asked for.
+
+    Args:
+        known: names of the adapters that there are.
+        names: of those to add.
+        weights: a factor for each.
+        name: of the sum.
+        kind: how they are to be combined.
+
+    Raises:
+        ValueError: unknown adapters, a weight too few or too many, a name that is in use, another kind.
+    """
+    if kind != "cat":
+        raise ValueError(f"combination_type must be 'cat', the exact sum; found {kind!r}")
+    if not names or len(names) != len(weights) or not set(names) <= set(known):
+        raise ValueError(
+            f"asked to add {list(names)} with the weights {list(weights)}; a weight is needed for each, and "
+            f"the adapters are {', '.join(known)}"
+        )
+    if name in known:
+        raise ValueError(f"there already is an adapter called {name!r}")
 
 
 def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Network]:
-    """The networks of the weighted sum of adapters, by name of their group; scalings are in them.
+    """Make the networks of the weighted sum of adapters, by name of their group; scalings are in them.
 
     Raises:
         ValueError: the adapters are not on the same modules, or of unlike decompositions.
@@ -29,8 +57,35 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
     return networks
 
 
-def of_ranks(like: Network, ranks: Mapping[str, int], device: torch.device) -> Network:
-    """A network of zeros with the line of another and ranks of its own."""
-    sizes = {**like.shape, **ranks}
-    shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
-    return Network(like.legs, [torch.zeros(shape, device=device) for shape in shapes], like.shape)
+def with_ranks(
+    planned: Plan,
+    ranks: Mapping[str, Mapping[str, int]],
+    device: torch.device | Callable[[Site], torch.device],
+) -> Plan:
+    """Make a plan whose networks are zero and have ranks of their own.
+
+    Args:
+        planned: with the lines and the modes.
+        ranks: by network and bond, as ``add_weighted_adapter`` writes them into a configuration.
+        device: of the networks, or a function from the first site of each to it.
+
+    Raises:
+        ValueError: other networks or bonds than those of the plan, or a rank below 1.
+    """
+    wanted = {group.name: set(planned.networks[group.name].ranks) for group in planned.groups}
+    found = {name: set(own) for name, own in ranks.items()}
+    if found != wanted or any(rank < 1 for own in ranks.values() for rank in own.values()):
+        bonds = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in wanted.items())
+        raise ValueError(
+            f"ranks must give a size of at least 1 for each bond of each network ({bonds}); found "
+            f"{short(ranks)}. Leave it out, and let rank say the same for all"
+        )
+    networks = {}
+    for group in planned.groups:
+        like = planned.networks[group.name]
+        sizes = {**like.shape, **ranks[group.name]}
+        shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
+        place = device(group.sites[0]) if callable(device) else device
+        zeros = [torch.zeros(shape, device=place) for shape in shapes]
+        networks[group.name] = Network(like.legs, zeros, like.shape)
+    return Plan(planned.groups, networks, planned.config)

@@ -1,4 +1,4 @@
-"""Which sites the target modules of PEFT are."""
+"""Finds the sites that the target modules of PEFT are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..nn.door import linear_sites, understood_sites
 
 
 def known_sites(model: nn.Module) -> list[Site]:
-    """The projections of a model that lortalib knows the role of; none where it understands none."""
+    """Find the projections of a model that lortalib knows the role of; none where it understands none."""
     found: list[Site] = [*understood_sites(model)]
     with suppress(UnsupportedModelError):  # a model without an MLP
         found += mlp_sites(model)
@@ -22,7 +22,7 @@ def known_sites(model: nn.Module) -> list[Site]:
 
 
 def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
-    """The sites of these modules: known ones, and a matrix each for the others."""
+    """Find the sites of these modules: known ones, and a matrix each for the others."""
     own = [site for site in known if {site.path, *site.tied_paths} & set(modules)]
     named = {path for site in own for path in (site.path, *site.tied_paths)}
     others = {path: module for path, module in modules.items() if path not in named}

@@ -1,34 +1,44 @@
-"""Weights that several modules hold, which merging would change in all of them."""
+"""Refuses to merge into weights that modules hold which the adapters do not change."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
+from ..nn import Site
 from ._layer import LortaLayer
 
 
-def check_tied(model: nn.Module) -> None:
+def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Refuse to merge where a weight is also that of a module which the adapters do not change alike.
 
     Args:
         model: the model with its layers.
+        adapter_names: the adapters that are to be merged; the active ones by default.
 
     Raises:
         ValueError: such a weight; the message names both modules.
     """
     holders: dict[int, list[str]] = {}
-    layers: dict[str, LortaLayer] = {}
+    updates: dict[str, dict[str, list[Site]]] = {}
+    weights: dict[str, nn.Parameter | None] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(path)
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(path)
         if isinstance(module, LortaLayer):
-            layers[f"{path}.base_layer"] = module
-    for path, layer in layers.items():
-        for other in holders.get(id(layer.get_base_layer()._parameters.get("weight")), []):
-            alike = layers.get(other)
-            if alike is None or alike.places() != layer.places():
+            names = module.active_adapters if adapter_names is None else adapter_names
+            own = {name: sites for name, sites in module.sites().items() if name in names}
+            if own:
+                updates[f"{path}.base_layer"] = own
+                weights[f"{path}.base_layer"] = module.get_base_layer()._parameters.get("weight")
+    for path, own in updates.items():
+        for other in holders.get(id(weights[path]), []):
+            if updates.get(other) != own:
+                one, two = (name.removesuffix(".base_layer") for name in (path, other))
                 raise ValueError(
-                    f"the weight of {path.removesuffix('.base_layer')} is also that of {other}, which the "
-                    "adapter does not change in the same way; merging would change both. Untie them first "
-                    "(tie_word_embeddings=False), or leave the adapter unmerged"
+                    f"the weight of {one} is also that of {two}, which the adapter does not change in the "
+                    "same way; merging would change both. Untie them first (tie_word_embeddings=False), or "
+                    "leave the adapter unmerged"
                 )

@@ -225,12 +225,12 @@ def check(name, kind, number):
     assert not wrong, f"{len(wrong)} of {len(chosen)}: {wrong[:3]}"
 
 
-@pytest.mark.parametrize(("name", "kind", "number"), cases(12))
+@pytest.mark.parametrize(("name", "kind", "number"), list(cases(12)))
 def test_a_fault_leaves_all_as_before_or_as_after(name, kind, number):
     check(name, kind, number)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "number"), cases(150))
+@pytest.mark.parametrize(("name", "kind", "number"), list(cases(150)))
 def test_faults_at_many_places_leave_all_as_before_or_as_after(name, kind, number):
     check(name, kind, number)

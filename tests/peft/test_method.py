@@ -16,41 +16,11 @@ from models import FAMILIES, each_family
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GenerationConfig
+from wrapped_models import LLAMA, factors, reloaded, second, wrapped
 
 import lortalib
 from lortalib.peft import LortaConfig, LortaLayer
-
-LLAMA = FAMILIES["Llama"]
-
-
-def wrapped(family=LLAMA, kind="Model", *, seed=0, name="default", **options):
-    """A tiny model with an adapter of random numbers."""
-    options = {"rank": 2, "init_weights": False, **options}
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "ranks larger than the modes can fill")
-        torch.manual_seed(seed)
-        model = peft.get_peft_model(family.model(kind), LortaConfig(**options), adapter_name=name)
-    return model.eval()
-
-
-def second(model, name="other", seed=1, **options):
-    """One more adapter on it."""
-    options = {"rank": 2, "init_weights": False, **options}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.add_adapter(name, LortaConfig(**options))
-    return model
-
-
-def factors(model, adapter="default"):
-    return dict(model.base_model.lorta_adapters[adapter].networks.named_parameters())
-
-
-def reloaded(model, folder, family=LLAMA, kind="Model", **options):
-    model.save_pretrained(folder)
-    return peft.PeftModel.from_pretrained(family.model(kind), folder, **options).eval()
-
 
 # The same as lortalib.nn
 
@@ -116,6 +86,7 @@ def test_a_fresh_adapter_changes_no_bit():
         ({"layers_to_transform": [1]}, 4),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, 1),
         ({"gqa": "split"}, 8),
+        ({"target_modules": ("q_proj", "v_proj")}, 4),
     ],
 )
 def test_targets_as_peft_users_write_them(options, modules, tmp_path):
@@ -124,6 +95,16 @@ def test_targets_as_peft_users_write_them(options, modules, tmp_path):
     expected = output(model, inputs)
     assert same_bits(output(reloaded(model, tmp_path, kind="ForCausalLM"), inputs), expected)
     assert close(output(model.merge_and_unload(), inputs), expected)
+
+
+def test_all_linear_means_the_same_for_every_adapter():
+    model = wrapped(kind="ForCausalLM", target_modules=["q_proj"])
+    for name in ("other", "third"):
+        second(model, name, target_modules="all-linear")
+        assert len(model.base_model.lorta_adapters[name].sites) == 14
+        assert model.peft_config[name].target_modules == wrapped(
+            kind="ForCausalLM", target_modules="all-linear"
+        ).peft_config["default"].target_modules  # fmt: skip
 
 
 class Plain(nn.Module):
@@ -368,6 +349,58 @@ def test_generation_with_rows_beams_and_errors():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(**inputs, adapter_names=rows)
+
+
+def beams(model, options, inputs, **given):
+    return model.generate(**inputs, **options, **given)
+
+
+def beams_of_a_config(model, options, inputs, **given):
+    return model.generate(**inputs, generation_config=GenerationConfig(**options), **given)
+
+
+def beams_of_a_config_by_position(model, options, inputs, **given):
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    return model.generate(ids, GenerationConfig(**options), attention_mask=mask, **given)
+
+
+def beams_of_the_model(model, options, inputs, **given):
+    model.generation_config.update(**options)
+    return model.generate(**inputs, **given)
+
+
+@pytest.mark.parametrize(
+    "way", [beams, beams_of_a_config, beams_of_a_config_by_position, beams_of_the_model]
+)
+@pytest.mark.parametrize("repeats", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_rows_are_repeated_whoever_says_so(way, repeats):
+    model = second(wrapped(kind="ForCausalLM"))
+    inputs = {k: v.clone() for k, v in LLAMA.inputs().items()}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **repeats}
+    rows = ["other", "default"]
+    mixed = way(model, options, inputs, adapter_names=rows)
+    alone = []
+    for k, row in enumerate(rows):
+        model.set_adapter(row)
+        alone.append(way(model, options, {n: v[k : k + 1] for n, v in inputs.items()}))
+    assert torch.equal(mixed, torch.cat(alone))
+
+
+def test_sequences_are_sampled_for_each_row():
+    model = second(wrapped(kind="ForCausalLM"))
+    config = GenerationConfig(
+        num_return_sequences=3, do_sample=True, max_new_tokens=3, pad_token_id=0
+    )
+    found = model.generate(
+        **LLAMA.inputs(), generation_config=config, adapter_names=["other", "__base__"]
+    )
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("rows", [[], ["default"], ["default"] * 3])
+def test_rows_that_are_no_beams_are_refused(rows):
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        wrapped()(**LLAMA.inputs(), adapter_names=rows)
 
 
 # Sums

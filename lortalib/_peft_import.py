@@ -1,4 +1,4 @@
-"""Registers the method with PEFT once PEFT is imported, and costs nothing where it never is."""
+"""Registers the method with PEFT right behind an import of PEFT, and costs nothing where there is none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register_when_imported() -> None:
 def _register() -> None:
     try:
         importlib.import_module("lortalib.peft")
-    except Exception as error:  # importing PEFT must not fail because of this
+    except Exception as error:  # an import of PEFT must not fail because of lortalib
         warnings.warn(
             f"lortalib could not register its method with the installed PEFT ({error}); it needs "
             "peft 0.21 or later",
@@ -32,12 +32,12 @@ def _register() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself: sees PEFT being imported, and then steps aside."""
+    """A finder of modules that finds none itself: it sees PEFT being imported, and then steps aside."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of PEFT, whose loader registers the method behind it.
+        """Return the spec of PEFT with a loader that registers the method behind it.
 
         Being asked does not mean that PEFT is imported: transformers only looks whether it is
         there. So the watch ends when the module is executed.

@@ -1,0 +1,31 @@
+"""Reads the modules that PEFT trains and saves as a whole beside an adapter."""
+
+from __future__ import annotations
+
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from ..nn.door import Values
+
+
+def whole_modules(model: nn.Module, adapter_name: str) -> Values:
+    """Read the values of the modules in ``modules_to_save``, by path and name in it.
+
+    Args:
+        model: the model with PEFT's wrappers.
+        adapter_name: of the adapter.
+
+    Raises:
+        ValueError: the adapter trains something that no file of a LoRA by lortalib can say.
+    """
+    values: Values = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper) or adapter_name not in module._adapters:
+            continue
+        if not isinstance(module, ModulesToSaveWrapper):
+            raise ValueError(
+                f"adapter {adapter_name!r} trains rows of {path} (trainable_token_indices), which no pair "
+                "of a LoRA can say. Save it with save_pretrained, or save the model of merge_and_unload"
+            )
+        values[path] = dict(module.modules_to_save[adapter_name].state_dict())
+    return values
