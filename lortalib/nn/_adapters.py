@@ -103,8 +103,11 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
         host.set_active([known[name] for name in wanted])
 
 
-def check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> nn.Module:
     """Refuse what is no model, and a name that no adapter on it can have.
+
+    Returns:
+        The model, out of its wrappers.
 
     Raises:
         TypeError: no model.
@@ -120,3 +123,4 @@ def check_name(model: nn.Module, name: str) -> None:
         )
     if hasattr(host_of(model) or AdapterHost(nn.Module()), name):
         raise ValueError(f"{name!r} is no possible name for an adapter; choose another")
+    return model

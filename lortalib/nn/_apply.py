@@ -11,7 +11,7 @@ from torch import nn
 from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
-from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError, unwrapped
+from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
 from ._plan import Decomposition, plan
 from ._targets import Targets
 from ._trained_modules import TrainedModules, find_modules
@@ -42,7 +42,7 @@ def apply(
 
     Sites of equal head count and widths form one tensor T[layer, head, matrix, in, out] for each
     stack; ``in`` is the residual stream, ``head`` and ``out`` the other side, of readers (q, k, v)
-    and writers (o) alike. Their shares are added by forward hooks; no module is replaced.
+    and writers (o) alike. Forward hooks add their updates; no module is replaced.
 
     Args:
         model: the model; it is changed in place, until ``adapter.remove()``.
@@ -60,12 +60,13 @@ def apply(
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
             slices) or ``"split"`` (tensors of their own for k and v).
         name: name of the adapter on the model.
-        train_also: modules that train as a whole beside it and are saved with it.
+        train_also: modules that train as a whole with it and are saved with it.
         share_residual: let the networks of one stack with equal width and rank have one factor for
             ``in``, the residual stream: attention and MLP then share it.
         rules: rows that explain a remote-code model; see `sites`.
-        verify_with: example inputs of the model; the plan is held against one forward of the live model
-            before anything is changed (see `lortalib.nn.verify`).
+        verify_with: example inputs of the model. The plan of the attention is compared with one forward of
+            the live model before anything is changed (see `lortalib.nn.verify`); that of the MLP by its
+            effect (see `lortalib.nn.check_effect`), and where it has none the adapter is taken off again.
         freeze: whether all else of the model stops requiring gradients.
         generator: source of randomness for the start.
         dtype: of the factors; computation follows the model's dtype.
@@ -86,8 +87,7 @@ def apply(
         >>> lortalib.nn.apply(model, "cp", rank=2).count()
         100
     """
-    check_name(model, name)
-    model = unwrapped(model)
+    model = check_name(model, name)
     planned = plan(
         model,
         decomposition,

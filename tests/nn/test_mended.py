@@ -107,3 +107,49 @@ def test_names_of_parameters_may_meet_names_of_attributes(tmp_path):
     adapter.remove()
     nn.load(model, tmp_path)
     assert close(output(model, words()), found)
+
+
+def test_pairs_are_compared_again_behind_a_context_in_which_the_adapter_was_merged():
+    model = llama()
+    adapter = put(model)
+    with adapter.keep_pairs():
+        output(model, words())
+        adapter.merge()
+        adapter.unmerge()
+    before = output(model, words())
+    for parameter in adapter.parameters():
+        parameter.data.mul_(-1.5)  # leaves no trace but the numbers
+    assert not close(output(model, words()), before)
+
+
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": torch.nn.DataParallel,
+    "both": lambda model: torch.nn.DataParallel(torch.compile(model, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_its_plain_one_to_every_verb(wrap, tmp_path):
+    model = llama()
+    wrapped = wrap(model)
+    adapter = nn.apply(wrapped, "cp", 2, init="normal")
+    assert [site.path for site in adapter.sites] == [site.path for site in nn.sites(model)]
+    assert nn.adapters(wrapped) == nn.adapters(model) == {"default": adapter}
+    found = output(model, words())
+    adapter.save(tmp_path / "own")
+    adapter.export_lora(tmp_path / "lora")
+    nn.set_active(wrapped, [])
+    adapter.remove()
+    for load, folder in ((nn.load, "own"), (nn.load_lora, "lora")):
+        for target in (wrapped, model):
+            again = load(target, tmp_path / folder, name="again")
+            assert again.model is model
+            assert close(output(model, words()), found)
+            again.remove()
+    assert nn.plan(wrapped, "cp", 2, device="meta").count() == adapter.count()
+    bank = nn.bank(wrapped, "cp", 2)
+    bank["a"] = tmp_path / "own"
+    with bank.using(["a"] * 2):
+        assert close(output(model, words()), found)
+    bank.remove()

@@ -3,7 +3,7 @@
 Rules, not a list of models. A projection's role is read from its name, a block is a module that holds
 projections with the roles q, k and v, and widths decide what names leave open (the output projection
 must read heads * head_dim). Nothing is patched here, and no weight is read: meta devices will do.
-What rules cannot know is a row in ``_families``.
+What rules cannot know is a row in ``rules``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> S
         Sites ordered by stack, layer and role; printed, the list is a table by stack.
 
     Raises:
-        UnsupportedModelError: no attention projection was found, or a block that looks like attention was
-            not understood; the message names the blocks and what they hold.
+        NoAttentionError: no attention projection was found; it is an `UnsupportedModelError`.
+        UnsupportedModelError: a block that looks like attention was not understood; the message names the
+            blocks and what they hold.
 
     Example:
         >>> from transformers import BertConfig, BertModel

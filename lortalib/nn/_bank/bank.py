@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...decomp import Rank
-from .._anatomy import BlockRule, site_weight
+from .._anatomy import BlockRule, check_model, site_weight
 from .._forward import Handle, detach
 from .._group import Group
 from .._plan import Decomposition, Plan, plan
@@ -327,6 +327,7 @@ def bank(
     """
     if not isinstance(capacity, Integral) or capacity < 1:
         raise ValueError(f"capacity must be a positive integer; found {capacity!r}")
+    model = check_model(model)
     planned = plan(
         model,
         decomposition,

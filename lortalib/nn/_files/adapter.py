@@ -222,7 +222,7 @@ def read_adapter(
         FileNotFoundError: there is no such file.
         AdapterFileError: the file is damaged, or the adapter does not fit the model.
     """
-    check_model(model)
+    model = check_model(model)
     with open_saved(folder) as saved:
         groups = fit_groups(model, saved, rules)
         tensors = saved.read()

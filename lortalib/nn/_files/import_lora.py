@@ -74,7 +74,7 @@ def load_lora(
         >>> str(load_lora(model, folder, name="again").networks["encoder"].legs)
         'layer matrix in r, layer matrix head out r'
     """
-    check_name(model, name)
+    model = check_name(model, name)
     modules = dict(model.named_modules())
     with open_lora(folder) as file:
         _check_fit(modules, file.shapes)

@@ -162,14 +162,13 @@ class ForwardScope:
         sources: what makes the pairs; the list may still grow.
     """
 
+    _local: threading.local
+    _last: PairSet | None  # the pairs of the forward before
+
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self._sources = sources
-        self._reset()
-
-    def _reset(self) -> None:
-        self._local = threading.local()
-        self._last: PairSet | None = None  # of the forward before
-        self._keeping = 0
+        self._keeping = 0  # contexts of `keep` that are open
+        self.forget()
 
     @property
     def running(self) -> Running | None:
@@ -209,7 +208,8 @@ class ForwardScope:
 
     def forget(self) -> None:
         """Let go of all pairs."""
-        self._reset()
+        self._local = threading.local()
+        self._last = None
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -224,5 +224,5 @@ class ForwardScope:
         return {"_sources": self._sources}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._sources = state["_sources"]
-        self._reset()
+        self._sources, self._keeping = state["_sources"], 0
+        self.forget()
