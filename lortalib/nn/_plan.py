@@ -216,7 +216,7 @@ def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
         path, weight = next(iter(divided.items()))
         raise ValueError(
             f"the weight of {path} is divided over the processes of {weight.device_mesh} (tensor "
-            "parallelism): a share would be added to a part of an output as if it were the whole. "
+            "parallelism): an update would be added to a part of an output as if it were the whole. "
             "Load the model without tp_plan; DDP and FSDP2 work, and for serving merge the adapter "
             "or export it as a LoRA"
         )

@@ -128,7 +128,7 @@ def overlooked_blocks(
 
 
 def claimed_twice(found: dict[str, list[Site]]) -> dict[str, str]:
-    """Blocks that take a whole projection for two roles: two shares would not fit its output."""
+    """Blocks that take a whole projection for two roles: two updates would not fit its output."""
     roles: dict[tuple[str, str], str] = {}
     twice: dict[str, str] = {}
     for name, members in found.items():
