@@ -37,9 +37,11 @@ def build(
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs.check(shape.modes)
     sizes = {**shape, **_ranks(legs, shape, rank)}
+    legs.check_tied_sizes(sizes)
     tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
     target = torch.device(device) if device is not None else torch.get_default_device()
-    return Network(legs, [t.to(target, dtype).contiguous() for t in tensors], shape.modes)
+    made = [t.to(target, dtype).contiguous() for t in tensors]
+    return Network(legs, [made[owner] for owner in legs.owners], shape.modes)
 
 
 def _randn(

@@ -28,12 +28,14 @@ class Format:
         about: what it is, with its source.
         line: the line of legs, or a function from a `Shape` to the line.
         read: how a rank given as a tuple is read, where it is not in the order of the line.
+        symmetric: whether one parameter serves both ``in`` and ``out``, which are then of one size.
     """
 
     name: str
     about: str
     line: str | Callable[[Shape], str]
     read: Callable[[Shape, Sequence[int]], Rank] | None = None
+    symmetric: bool = False
 
     def legs(self, shape: ShapeLike) -> Legs:
         """Write the line for a tensor of this shape; ``head out`` is ``out`` where there are no heads.
@@ -122,6 +124,24 @@ def train_line(modes: Sequence[str], shape: Shape) -> str:
     return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
 
 
+def _indscal_line(shape: Shape) -> str:
+    bond = _fresh(shape, "r")
+    return f"in {bond}, out {bond} (tied), {' '.join([*_slices(shape), bond])}"
+
+
+def _rescal_line(shape: Shape) -> str:
+    p, q = _fresh(shape, "p"), _fresh(shape, "q")
+    return f"in {p}, out {q} (tied), {' '.join([*_slices(shape), p, q])}"
+
+
+def _slices(shape: Shape) -> list[str]:
+    """The modes beside in and out: each of their values is one matrix."""
+    return _ordered(
+        Shape({mode: size for mode, size in shape.items() if mode not in ("in", "out")}),
+        ("layer", "head", "matrix"),
+    )
+
+
 def _ordered(shape: Shape, order: Sequence[str]) -> list[str]:
     known = [mode for mode in order if mode in shape]
     return known + [mode for mode in shape if mode not in order]
@@ -161,6 +181,8 @@ _ALIASES = {
     "metatt": "tt",
     "metatt_5d": "tt",
     "tensor_train": "tt",
+    "symmetric": "indscal",
+    "dedicom": "rescal",
     "tensor_ring": "ring",
     "tr": "ring",
     "fact_tt": "lotr",
@@ -173,6 +195,7 @@ def register_format(
     line: str | Callable[[Shape], str],
     about: str = "",
     read: Callable[[Shape, Sequence[int]], Rank] | None = None,
+    symmetric: bool = False,
 ) -> Format:
     """Give a line of legs a name, under which `get_format` and ``lortalib.nn.apply`` find it.
 
@@ -181,6 +204,7 @@ def register_format(
         line: the line of legs, or a function from a `Shape` to the line.
         about: one sentence, with its source.
         read: how a tuple of ranks is read; in the order of the line by default.
+        symmetric: whether it fits only tensors whose ``in`` and ``out`` are of one size.
 
     Raises:
         ValueError: the name is taken.
@@ -199,7 +223,7 @@ def register_format(
         )
     if isinstance(line, str):
         Legs.parse(line)
-    formats[key] = Format(key, about, line, read)
+    formats[key] = Format(key, about, line, read, symmetric)
     return formats[key]
 
 
@@ -311,4 +335,20 @@ block_term = register_format(
     "block_term",
     "in p n, out q n, head s n, layer t n, matrix u n, p q s t u n",
     "block term: n Tucker tensors added up",
+)
+
+
+indscal = register_format(
+    "indscal",
+    _indscal_line,
+    "INDSCAL (Carroll and Chang 1970): symmetric slices A^T diag(c) A, one A for all",
+    symmetric=True,
+)
+
+
+rescal = register_format(
+    "rescal",
+    _rescal_line,
+    "RESCAL (Nickel et al. 2011), DEDICOM: slices A^T C A, one A for all",
+    symmetric=True,
 )

@@ -33,7 +33,7 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
     Returns:
         A callable for the ``init`` of `network`. It raises ValueError for a network whose bonds make
         no tree (CP of more than two parameters, a ring: their parameters have no orthogonal
-        directions of their own) and for one of another shape.
+        directions of their own), for a tied parameter, and for one of another shape.
 
     Raises:
         ValueError: names that do not fit the axes, a tensor that is zero or not finite.
@@ -62,6 +62,11 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
         found, asked = dict(zip(names, dense.shape)), {mode: sizes[mode] for mode in own}
         if found != asked:
             raise ValueError(f"the tensor has the shape {found}; the network is to have {asked}")
+        if any(term.tied for term in legs.terms):
+            raise ValueError(
+                "a tied parameter cannot follow the directions of both of its sides; found it in\n"
+                f"    {legs}"
+            )
         tensors = invariant(legs, sizes, own, randn)
         x, axes = wide, list(names)
         left = set(range(len(legs.terms)))

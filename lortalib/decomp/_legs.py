@@ -33,7 +33,8 @@ class Legs:
         """Read a line of legs.
 
         Args:
-            line: parameters behind commas, legs behind spaces, ``(frozen)`` or ``(zero)`` last.
+            line: parameters behind commas, legs behind spaces, ``(frozen)``, ``(zero)`` or ``(tied)``
+                last.
 
         Raises:
             LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, a line of
@@ -80,8 +81,9 @@ class Legs:
         Raises:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
                 not have, a bond that only one parameter carries, ``in`` on several parameters,
-                more than one parameter marked ``(zero)``, one both frozen and zero, more
-                parameters or legs than `parse` reads.
+                more than one parameter marked ``(zero)``, one both frozen and zero, a tied one
+                without a parameter before it, with another number of legs or a mark of its own,
+                more parameters or legs than `parse` reads.
 
         Example:
             >>> Legs.parse("in r, out r").check(["in", "out"])
@@ -126,22 +128,57 @@ class Legs:
         zeros = [term for term in self.terms if term.zero]
         if len(zeros) > 1 or any(term.frozen for term in zeros):
             raise LegsError("one trainable parameter can be marked (zero), in", self.line)
+        self._check_tied()
+
+    def _check_tied(self) -> None:
+        for k, term in enumerate(self.terms):
+            if not term.tied:
+                continue
+            if k == 0 or len(term.legs) != len(self.terms[k - 1].legs):
+                raise LegsError(
+                    "(tied) stands for the parameter before it, so there has to be one, with as many "
+                    "legs; found another in",
+                    *self._at(term.legs[0], k),
+                )
+            if term.frozen or term.zero or self.terms[self.owners[k]].zero:
+                raise LegsError(
+                    "a parameter that is used twice takes its mark (frozen) where it stands first, and "
+                    "cannot be (zero): its gradient would be zero too; found in",
+                    *self._at(term.legs[0], k),
+                )
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """For each term the position of its parameter: its own, or the one that it is tied to.
+
+        Example:
+            >>> Legs.parse("in r, out r (tied), layer r").owners
+            (0, 0, 2)
+        """
+        owners: list[int] = []
+        for position, term in enumerate(self.terms):
+            owners.append(owners[-1] if term.tied and owners else position)
+        return tuple(owners)
 
     @property
     def zero(self) -> int:
         """Position of the parameter that starts at zero: the one marked so, else the trainable one
-        that carries ``out``, else the first trainable one.
+        that carries ``out``, else the first trainable one. One that is used twice never is: where it is
+        zero its gradient is too.
 
         Raises:
-            ValueError: every parameter is frozen.
+            ValueError: every parameter that is used once is frozen.
 
         Example:
             >>> Legs.parse("in r, out r, layer r").zero
             1
         """
-        trainable = [k for k, term in enumerate(self.terms) if not term.frozen]
+        once = (k for k in range(len(self.terms)) if self.owners.count(self.owners[k]) == 1)
+        trainable = [k for k in once if not self.terms[k].frozen]
         if not trainable:
-            raise ValueError(f"every parameter is frozen, nothing is left to train, in\n    {self}")
+            raise ValueError(
+                f"every parameter is frozen or tied, so none can start at zero, in\n    {self}"
+            )
         terms = self.terms
         return min(trainable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
 
@@ -218,7 +255,27 @@ class Legs:
                         "parameter, in",
                         *self._at(leg, position),
                     )
+        self.check_tied_sizes(sizes)
         return sizes
+
+    def check_tied_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Check that terms of one parameter have the same sizes, leg by leg.
+
+        Args:
+            sizes: of every leg.
+
+        Raises:
+            LegsError: a tied term of another shape than the parameter.
+        """
+        for k, (term, owner) in enumerate(zip(self.terms, self.owners)):
+            own = [sizes[leg] for leg in term.legs]
+            wanted = [sizes[leg] for leg in self.terms[owner].legs]
+            if own != wanted:
+                raise LegsError(
+                    f"a tied parameter has the shape {tuple(wanted)} at ({self.terms[owner]}) and "
+                    f"{tuple(own)} here; its legs need equal sizes, in",
+                    *self._at(term.legs[0], k),
+                )
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
         """Compute the largest useful size of each bond; a larger one spans nothing more.

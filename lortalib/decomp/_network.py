@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ._legs import Legs
@@ -25,12 +26,14 @@ class Network(TensorNetwork, nn.Module):
 
     Args:
         legs: a line of legs, for instance ``"in r, out r, layer r"``, or one already parsed.
-        tensors: one tensor for each parameter of the line; its axes are its legs. They become
-            `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``.
+        tensors: one tensor for each term of the line; its axes are its legs. They become
+            `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``. The tensor
+            of a term marked ``(tied)`` has to be that of the term before it.
         modes: the modes, in the order of the axes of `dense`.
 
     Raises:
         LegsError: the line is ill-formed, does not fit the modes, or the sizes disagree.
+        ValueError: a tied term was given other numbers than its parameter.
 
     Example:
         >>> import torch
@@ -50,24 +53,34 @@ class Network(TensorNetwork, nn.Module):
         self._describe(legs, sizes, modes)
         self.names = ()  # the names of attributes, this one among them, are taken
         self.names = tuple(self._parameter_names())
-        for name, term, tensor in zip(self.names, self.legs.terms, tensors):
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=not term.frozen))
+        for name, term, tensor, owner in zip(self.names, legs.terms, tensors, legs.owners):
+            if not term.tied:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=not term.frozen))
+            elif not _are_alike(tensor, tensors[owner]):
+                raise ValueError(
+                    f"({term}) is tied to ({legs.terms[owner]}), but was given other numbers, in\n    {legs}"
+                )
 
     def _parameter_names(self) -> list[str]:
         names: dict[str, None] = {}
         last: dict[str, str] = {}  # where the last parameter of these legs ended its search
+        found: list[str] = []
         for term in self.legs.terms:
+            if term.tied:
+                found.append(found[-1])
+                continue
             name = wanted = "_".join(term.legs)
             name = last.get(wanted, name)
             while name in names or hasattr(self, name):
                 name += "_"
             names[name] = None
             last[wanted] = name
-        return list(names)
+            found.append(name)
+        return found
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, in the order of the line."""
+        """The parameters, in the order of the line; a tied one once for each of its terms."""
         return tuple(self._parameters[name] for name in self.names)  # type: ignore[misc]
 
     def forward(self) -> Tensor:
@@ -75,3 +88,8 @@ class Network(TensorNetwork, nn.Module):
         return self.dense()
 
     __repr__ = TensorNetwork.__repr__
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or hold the same numbers as far as they have any."""
+    return one is other or one.is_meta or other.is_meta or torch.equal(one, other)

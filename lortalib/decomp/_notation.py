@@ -2,10 +2,12 @@
 
 A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
 A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). Behind the legs
-a parameter may be marked ``(frozen)``, not trained, or ``(zero)``, the one that starts at zero.
+a parameter may be marked ``(frozen)``, not trained, ``(zero)``, the one that starts at zero, or
+``(tied)``, which is the parameter before it once more, with other legs.
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR
+    in r, out r (tied), layer matrix r              INDSCAL: symmetric slices
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-_MARKS = ("frozen", "zero")
+_MARKS = ("frozen", "zero", "tied")
 
 
 #: Every alternative ends at the first character that it cannot take, so reading is linear in the line.
@@ -42,11 +44,19 @@ class LegsError(ValueError):
 
 @dataclass(frozen=True)
 class Term:
-    """The legs of one parameter and its marks."""
+    """The legs of one parameter and its marks.
+
+    Attributes:
+        legs: names of its axes.
+        frozen: whether it is not trained.
+        zero: whether it is the one that starts at zero.
+        tied: whether it is the parameter before it once more, axis by axis, with other legs.
+    """
 
     legs: tuple[str, ...]
     frozen: bool = False
     zero: bool = False
+    tied: bool = False
     spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -56,7 +66,7 @@ class Term:
     def without(self, gone: Iterable[str]) -> Term:
         """The same parameter after the legs ``gone`` were indexed away."""
         gone = set(gone)
-        return Term(tuple(leg for leg in self.legs if leg not in gone), self.frozen, self.zero)
+        return replace(self, legs=tuple(leg for leg in self.legs if leg not in gone), spans=())
 
 
 def check_bounds(terms: Sequence[Term]) -> None:

@@ -30,11 +30,15 @@ def normal(
     Every entry of the tensor then has a variance near 1/n_in, whatever the rank and the format.
     """
     zero = legs.zero
-    rest = [k for k, term in enumerate(legs.terms) if k != zero and "in" not in term.legs]
+    own = [k for k, term in enumerate(legs.terms) if not term.tied]
+    rest = [k for k in own if k != zero and "in" not in legs.terms[k].legs]
     bonds = set(legs.bonds(modes))
     spread = math.prod(sizes[bond] for bond in bonds) ** (-0.5 / max(1, len(rest)))
-    tensors = []
+    tensors: list[Tensor] = []
     for k, term in enumerate(legs.terms):
+        if term.tied:
+            tensors.append(tensors[-1])
+            continue
         axes = [leg for leg in term.legs if leg in bonds]
         order = [leg for leg in term.legs if leg not in bonds] + axes
         tensor = randn([sizes[leg] for leg in order])
@@ -42,10 +46,11 @@ def normal(
             tensor = _orthogonal_slices(tensor, len(order) - len(axes))
         elif k in rest:
             tensor = tensor.sign()
-        if "in" in term.legs:
-            tensor = tensor * sizes["in"] ** -0.5
+        size = sizes["in"] ** -0.5 if "in" in term.legs else 1.0
         if k in rest or ("in" in term.legs and not rest):
-            tensor = tensor * spread
+            size *= spread
+        # Used n times, it stands n times in the product of variances.
+        tensor = tensor * size ** (1 / legs.owners.count(k))
         tensors.append(tensor.permute([order.index(leg) for leg in term.legs]))
     return tensors
 
@@ -68,7 +73,7 @@ def invariant(
     quantity where the zero parameter carries ``out``, and does not depend on the rank either.
 
     The parameter that carries ``in`` keeps unit gain (variance 1/n_in, as in LoRA); the rest have
-    entries of one common size. Within these variances a parameter with several bonds is
+    entries of one common size. One that is tied stands in the product once for each of its terms. Within these variances a parameter with several bonds is
     semi-orthogonal in each slice of its modes, and short mode factors are signs.
     """
     tensors = normal(legs, sizes, modes, randn)
@@ -85,8 +90,11 @@ def lorta(legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Ran
     """
     zero = legs.zero
     bonds = set(legs.bonds(modes))
-    tensors = []
+    tensors: list[Tensor] = []
     for k, term in enumerate(legs.terms):
+        if term.tied:
+            tensors.append(tensors[-1])
+            continue
         fan = math.prod(sizes[leg] for leg in term.legs if leg in bonds)
         bound = 0.0 if k == zero else (1 / fan if "in" in term.legs else 6 / fan) ** 0.5
         # The distribution function of a standard normal number is uniform on (0, 1).

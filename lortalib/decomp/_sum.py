@@ -77,11 +77,18 @@ def direct_sum(
 
 
 def _cheapest(network: TensorNetwork) -> int:
-    """The parameter that takes the weights: a trainable one if there is one, the smallest one."""
-    terms = network.legs.terms
-    return min(
-        range(len(terms)), key=lambda k: (terms[k].frozen, math.prod(network.tensors[k].shape))
-    )
+    """The parameter that takes the weights: one used once, trainable if there is one, the smallest.
+
+    Raises:
+        ValueError: every parameter is used twice, so that a weight would count twice.
+    """
+    terms, owners = network.legs.terms, network.legs.owners
+    once = [k for k in range(len(terms)) if owners.count(owners[k]) == 1]
+    if not once:
+        raise ValueError(
+            f"every parameter of the network\n    {network.legs}\nis tied, so none can take a weight"
+        )
+    return min(once, key=lambda k: (terms[k].frozen, math.prod(network.tensors[k].shape)))
 
 
 def _is_whole(terms: Sequence[Term], bonds: set[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -64,11 +65,13 @@ class TensorNetwork(ABC):
             >>> cp((6, 8, 4, 64, 16), rank=2).count()  # 2 * (6 + 8 + 4 + 64 + 16)
             196
         """
-        return sum(
-            tensor.numel()
-            for term, tensor in zip(self.legs.terms, self.tensors)
-            if not (trainable_only and term.frozen)
-        )
+        terms, own = self.legs.terms, zip(self.legs.owners, self.tensors)
+        sizes = {
+            owner: tensor.numel()
+            for owner, tensor in own
+            if not (trainable_only and terms[owner].frozen)
+        }
+        return sum(sizes.values())
 
     def dense(self) -> Tensor:
         """Contract the network to the full tensor, against which every other operation is tested.
@@ -215,7 +218,7 @@ class TensorNetwork(ABC):
         while bond in self.sizes:
             bond += "_"
         terms = [
-            Term(tuple(bond if leg == mode else leg for leg in term.legs), term.frozen, term.zero)
+            replace(term, legs=tuple(bond if leg == mode else leg for leg in term.legs), spans=())
             for term in self.legs.terms
         ]
         legs = Legs((*terms, Term((mode, bond), frozen=True)))
@@ -300,7 +303,7 @@ class TensorNetwork(ABC):
         rows = [("parameter", "legs", "sizes", "parameters")]
         for name, term, tensor in zip(self.names, self.legs.terms, self.tensors):
             sizes = " x ".join(map(str, tensor.shape))
-            rows.append((name, str(term), sizes, f"{tensor.numel():,}"))
+            rows.append((name, str(term), sizes, "" if term.tied else f"{tensor.numel():,}"))
         rows.append(("total", "", "", f"{self.count(trainable_only=False):,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = []

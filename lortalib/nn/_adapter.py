@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decomp import Cut, Network
-from ._anatomy import Site, as_stored
+from ._anatomy import Site
 from ._config import AdapterConfig
 from ._forward import ForwardScope, PairSource
 from ._group import Group
@@ -26,6 +26,9 @@ class Host(Protocol):
     @property
     def model(self) -> nn.Module:
         """The model."""
+
+    def base_weight(self, site: Site) -> Tensor:
+        """A weight as it is without anything merged into it."""
 
     def enable(self, adapter: Any) -> None:
         """See `Adapter.enable`."""
@@ -133,20 +136,37 @@ class Adapter(nn.Module):
         group, site = self._find(site)
         return group.pair(self.network(group), site)
 
-    def delta(self, site: Site | str) -> Tensor:
+    def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
         """The change of one weight, dense and scaled, in the shape in which the weight is stored.
 
         Args:
             site: one of `sites`, or its module path.
+            weight: of the base, as stored, for an adapter that acts on the stream; that of its model by
+                default.
 
         Returns:
             A tensor in the dtype of the factors (float32), also under autocast; differentiable.
 
         Raises:
             KeyError: no such site.
+            ValueError: the adapter acts on the stream, and is on no model.
         """
         group, site = self._find(site)
-        return as_stored(group.dense(self.network(group), site), site) * self.scaling
+        if weight is None and group.on_stream and self.is_on_model:
+            weight = self.base_weight(site)
+        return group.delta(self.network(group), site, weight) * self.scaling
+
+    def base_weight(self, site: Site) -> Tensor:
+        """The weight of a site as it is without anything merged into it, as stored.
+
+        Args:
+            site: one of `sites`.
+
+        Raises:
+            RuntimeError: the adapter is on no model.
+            ValueError: the weight is quantised.
+        """
+        return self._require_host().base_weight(site)
 
     def norms(self, site: Site | str) -> Tensor:
         """Frobenius norm of the scaled update of each head; no update is formed.
@@ -233,10 +253,10 @@ class Adapter(nn.Module):
         try:
             yield
         finally:
-            if active:
-                self.enable()
             if merged:
                 self.merge()
+            elif active:
+                self.enable()
 
     def keep_pairs(self) -> AbstractContextManager[None]:
         """Within this context no forward compares the parameters' numbers with those of the forward before.

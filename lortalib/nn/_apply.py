@@ -29,6 +29,7 @@ def apply(
     layers: int | Iterable[int] | None = None,
     init: StartLike = "invariant",
     gqa: str = "pool",
+    acts_on: str = "weights",
     name: str = "default",
     train_also: Sequence[str] = (),
     share_residual: bool = False,
@@ -59,14 +60,17 @@ def apply(
         init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
             slices) or ``"split"`` (tensors of their own for k and v).
+        acts_on: ``"weights"``: the updates are added to the weights. ``"stream"``: the tensor is
+            S[layer, matrix, in, out] over the residual stream; readers read ``x + x S`` and writers write
+            ``y + y S``, so their far sides, heads among them, need no parameters. See docs/stream.md.
         name: name of the adapter on the model.
         train_also: modules that train as a whole with it and are saved with it.
         share_residual: let the networks of one stack with equal width and rank have one factor for
             ``in``, the residual stream: attention and MLP then share it.
         rules: rows that explain a remote-code model; see `sites`.
         verify_with: example inputs of the model. The plan of the attention is compared with one forward of
-            the live model before anything is changed (see `lortalib.nn.verify`); that of the MLP by its
-            effect (see `lortalib.nn.check_effect`), and where it has none the adapter is taken off again.
+            the live model before anything is changed (see `lortalib.nn.verify`); that of the MLP, and of
+            all that acts on the stream, by its effect (see `lortalib.nn.check_effect`), and where it has none the adapter is taken off again.
         freeze: whether all else of the model stops requiring gradients.
         generator: source of randomness for the start.
         dtype: of the factors; computation follows the model's dtype.
@@ -98,6 +102,7 @@ def apply(
         layers=layers,
         init=init,
         gqa=gqa,
+        acts_on=acts_on,
         share_residual=share_residual,
         rules=rules,
         generator=generator,
@@ -105,19 +110,22 @@ def apply(
     )
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
     attention = [site for site in planned.sites if site.role not in MLP_ROLES]
-    if verify_with is not None and attention:
+    if verify_with is not None and attention and acts_on == "weights":
         verify(model, verify_with, sites=attention).raise_for_disagreement()
     networks = dict(planned.networks)
     adapter = Adapter(name, planned.config, planned.groups, networks, TrainedModules(paths))
     install(adapter, model, active=True, freeze=freeze)
     if verify_with is not None:
-        _check_mlp(adapter, verify_with)
+        _check_acts(adapter, verify_with)
     return adapter
 
 
-def _check_mlp(adapter: Adapter, example_inputs: Any) -> None:
-    """Refuse an adapter whose MLP networks change nothing; `verify` looks at attention only."""
-    groups = [group for group in adapter.groups if set(group.roles) & set(MLP_ROLES)]
+def _check_acts(adapter: Adapter, example_inputs: Any) -> None:
+    """Refuse an adapter of which a network that `verify` does not look at changes nothing: those of the
+    MLP, and all that act on the stream, where heads have no part."""
+    groups = [
+        group for group in adapter.groups if group.on_stream or set(group.roles) & set(MLP_ROLES)
+    ]
     if not groups:
         return
     try:

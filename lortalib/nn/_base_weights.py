@@ -21,8 +21,8 @@ class Merged(Protocol):
     def sites(self) -> list[Site]:
         """Every projection that it updates."""
 
-    def delta(self, site: Site | str) -> Tensor:
-        """The change of one weight."""
+    def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
+        """The change of one weight, which is the base's."""
 
 
 class BaseWeights:
@@ -76,6 +76,15 @@ class BaseWeights:
             base = self._base.get(weight_name(site))
             if base is not None:
                 _copy(base, site_weight(self._model, site))
+
+    def base(self, site: Site) -> Tensor:
+        """The base's weight of a site, whatever is merged into the model's.
+
+        Raises:
+            ValueError: a weight that is quantised, or of another shape than the site's.
+        """
+        kept = self._base.get(weight_name(site))
+        return self._weight(site).detach() if kept is None else kept
 
     def settle(self, adapter: Merged) -> None:
         """Let the update of a merged adapter become part of the base."""
@@ -152,7 +161,7 @@ def _sum(
     wide = torch.promote_types(base.dtype, torch.float32)
     total = base.to(wide)
     for adapter, site in updates:
-        total = total + adapter.delta(site).detach().to(base.device, wide)
+        total = total + adapter.delta(site, base).detach().to(base.device, wide)
     result = total.to(dtype)  # the model may have been cast since it was merged
     if not torch.isfinite(result).all() and torch.isfinite(base).all():
         raise ValueError(

@@ -22,6 +22,7 @@ class AdapterConfig:
         gqa: ``"pool"`` or ``"split"``.
         init: name of the start.
         share_residual: whether networks of one stack have one factor for ``in``.
+        acts_on: ``"weights"``, to which T is added, or ``"stream"``, which S changes.
     """
 
     decomposition: str
@@ -31,15 +32,19 @@ class AdapterConfig:
     gqa: str
     init: str
     share_residual: bool = False
+    acts_on: str = "weights"
 
 
-def check_settings(alpha: object, dropout: object, init: StartLike) -> None:
+def check_settings(
+    alpha: object, dropout: object, init: StartLike, acts_on: str = "weights"
+) -> None:
     """Refuse what no adapter can be made with.
 
     Raises:
         ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
-            init.
+            init, an unknown place to act on.
     """
+    check_acts_on(acts_on)
     if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
     check_alpha(alpha)
@@ -55,3 +60,13 @@ def check_alpha(alpha: object) -> None:
     largest = torch.finfo(torch.float32).max
     if not isinstance(alpha, Real) or not 0 < abs(alpha) <= largest:  # type: ignore[operator]
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
+
+
+def check_acts_on(acts_on: object) -> None:
+    """Refuse what is no place for a tensor to act on.
+
+    Raises:
+        ValueError: neither ``"weights"`` nor ``"stream"``.
+    """
+    if acts_on not in ("weights", "stream"):
+        raise ValueError(f"acts_on must be 'weights' or 'stream'; found {acts_on!r}")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .._torch import without_autocast
 from ..decomp import Cut, Shape, TensorNetwork
-from ._anatomy import ROLES, Site
+from ._anatomy import ROLES, Site, as_stored, through_weight
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share one tensor T[layer, head, matrix, in, out].
+    """Sites that share one tensor T[layer, head, matrix, in, out], or S[layer, matrix, in, out].
 
     Attributes:
         name: name of the group's network in the adapter, unique there.
@@ -25,6 +25,7 @@ class Group:
         sites: ordered by layer and role.
         layers: layer index of the model for each position of the mode ``layer``.
         roles: role for each position of the mode ``matrix``.
+        on_stream: whether the tensor acts on the residual stream (S) and not on the weights (T).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Group:
     sites: tuple[Site, ...]
     layers: tuple[int, ...]
     roles: tuple[str, ...]
+    on_stream: bool = False
 
     @cached_property
     def members(self) -> frozenset[Site]:
@@ -43,14 +45,15 @@ class Group:
         """Shape of the group's tensor."""
         site = self.sites[0]
         expert = {"expert": site.experts} if site.experts else {}
+        head = {} if self.on_stream else {"head": self.heads}
         return Shape(
             {
                 "layer": len(self.layers),
                 **expert,
-                "head": self.heads,
+                **head,
                 "matrix": len(self.roles),
                 "in": site.width,
-                "out": site.head_dim,
+                "out": site.width if self.on_stream else site.head_dim,
             }
         )
 
@@ -74,25 +77,46 @@ class Group:
         return view.mode_dot(self.head_means(site.heads, network.tensors[0]), "head")
 
     def pair(self, network: TensorNetwork, site: Site) -> Cut:
-        """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p)."""
+        """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p), or
+        (width, p) on the stream."""
         return self.slice(network, site).cut()
 
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
-        """The update of one site before scaling, also under autocast in the factors' dtype:
-        (heads*head_dim, width), with a leading axis for packed experts."""
+        """The slice of one site before scaling, also under autocast in the factors' dtype:
+        (heads*head_dim, width), or (width, width) on the stream, with a leading axis for packed experts."""
         with without_autocast(network.tensors[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)
                 return b @ a
             view = self.slice(network, site)
-            order = [view.modes.index(mode) for mode in ("expert", "head", "out", "in")]
-            return view.dense().permute(order).reshape(site.experts, site.features, site.width)
+            modes = ("expert", "head", "out", "in")
+            order = [view.modes.index(mode) for mode in modes if mode in view.modes]
+            return view.dense().permute(order).reshape(site.experts, -1, site.width)
+
+    def delta(self, network: TensorNetwork, site: Site, weight: Tensor | None) -> Tensor:
+        """The change of one weight before scaling, in the shape in which it is stored, as `dense`.
+
+        Args:
+            network: the group's.
+            site: one of the group.
+            weight: of the base, as stored; only a tensor on the stream needs it.
+        """
+        dense = self.dense(network, site)
+        if not self.on_stream:
+            return as_stored(dense, site)
+        if weight is None:
+            raise ValueError(
+                f"the change of {site.path} is a product with its weight, which was not given: the "
+                "adapter acts on the stream and is on no model. Load it onto one"
+            )
+        with without_autocast(dense.device.type):
+            return through_weight(weight.to(dense.device, dense.dtype), dense, site)
 
     def head_norms(self, network: TensorNetwork, site: Site) -> Tensor:
-        """Frobenius norm of the update of each head, before scaling, from the pair: no update is formed.
+        """Frobenius norm of the slice of each head, before scaling, from the pair: no slice is formed.
 
         Returns:
-            (heads,), or (experts, heads) for packed experts.
+            (heads,), or (experts, heads) for packed experts; a tensor on the stream has one head.
         """
         view = self.slice(network, site)
         a, b = view.cut("expert") if site.experts else view.cut()
@@ -103,13 +127,14 @@ class Group:
         return norms.expand(site.experts, -1) if site.experts else norms
 
 
-def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
+def group_sites(sites: Iterable[Site], gqa: str, on_stream: bool = False) -> list[Group]:
     """Divide sites into groups of equal stack, heads, width and head_dim.
 
     Args:
         sites: what to group.
         gqa: ``"pool"`` gives keys and values the query heads, so that they share the queries'
             tensor; ``"split"`` gives them a tensor of their own where their head count differs.
+        on_stream: whether the tensors act on the stream, where only its width counts.
 
     Raises:
         ValueError: an unknown ``gqa``.
@@ -119,7 +144,8 @@ def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
     members: dict[tuple[str, int, int, int, int], list[Site]] = defaultdict(list)
     for site in sites:
         heads = site.query_heads if gqa == "pool" else site.heads
-        members[site.stack, heads, site.width, site.head_dim, site.experts].append(site)
+        head_dim = site.width if on_stream else site.head_dim
+        members[site.stack, heads, site.width, head_dim, site.experts].append(site)
     stacks = [stack for stack, *_ in members]
     groups: list[Group] = []
     for (stack, heads, width, head_dim, experts), found in members.items():
@@ -130,10 +156,11 @@ def group_sites(sites: Iterable[Site], gqa: str) -> list[Group]:
             name += "_"
         layers = tuple(sorted({site.layer for site in found}))
         roles = tuple(sorted({site.role: None for site in found}, key=_order))
-        groups.append(Group(name, heads, tuple(found), layers, roles))
+        groups.append(Group(name, heads, tuple(found), layers, roles, on_stream))
     return groups
 
 
 def _order(role: str) -> int:
     """Position of a role on the mode ``matrix``; names of other projections follow as they come."""
-    return ROLES.index(role) if role in ROLES else len(ROLES)
+    first = role.partition("+")[0]  # of those that are one on the stream
+    return ROLES.index(first) if first in ROLES else len(ROLES)

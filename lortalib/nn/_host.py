@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._adapter import Adapter
-from ._anatomy import ATTRIBUTE
+from ._anatomy import ATTRIBUTE, Site
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
+from ._stream import check_order
 from ._trained_modules import TrainedModules
 
 
@@ -53,10 +54,18 @@ class AdapterHost(nn.ModuleDict):
         others = self._others(adapter)
         return [other.trained_modules for other in others if other.active or not active]
 
+    def base_weight(self, site: Site) -> Tensor:
+        """The weight of a site as it is without anything merged into it."""
+        return self._weights.base(site)
+
     # On and off
 
     def enable(self, adapter: Adapter) -> None:
         """See `Adapter.enable`."""
+        self._check_order(adapter)
+        self._enable(adapter)
+
+    def _enable(self, adapter: Adapter) -> None:
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
             adapter.trained_modules.swap_in(self.model, others)
@@ -69,7 +78,7 @@ class AdapterHost(nn.ModuleDict):
         merged = adapter.merged
         try:
             adapter.trained_modules.swap_out(self.model)
-            self.unmerge(adapter)
+            self._unmerge(adapter)
         except BaseException:
             if merged and not adapter.merged:  # the base is back: what is left cannot fail
                 vars(adapter)["active"] = False
@@ -83,9 +92,7 @@ class AdapterHost(nn.ModuleDict):
         with ExitStack() as undo:
             for adapter in self.adapters():
                 if adapter.active and adapter not in wanted:
-                    if adapter.merged:
-                        undo.callback(self.merge, adapter)
-                    undo.callback(self.enable, adapter)
+                    undo.callback(self.merge if adapter.merged else self._enable, adapter)
                     self.disable(adapter)
             for adapter in wanted:
                 if not adapter.active:
@@ -100,10 +107,11 @@ class AdapterHost(nn.ModuleDict):
         if adapter.merged:
             return
         _check_finite(adapter)
+        self._check_order(merging=adapter)
         merged = [other for other in self.adapters() if other.merged or other is adapter]
         active = adapter.active
         try:
-            self.enable(adapter)
+            self._enable(adapter)
             self._weights.write(adapter.sites, merged)
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
             self._detach(adapter)
@@ -116,12 +124,17 @@ class AdapterHost(nn.ModuleDict):
 
     def unmerge(self, adapter: Adapter) -> None:
         """See `Adapter.unmerge`."""
+        if adapter.merged:
+            self._check_order(unmerging=adapter)
+        self._unmerge(adapter)
+
+    def _unmerge(self, adapter: Adapter) -> None:
         if not adapter.merged:
             return
         rest = [other for other in self._others(adapter) if other.merged]
         try:
             self._attach(adapter)  # its hooks add nothing while it is merged
-            self._unmerge(adapter, rest)
+            self._restore(adapter, rest)
             self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
@@ -130,7 +143,7 @@ class AdapterHost(nn.ModuleDict):
                 self._weights.keep_only(rest)
             raise
 
-    def _unmerge(self, adapter: Adapter, rest: list[Adapter]) -> None:
+    def _restore(self, adapter: Adapter, rest: list[Adapter]) -> None:
         """Take the update out of the weights and set the flag; ``rest`` stays in them."""
         names = {weight_name(site) for other in rest for site in other.sites}
         if any(weight_name(site) in names for site in adapter.sites):
@@ -143,6 +156,19 @@ class AdapterHost(nn.ModuleDict):
                 vars(adapter)["merged"] = False
                 raise
         vars(adapter)["merged"] = False
+
+    def _check_order(
+        self,
+        enabling: Adapter | None = None,
+        *,
+        merging: Adapter | None = None,
+        unmerging: Adapter | None = None,
+    ) -> None:
+        """Refuse a change after which an adapter on the stream would meet a merged weight."""
+        adapters = self.adapters()
+        merged = [a for a in adapters if (a.merged or a is merging) and a is not unmerging]
+        beside = [a for a in adapters if (a.active or a is enabling) and a not in merged]
+        check_order(merged, beside)
 
     # Off the model
 
@@ -168,7 +194,7 @@ class AdapterHost(nn.ModuleDict):
             if not adapter.active:
                 undo.callback(self.disable, adapter)
             if not adapter.merged:
-                undo.callback(self.unmerge, adapter)
+                undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
             self._weights.settle(adapter)
             undo.pop_all()

@@ -15,6 +15,7 @@ from ..decomp import Network, Rank, Shape, StartLike, get_format
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
 from ._config import AdapterConfig, check_settings
 from ._group import Group, group_sites
+from ._stream import stream_sites
 from ._table import lora_count, network_table
 from ._targets import Targets, choose_sites, find_candidates
 
@@ -88,6 +89,7 @@ def plan(
     layers: int | Iterable[int] | None = None,
     init: StartLike = "invariant",
     gqa: str = "pool",
+    acts_on: str = "weights",
     share_residual: bool = False,
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
@@ -106,6 +108,7 @@ def plan(
         layers: as for `apply`.
         init: as for `apply`.
         gqa: as for `apply`.
+        acts_on: as for `apply`.
         share_residual: as for `apply`.
         rules: as for `apply`.
         generator: as for `apply`.
@@ -127,11 +130,10 @@ def plan(
           100 trainable parameters; LoRA of rank 2 on these 8 projections has 1,024
     """
     model = check_model(model)
-    check_settings(alpha, dropout, init)
+    check_settings(alpha, dropout, init, acts_on)
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
-    weights = {site: site_weight(model, site) for site in chosen}
-    check_whole(model, {site.path: weight for site, weight in weights.items()})
+    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     return plan_sites(
         chosen,
         decomposition,
@@ -140,10 +142,10 @@ def plan(
         dropout=dropout,
         init=init,
         gqa=gqa,
+        acts_on=acts_on,
         share_residual=share_residual,
         generator=generator,
-        device=device
-        or (lambda site: execution_device(model.get_submodule(site.path), weights[site])),
+        device=device or (lambda site: _device_of(model, site)),
         dtype=dtype,
     )
 
@@ -157,6 +159,7 @@ def plan_sites(
     dropout: float = 0.0,
     init: StartLike = "invariant",
     gqa: str = "pool",
+    acts_on: str = "weights",
     share_residual: bool = False,
     generator: torch.Generator | None = None,
     device: Device | Callable[[Site], Device] = None,
@@ -172,6 +175,7 @@ def plan_sites(
         dropout: as for `apply`.
         init: as for `apply`.
         gqa: as for `apply`.
+        acts_on: as for `apply`.
         share_residual: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
@@ -180,8 +184,9 @@ def plan_sites(
     Raises:
         ValueError: a bad argument.
     """
-    check_settings(alpha, dropout, init)
-    groups = group_sites(sites, gqa)
+    check_settings(alpha, dropout, init, acts_on)
+    on_stream = acts_on == "stream"
+    groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}
     for group in groups:
         options: dict[str, Any] = {"init": init, "generator": generator, "dtype": dtype}
@@ -197,6 +202,7 @@ def plan_sites(
         gqa=gqa,
         init=init if isinstance(init, str) else getattr(init, "__name__", "callable"),
         share_residual=share_residual,
+        acts_on=acts_on,
     )
     return Plan(tuple(groups), networks, config)
 
@@ -254,6 +260,10 @@ def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any
     if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
         return function(shape, options["rank"], **accepted)
     return function(shape, **accepted)
+
+
+def _device_of(model: nn.Module, site: Site) -> Device:
+    return execution_device(model.get_submodule(site.path), site_weight(model, site))
 
 
 def execution_device(module: nn.Module, weight: Any) -> Device:

@@ -28,7 +28,7 @@ def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]
                 group.sites[0].stack,
                 " ".join(group.roles),
                 str(shape["layer"]),
-                str(shape["head"]),
+                str(shape.get("head", "-")),
                 f"{shape['in']:,}",
                 f"{shape['out']:,}",
                 str(network.legs),

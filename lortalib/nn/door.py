@@ -6,7 +6,8 @@ A door does four things:
    `understood_sites` and `linear_sites`. `check_settings` and `check_whole` refuse before anything is made.
 2. It makes an `Adapter` of the plan with `make_adapter`, and registers it where its parameters shall be.
 3. It lets modules add the updates: `by_module` says which, `ModuleUpdate` is what one module adds,
-   ``update(x, y)``, and `may_write_output` tells whether y may be written in place.
+   ``update(x, y)``: x and y are the module's input and its output, or, as `Place` says for a tensor on the
+   stream, one of them twice. `may_write_output` tells whether y may be written in place.
 4. It watches: `watch_forwards` marks where forwards begin and end, so that the low-rank pairs of all layers
    are made once in each. `detach` takes those hooks off again.
 
@@ -35,11 +36,13 @@ from ._forward import (
     Handle,
     ModuleUpdate,
     Pair,
+    Place,
     add_update,
     by_module,
     detach,
     may_write_output,
     watch_forwards,
+    without_bias,
 )
 from ._plan import Plan, check_whole, plan, plan_sites
 from ._targets import choose_sites, find_candidates
@@ -50,6 +53,7 @@ __all__ = [
     "Handle",
     "ModuleUpdate",
     "Pair",
+    "Place",
     "Plan",
     "Values",
     "add_update",
@@ -67,6 +71,7 @@ __all__ = [
     "plan_sites",
     "understood_sites",
     "watch_forwards",
+    "without_bias",
 ]
 
 

@@ -115,6 +115,7 @@ class LortaConfig(PeftConfig):
         init_weights: True or ``"invariant"`` (no update at first; the first step does not depend on
             the rank), False or ``"normal"`` (random), ``"lorta"`` (the published start).
         gqa: ``"pool"`` or ``"split"``, as for `lortalib.nn.apply`.
+        acts_on: ``"weights"`` or ``"stream"``, as for `lortalib.nn.apply`.
         bias: only ``"none"``; it is there for those who write it out.
         ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
 
@@ -143,6 +144,7 @@ class LortaConfig(PeftConfig):
     trainable_token_indices: Union[list[int], dict[str, list[int]]] | None = None
     init_weights: Union[bool, str] = True
     gqa: str = "pool"
+    acts_on: str = "weights"
     ranks: dict[str, dict[str, int]] | None = None
     bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None
@@ -166,7 +168,7 @@ class LortaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if _are_names(getattr(self, name)):
                 setattr(self, name, set(getattr(self, name)))
-        check_settings(self.alpha, self.dropout, self.start)
+        check_settings(self.alpha, self.dropout, self.start, self.acts_on)
         if self.gqa not in ("pool", "split"):
             raise ValueError(f"gqa must be 'pool' or 'split'; found {self.gqa!r}")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..nn import Adapter, Site
-from ..nn.door import ModuleUpdate, Pair, add_update, may_write_output
+from ..nn.door import ModuleUpdate, Pair, Place, add_update, may_write_output, without_bias
 from ._sharded import divided_like, whole, whole_adapter
 
 
@@ -92,9 +92,10 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             self._check_names(x, names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or (names is None and self.merged):
-            return output
+            return self.base_layer(x, *args, **kwargs)
+        read = self._added(Place.INPUT, x, x, names)
+        output = self.base_layer(read, *args, **kwargs)
         if isinstance(output, tuple):  # quantised layers that return their scale beside the output
             return (self._with_updates(x, output[0], names), *output[1:])
         return self._with_updates(x, output, names)
@@ -104,13 +105,22 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         own = may_write_output(self.base_layer)
+        if any(slot.update.place is Place.OUTPUT for slot in self.lorta_slots.values()):
+            written = without_bias(self.get_base_layer(), y)
+            y = self._added(Place.OUTPUT, written, y, names)
+        return self._added(Place.BESIDE, x, y, names, own)
+
+    def _added(
+        self, place: Place, x: Tensor, y: Tensor, names: Sequence[str] | None, own: bool = False
+    ) -> Tensor:
+        """Return y with the updates for x of all adapters that act at one place."""
         if names is not None:
-            return self._add_by_row(x, y, names, own)
+            return self._add_by_row(place, x, y, names, own)
         for name in self.active_adapters:
             slot = self.lorta_slots.get(name)
-            if slot is not None:
+            if slot is not None and slot.update.place is place:
                 y = slot.update(x, y, own)
-                own = True
+                own = place is Place.BESIDE
         return y
 
     def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
@@ -125,9 +135,12 @@ class LortaLayer(nn.Module, BaseTunerLayer):
                 "`unmerge_adapter` first."
             )
 
-    def _add_by_row(self, x: Tensor, y: Tensor, names: Sequence[str], own: bool) -> Tensor:
+    def _add_by_row(
+        self, place: Place, x: Tensor, y: Tensor, names: Sequence[str], own: bool
+    ) -> Tensor:
         """Add to every row the update of the adapter named for it, all rows in two products."""
-        used = [name for name in dict.fromkeys(names) if name in self.lorta_slots]
+        here = {name for name, slot in self.lorta_slots.items() if slot.update.place is place}
+        used = [name for name in dict.fromkeys(names) if name in here]
         if not used:
             return y
         pairs = [self.lorta_slots[name].update.pair(y.dtype, y.device) for name in used]
@@ -149,7 +162,8 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         """Return what an adapter adds to the weight, whole and in the shape in which it is stored."""
         slot = self.lorta_slots[adapter]
         owner = whole_adapter(slot.adapter)
-        delta = sum(owner.delta(site) for site in slot.sites)
+        weight = self.get_base_weight() if self._unmerged is None else self._unmerged
+        delta = sum(owner.delta(site, whole(weight)) for site in slot.sites)
         assert isinstance(delta, Tensor)
         return delta.to(self.weight.device)
 

@@ -173,6 +173,7 @@ class LortaModel(BaseTuner):
             dropout=config.dropout,
             init=config.start,
             gqa=config.gqa,
+            acts_on=config.acts_on,
             device=torch.device("meta") if meta or config.ranks is not None else device,
         )
         if config.ranks is not None:  # as a weighted sum wrote them

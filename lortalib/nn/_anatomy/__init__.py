@@ -20,6 +20,7 @@ from .weights import (
     original_parameters,
     original_weight,
     site_weight,
+    through_weight,
 )
 from .wrappers import unwrapped
 
@@ -43,6 +44,7 @@ __all__ = [
     "original_weight",
     "site_weight",
     "sites",
+    "through_weight",
     "understood_sites",
     "unwrapped",
 ]

@@ -78,6 +78,19 @@ def as_stored(dense: Tensor, site: Site) -> Tensor:
     return dense if site.writer == site.transposed else dense.mT
 
 
+def through_weight(weight: Tensor, stream: Tensor, site: Site) -> Tensor:
+    """The change of a weight, as stored, whose module reads or writes the stream changed by a matrix.
+
+    Args:
+        weight: the base's, as stored.
+        stream: M (width, width), with ``x + M x`` in place of x; with a leading axis for packed experts.
+        site: where.
+    """
+    if site.writer == site.transposed:  # the stream is the last axis of the stored weight
+        return weight @ (stream.mT if site.writer else stream)
+    return (stream if site.writer else stream.mT) @ weight
+
+
 @lru_cache(maxsize=1024)
 def children_read_directly(cls: Any) -> frozenset[str]:
     """Children whose weight the class's own code reads as a tensor, so that hooks would be passed by.

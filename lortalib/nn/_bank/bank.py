@@ -281,6 +281,7 @@ def bank(
     targets: Targets = "qkvo",
     layers: int | Iterable[int] | None = None,
     gqa: str = "pool",
+    acts_on: str = "weights",
     share_residual: bool = False,
     rules: BlockRule | Sequence[BlockRule] = (),
     dtype: torch.dtype = torch.float32,
@@ -290,7 +291,7 @@ def bank(
 
     Args:
         model: the model; nothing of it is replaced. Hooks are on it until ``bank.remove()``.
-        decomposition, rank, targets, layers, gqa, rules: as for `apply`.
+        decomposition, rank, targets, layers, gqa, acts_on, rules: as for `apply`.
         capacity: how many adapters to make room for; the room doubles when it is used up.
         alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` brings its
             own scaling.
@@ -336,6 +337,7 @@ def bank(
         targets=targets,
         layers=layers,
         gqa=gqa,
+        acts_on=acts_on,
         share_residual=share_residual,
         rules=rules,
         device="meta",  # of the networks only legs and sizes are used

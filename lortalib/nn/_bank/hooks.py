@@ -12,11 +12,11 @@ from ..._torch import is_tracing
 from .._anatomy import Site
 from .._forward import (
     Handle,
-    OutputHook,
     add_update,
     by_module,
     detach,
-    may_write_output,
+    place_of,
+    put_hook,
     slots_of,
     watch_forwards,
 )
@@ -90,8 +90,8 @@ def _batch_size(sizes: Mapping[str, int], rows: int) -> int | None:
     return next(divided, next(iter(sizes.values()), None))
 
 
-class RowUpdateHook(OutputHook):
-    """Adds to every row of a module's output the update of the row's own adapter; a forward hook.
+class RowUpdate:
+    """Adds at a module to every row the update of the row's own adapter.
 
     Args:
         current: what the rows gathered.
@@ -103,22 +103,34 @@ class RowUpdateHook(OutputHook):
         self._current = current
         self._path = path
         self._slots = slots_of(current, sites)
+        self.place = place_of(self._slots)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Torch's forward hook: the module's output with the updates of the rows added."""
+    @property
+    def is_on(self) -> bool:
+        """Whether the rows of the forward under way have gathered anything."""
+        return self._current.get() is not None
+
+    def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
+        """Add the updates of the rows.
+
+        Args:
+            x: what they read, (rows, ..., features).
+            y: what they are added to.
+            may_write: whether nobody else uses y, so that it can be added to in place.
+
+        Raises:
+            ValueError: x does not have the rows of the batch.
+        """
         batch = self._current.get()
-        if batch is None:
-            return None
-        whole = isinstance(output, tuple)  # quantised layers return their scale beside the output
-        x, y = args[0], output[0] if whole else output
+        assert batch is not None, "a hook asks whether it is on"
         scope = self._current.scope
         batch.check(x, self._path, scope.running)
-        running, may_write = (None if is_tracing() else scope.running), may_write_output(module)
+        running = None if is_tracing() else scope.running
         for slot in self._slots:
             pair, users = batch.pair(slot, y.dtype, y.device), slot.source.users(slot.number)
             y = add_update(running, x, y, pair, users, 0.0, may_write)
             may_write = running is not None
-        return (y, *output[1:]) if whole else y
+        return y
 
 
 def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) -> None:
@@ -130,8 +142,8 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
         handles: gets what takes each hook off again. Where this fails, nothing is left on the model.
     """
     groups = [source.group for source in current.sources]
-    hooks = [
-        (model.get_submodule(path), RowUpdateHook(current, path, sites))
+    updates = [
+        (model.get_submodule(path), RowUpdate(current, path, sites))
         for path, sites in by_module(site for group in groups for site in group.sites)
     ]
     for source in current.sources:
@@ -142,8 +154,8 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
         # Behind the hook that begins a forward: the size belongs to that forward.
         size = BatchSizeHook(current, model)
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
-        for module, hook in hooks:
-            handles.append(module.register_forward_hook(hook))
+        for module, update in updates:
+            handles.append(put_hook(module, update))
     except BaseException:
         detach(handles)
         raise

@@ -230,7 +230,8 @@ def check_name(name: Hashable) -> None:
 
 def _meaning(group: Group) -> tuple[object, ...]:
     """What is equal for groups whose tensors of one shape make the same updates."""
-    return group.heads, group.layers, group.roles, [site.key for site in group.sites]
+    keys = [site.key for site in group.sites]
+    return group.heads, group.layers, group.roles, group.on_stream, keys
 
 
 def _wide(tensor: Tensor) -> Tensor:

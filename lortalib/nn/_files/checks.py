@@ -11,7 +11,7 @@ from torch import nn
 
 from ...decomp import Network
 from .._anatomy import Site
-from .._config import AdapterConfig, check_alpha
+from .._config import AdapterConfig, check_acts_on, check_alpha
 from .._plan import share_input_factor
 from .records import read_record, short
 from .schema import Description, SavedGroup, values_of
@@ -59,6 +59,7 @@ def _check_lengths(groups: Any) -> None:
 
 def _check_config(config: AdapterConfig) -> None:
     check_alpha(config.alpha)
+    check_acts_on(config.acts_on)
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout is {config.dropout}")
     if config.gqa not in ("pool", "split"):
@@ -94,6 +95,10 @@ def _check_groups(description: Description) -> None:
         for own, key, shape in zip(saved.parameters, saved.keys_in_file(), saved.shapes()):
             if owners.get(key) != shape:
                 raise ValueError(f"{saved.key_of(own)} would be shared with {short(key)}")
+    on_stream = description.config.acts_on == "stream"
+    for saved in description.groups:
+        if saved.group.on_stream != on_stream:
+            raise ValueError(f"the modes of group {short(saved.name)} do not fit acts_on")
     if description.config.share_residual:
         _check_shared_input(description.groups)
 
@@ -107,7 +112,8 @@ def _check_group(saved: SavedGroup) -> SavedGroup:
     if set(line.bonds(saved.modes)) != set(saved.ranks):
         raise ValueError(f"the ranks {short(saved.ranks)} of group {name} are not of its bonds")
     own = saved.parameters
-    if len(own) != len(line.terms) or len(set(own)) < len(own) or "" in own or "." in "".join(own):
+    alike = len(own) == len(line.terms) and [own.index(each) for each in own] == [*line.owners]
+    if not alike or "" in own or "." in "".join(own):
         raise ValueError(f"the parameters of group {name} are called {short(own)}")
     if set(saved.shared) - set(own):
         raise ValueError(f"the shared parameters of group {name} are {short(saved.shared)}")
@@ -121,7 +127,8 @@ def _check_group(saved: SavedGroup) -> SavedGroup:
         _check_site(site)
         if site.layer not in layers or site.role not in roles or group.heads % site.heads:
             raise ValueError(f"site {short(site.key)} is outside its group {name}")
-        if (site.width, site.head_dim, site.experts) != (
+        written = site.width if group.on_stream else site.head_dim
+        if (site.width, written, site.experts) != (
             saved.modes.get("in"), saved.modes.get("out"), saved.modes.get("expert", 0)
         ):  # fmt: skip
             raise ValueError(f"site {short(site.key)} does not fit the modes of {name}")

@@ -77,7 +77,7 @@ def export_lora(
         _check_shared(adapter, model)
         own = adapter.trained_modules
         trained_modules = own.values(model) if own.paths else {}
-    pairs = list(lora_pairs(adapter))
+    pairs = list(lora_pairs(adapter, model))
     rank = max(len(a) for _, a, _ in pairs)
     tensors = {}
     for path, a, b in pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from .._anatomy import (
 )
 from .._group import Group
 from .._plan import check_whole
+from .._stream import stream_sites
 from .folder import AdapterFileError
 from .saved import SavedAdapter
 from .schema import Description, values_of
@@ -45,18 +47,29 @@ def fit_groups(model: nn.Module, saved: SavedAdapter, rules: Rules) -> list[Grou
     """
     description = saved.description
     _check_trained(model, saved)
-    found = {site.key: site for site in _candidates(model, list(description.sites()), rules)}
+    on_stream = description.config.acts_on == "stream"
+    asked = _parts(description.sites()) if on_stream else list(description.sites())
+    known = _candidates(model, asked, rules)
+    if on_stream:
+        keys = {site.key for site in asked}
+        known = stream_sites(site for site in known if site.key in keys)
+    found = {site.key: site for site in known}
     _check_sizes(model, description, found)
     groups = []
     for each in description.groups:
         fitted = tuple(found[site.key] for site in each.sites)
-        groups.append(Group(each.name, each.group.heads, fitted, each.layers, each.roles))
+        groups.append(replace(each.group, sites=fitted))
     chosen = [site for group in groups for site in group.sites]
     check_experts(model, chosen)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     for path in description.trained_modules:
         _check_apart(model, path, chosen)
     return groups
+
+
+def _parts(sites: Iterable[Site]) -> list[Site]:
+    """Sites on the stream by each of the roles that they are made of."""
+    return [replace(site, role=role) for site in sites for role in site.role.split("+")]
 
 
 def _candidates(model: nn.Module, asked: list[Site], rules: Rules) -> list[Site]:

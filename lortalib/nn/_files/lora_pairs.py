@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...decomp import Network
 from .._adapter import Adapter
-from .._forward import ModuleUpdate, by_module
+from .._anatomy import Site
+from .._base_weights import BaseWeights
+from .._forward import ModuleUpdate, Place, by_module
 from .._trained_modules import TrainedModules
 from .tensors import plain
 
@@ -17,11 +19,15 @@ from .tensors import plain
 OUTPUT = "base_layer.out_proj"
 
 
-def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
+def lora_pairs(
+    adapter: Adapter, model: nn.Module | None = None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The update of every module as LoRA writes it.
 
     Args:
         adapter: an adapter, also one that is on no model.
+        model: whose weights a tensor on the stream acts through, where the adapter is on none; nothing
+            may be merged into them.
 
     Yields:
         Name of the module, A (p, features read) and B (features written, p), both float32:
@@ -30,21 +36,44 @@ def lora_pairs(adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
         theirs.
 
     Raises:
-        ValueError: weights that LoRA has no pair for (packed experts, weights read directly), or
-            factors without numbers.
+        ValueError: weights that LoRA has no pair for (packed experts, weights read directly), factors
+            without numbers, or a tensor on the stream without a model.
     """
     _check(adapter)
+    weights = _weights(adapter, model)
     adapter = _gathered(adapter)
     if any(tensor.is_meta for tensor in adapter.networks.parameters()):
         raise ValueError(f"adapter {adapter.name!r} is on the meta device: it has no numbers")
     with torch.no_grad():
         for path, sites in by_module(adapter.sites):
-            first, second = ModuleUpdate(adapter, sites).pair(torch.float32)
+            update = ModuleUpdate(adapter, sites)
+            first, second = update.pair(torch.float32)
+            if update.place is not Place.BESIDE:
+                weight = plain(weights(sites[0])).to(first)
+                weight = weight.mT if sites[0].transposed else weight
+                if update.place is Place.INPUT:
+                    second = second @ weight.mT
+                else:
+                    first = first @ weight
             yield path, first, second.mT
         for path in _attentions(adapter):  # PEFT adapts the output projection too
             width = next(site.width for site in adapter.sites if site.path == path)
             zeros = torch.zeros(1, width)
             yield f"{path}.{OUTPUT}", zeros, zeros.mT
+
+
+def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tensor]:
+    """What finds the weight of the base at a site."""
+    if adapter.is_on_model:
+        return adapter.base_weight
+    if model is not None:
+        return BaseWeights(model).base
+    if adapter.config.acts_on == "stream":
+        raise ValueError(
+            f"adapter {adapter.name!r} acts on the stream, so a LoRA of it needs the weights of its model: "
+            "load it onto the model, or pass model=..."
+        )
+    return adapter.base_weight  # never called
 
 
 def _gathered(adapter: Adapter) -> Adapter:

@@ -58,7 +58,8 @@ class SavedGroup:
     @property
     def group(self) -> Group:
         """The group, with the sites as they were saved."""
-        return Group(self.name, self.modes.get("head", 0), self.sites, self.layers, self.roles)
+        on_stream, heads = "head" not in self.modes, self.modes.get("head", 1)
+        return Group(self.name, heads, self.sites, self.layers, self.roles, on_stream)
 
     def keys_in_file(self) -> list[str]:
         """The tensor of the file that each parameter of the line is."""

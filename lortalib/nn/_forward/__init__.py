@@ -1,10 +1,20 @@
 """What runs in a forward. Knows no adapter, only the small protocols of ``update``."""
 
 from .attach import Handle, attach, detach
-from .hooks import UpdateHook, by_module, watch_forwards
+from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards
 from .pairs import Pair, PairSource
 from .scope import ForwardScope
-from .update import ModuleUpdate, OutputHook, Slot, add_update, may_write_output, slots_of
+from .update import (
+    ModuleUpdate,
+    OutputHook,
+    Place,
+    Slot,
+    add_update,
+    may_write_output,
+    place_of,
+    slots_of,
+    without_bias,
+)
 
 __all__ = [
     "ForwardScope",
@@ -13,13 +23,18 @@ __all__ = [
     "OutputHook",
     "Pair",
     "PairSource",
+    "Place",
     "Slot",
+    "Update",
     "UpdateHook",
     "add_update",
     "attach",
     "by_module",
     "detach",
     "may_write_output",
+    "place_of",
+    "put_hook",
     "slots_of",
     "watch_forwards",
+    "without_bias",
 ]

@@ -100,7 +100,8 @@ def _reader(name: str) -> Any:
         for adapter, site in module.__dict__.get(_UPDATES, ()):
             if site.parameter == name and adapter.active and not adapter.merged:
                 assert weight is not None
-                weight = weight + adapter.delta(site).to(weight.device, weight.dtype)
+                update = adapter.delta(site, module._parameters[name])
+                weight = weight + update.to(weight.device, weight.dtype)
         return weight
 
     return read

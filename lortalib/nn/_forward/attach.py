@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._group import Group
 from .added_weight import WeightHandle, add_to_weight
-from .hooks import UpdateHook, by_module, watch_forwards
+from .hooks import by_module, put_hook, watch_forwards
 from .update import AdapterLike, ModuleUpdate
 
 Handle = Union[RemovableHandle, WeightHandle]
@@ -38,8 +38,7 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
                 for site in sites:
                     handles.append(add_to_weight(module, adapter, site))
             else:
-                hook = UpdateHook(ModuleUpdate(adapter, sites))
-                handles.append(module.register_forward_hook(hook))
+                handles.append(put_hook(module, ModuleUpdate(adapter, sites)))
         for source in adapter.sources:
             source.prepare()
     except BaseException:

@@ -8,36 +8,98 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..._torch import is_tracing
 from .._anatomy import Site
 from .._group import Group
 from .scope import ForwardScope
-from .update import ModuleUpdate, OutputHook, may_write_output
+from .update import OutputHook, Place, may_write_output, without_bias
+
+
+class Update(Protocol):
+    """What is added at a module: an adapter's update, or that of a bank's rows."""
+
+    place: Place
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is to be added now."""
+
+    def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
+        """Return y with the update for x added."""
 
 
 class UpdateHook(OutputHook):
-    """A forward hook: adds a module's update while its adapter is active and not merged.
+    """A forward hook: adds an update to a module's output while it is on.
 
     An object and not a closure, so that it follows deepcopy and pickle. It holds no parameter: these
     belong to the adapter, and nothing of one forward outlives it.
     """
 
-    def __init__(self, update: ModuleUpdate) -> None:
+    def __init__(self, update: Update) -> None:
         self.update = update
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Torch's forward hook: the module's output with the update added."""
-        update = self.update
-        if not update.is_on:
+        if not self.update.is_on:
             return None
         if isinstance(output, tuple):  # quantised layers return their scale beside the output
-            return (update(args[0], output[0], may_write_output(module)), *output[1:])
-        return update(args[0], output, may_write_output(module))
+            return (self._added(module, args[0], output[0]), *output[1:])
+        return self._added(module, args[0], output)
+
+    def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self.update.place is Place.BESIDE:
+            return self.update(_before_updates(module, x), y, may_write_output(module))
+        before = _before_updates(module, y)
+        after = self.update(without_bias(module, before), y)
+        if len(module._forward_hooks) > 1:
+            _mark(module, after, before)
+        return after
+
+
+class InputHook:
+    """A forward pre-hook: adds an update to a module's input while it is on."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Torch's forward pre-hook: the module's arguments with the update added to the first."""
+        if not self.update.is_on:
+            return None
+        before = _before_updates(module, args[0])
+        after = self.update(before, args[0])
+        _mark(module, after, before)
+        return (after, *args[1:])
+
+
+def _mark(module: nn.Module, after: Tensor, before: Tensor) -> None:
+    """Let the other hooks of a module find what it was given before any update was added to it."""
+    after._lortalib_before = id(module), before  # type: ignore[attr-defined]
+
+
+def _before_updates(module: nn.Module, x: Tensor) -> Tensor:
+    """The input or output of a module as it was before hooks added updates to it: the updates of several
+    adapters add up, and none reads what another added."""
+    owner, before = getattr(x, "_lortalib_before", (None, x))
+    return before if owner == id(module) else x
+
+
+def put_hook(module: nn.Module, update: Update) -> RemovableHandle:
+    """Let a module add an update from now on.
+
+    Args:
+        module: the module.
+        update: what to add, where its place says.
+    """
+    if update.place is Place.INPUT:
+        return module.register_forward_pre_hook(InputHook(update))
+    # What reads the output has to see it before others add to it in place.
+    return module.register_forward_hook(UpdateHook(update), prepend=update.place is Place.OUTPUT)
 
 
 @dataclass(frozen=True)

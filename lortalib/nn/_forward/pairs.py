@@ -54,8 +54,9 @@ class ModuleSites:
 
     @property
     def writer(self) -> bool:
-        """Whether the residual stream is the output."""
-        return self.sites[0].writer
+        """Whether the pair's A is the second map, because the residual stream is the output of T's site; a
+        tensor on the stream reads and writes the same space."""
+        return self.sites[0].writer and not self.group.on_stream
 
     def in_parameters(self, cuts: Mapping[int, CutByMatrix]) -> tuple[int, ...] | None:
         """The parameters that A is made of, if all these sites have one A."""
@@ -174,6 +175,14 @@ class PairSource:
         self._recipes.clear()
         return len(self._signatures) - 1
 
+    def signature(self, number: int) -> ModuleSites:
+        """The first module that has this number.
+
+        Args:
+            number: what `add` returned.
+        """
+        return self._signatures[number]
+
     def prepare(self) -> None:
         """Plan all contractions now: what cannot be contracted fails here, and a compiler that saw it
         done later would compile twice."""
@@ -274,9 +283,10 @@ class PairSource:
                 continue
             matrix = cuts[site.heads].roles.index(site.role)
             a, b = (PairIndex(k, matrix % made[k].shape[-3]) for k in sides[site.heads])
-            places.append((b, a) if site.writer else (a, b))
+            places.append((b, a) if module.writer else (a, b))
         if places != self._places:
-            firsts = [first for first, _ in places]
+            # On the stream a writer has the A of the readers, and another x.
+            firsts = [(first, m.sites[0].writer) for (first, _), m in zip(places, self._signatures)]
             self._places, self._users = places, [firsts.count(first) for first in firsts]
         return made
 

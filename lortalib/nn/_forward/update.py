@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,8 +41,8 @@ class AdapterLike(UpdateOwner, Protocol):
     def dropout(self) -> float:
         """Probability of dropping an input feature in training."""
 
-    def delta(self, site: Site | str) -> Tensor:
-        """The dense update of one weight."""
+    def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
+        """The dense update of one weight, which is the base's."""
 
 
 class Slot(NamedTuple):
@@ -69,18 +70,44 @@ def slots_of(owner: UpdateOwner, sites: Sequence[Site]) -> list[Slot]:
     return slots
 
 
+class Place(Enum):
+    """Where a module's update reads and where it is added."""
+
+    BESIDE = "reads the input, is added to the output"
+    INPUT = "reads the input and is added to it"
+    OUTPUT = "reads the output without its bias, and is added to it"
+
+
+def place_of(slots: Sequence[Slot]) -> Place:
+    """Where the update of a module with these slots belongs: beside its weight, or on the stream."""
+    module = slots[0].source.signature(slots[0].number)
+    if not module.group.on_stream:
+        return Place.BESIDE
+    return Place.OUTPUT if module.sites[0].writer else Place.INPUT
+
+
+def without_bias(module: nn.Module, y: Tensor) -> Tensor:
+    """The output of a linear map without its bias, which is no product with the weight."""
+    bias = getattr(module, "bias", None)
+    return y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
+
+
 class ModuleUpdate:
-    """The update of one module: ``update(x, y)`` is its output y with the update for x added.
+    """The update of one module: ``update(x, y)`` is y with the update for x added.
 
     Args:
         owner: the adapter.
         sites: the sites of the module.
+
+    Attributes:
+        place: what x and y are: the module's input and its output, or the same one of them twice.
     """
 
     def __init__(self, owner: AdapterLike, sites: Sequence[Site]) -> None:
         self.owner = owner
         self.sites = tuple(sites)
         self.slots = slots_of(owner, sites)
+        self.place = place_of(self.slots)
 
     @property
     def is_on(self) -> bool:
@@ -91,8 +118,8 @@ class ModuleUpdate:
         """Add the update.
 
         Args:
-            x: the module's input, (..., features read).
-            y: the module's output, (..., features written).
+            x: what it reads, (..., features).
+            y: what it is added to, (..., features).
             may_write: whether nobody else uses y, so that it can be added to in place.
         """
         owner = self.owner
@@ -109,7 +136,7 @@ class ModuleUpdate:
         return y
 
     def pair(self, dtype: torch.dtype, device: torch.device | None = None) -> Pair:
-        """The whole update as one pair: first (p, features read), second (p, features written).
+        """The whole update as one pair: first (p, features of x), second (p, features of y).
 
         Args:
             dtype: of the result.
