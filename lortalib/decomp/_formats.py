@@ -9,14 +9,20 @@ import torch
 
 from ._build import Rank, build
 from ._legs import Legs
+from ._lines import (
+    cp_line,
+    cp_matrix_line,
+    indscal_line,
+    rescal_line,
+    tt_line,
+    tt_ranks,
+    tucker_line,
+    tucker_ranks,
+)
 from ._modes import Shape, ShapeLike
 from ._network import Network
 from ._notation import abbreviated, closest
 from ._start import StartLike
-
-#: The order of a tensor train: that of MetaTT-5D and, with a task, of MetaTT-(4+1)D.
-_TRAIN = ("in", "layer", "task", "expert", "matrix", "head", "out")
-_TUCKER = dict(zip(("in", "out", "head", "layer", "matrix", "task", "expert"), "pqstuvw"))
 
 
 @dataclass(frozen=True)
@@ -87,87 +93,6 @@ class Format:
             device=device,
             dtype=dtype,
         )
-
-
-def _cp_line(shape: Shape) -> str:
-    modes = _ordered(shape, ("in", "out", "head", "layer", "matrix", "task", "expert"))
-    bond = _fresh(shape, "r")
-    return ", ".join(f"{mode} {bond}" for mode in modes)
-
-
-def _cp_matrix_line(shape: Shape) -> str:
-    slices = Shape({mode: size for mode, size in shape.items() if mode != "matrix"})
-    own = "matrix " * ("matrix" in shape)
-    return ", ".join(own + term for term in _cp_line(slices).split(", "))
-
-
-def _tucker_bonds(shape: Shape) -> dict[str, str]:
-    free = iter("abcdefghijklmno")
-    return {mode: _fresh(shape, _TUCKER.get(mode) or next(free)) for mode in shape}
-
-
-def _tucker_line(shape: Shape) -> str:
-    bonds = _tucker_bonds(shape)
-    modes = _ordered(shape, tuple(_TUCKER))
-    factors = [f"{mode} {bonds[mode]}" for mode in modes]
-    return ", ".join([*factors, " ".join(bonds[mode] for mode in modes)])
-
-
-def _tt_line(shape: Shape) -> str:
-    return train_line(_ordered(shape, _TRAIN), shape)
-
-
-def train_line(modes: Sequence[str], shape: Shape) -> str:
-    """The line of a tensor train through ``modes`` in this order."""
-    bonds = [_fresh(shape, letter) for letter in "abcdefghijklmnop"[: len(modes) - 1]]
-    left, right = ["", *bonds], [*bonds, ""]
-    return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
-
-
-def _indscal_line(shape: Shape) -> str:
-    bond = _fresh(shape, "r")
-    return f"in {bond}, out {bond} (tied), {' '.join([*_slices(shape), bond])}"
-
-
-def _rescal_line(shape: Shape) -> str:
-    p, q = _fresh(shape, "p"), _fresh(shape, "q")
-    return f"in {p}, out {q} (tied), {' '.join([*_slices(shape), p, q])}"
-
-
-def _slices(shape: Shape) -> list[str]:
-    """The modes beside in and out: each of their values is one matrix."""
-    return _ordered(
-        Shape({mode: size for mode, size in shape.items() if mode not in ("in", "out")}),
-        ("layer", "head", "matrix"),
-    )
-
-
-def _ordered(shape: Shape, order: Sequence[str]) -> list[str]:
-    known = [mode for mode in order if mode in shape]
-    return known + [mode for mode in shape if mode not in order]
-
-
-def _fresh(shape: Shape, name: str) -> str:
-    while name in shape:
-        name += "_"
-    return name
-
-
-def _tucker_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
-    """One rank for each axis of the tensor, as TensorLy reads them."""
-    if len(rank) != len(shape):
-        raise ValueError(
-            f"{len(rank)} Tucker ranks were given, {tuple(rank)}, for the {len(shape)} modes "
-            f"{', '.join(shape)}"
-        )
-    return {bond: rank[k] for k, bond in enumerate(_tucker_bonds(shape).values())}
-
-
-def _tt_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
-    """The inner ranks along the train; TensorLy's outer ranks of 1 may stand around them."""
-    if len(rank) == len(shape) + 1 and rank[0] == rank[-1] == 1:
-        return tuple(rank[1:-1])
-    return rank
 
 
 #: Every named format, by name. Entries are added with `register_format`.
@@ -260,22 +185,18 @@ def _key(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-register_format("cp", _cp_line, "CP (canonical polyadic); LoRTA, arXiv 2410.04060")
+register_format("cp", cp_line, "CP (canonical polyadic); LoRTA, arXiv 2410.04060")
 
 
 cp_matrix = register_format(
-    "cp_matrix", _cp_matrix_line, "CP of each slice T[matrix]: q, k, v and o share nothing"
+    "cp_matrix", cp_matrix_line, "CP of each slice T[matrix]: q, k, v and o share nothing"
 )
 
 
-register_format(
-    "tucker", _tucker_line, "Tucker: a factor for each mode and one core", _tucker_ranks
-)
+register_format("tucker", tucker_line, "Tucker: a factor for each mode and one core", tucker_ranks)
 
 
-register_format(
-    "tt", _tt_line, "tensor train in the order of MetaTT-5D, arXiv 2506.09105", _tt_ranks
-)
+register_format("tt", tt_line, "tensor train in the order of MetaTT-5D, arXiv 2506.09105", tt_ranks)
 
 
 metatt_4d = register_format(
@@ -340,7 +261,7 @@ block_term = register_format(
 
 indscal = register_format(
     "indscal",
-    _indscal_line,
+    indscal_line,
     "INDSCAL (Carroll and Chang 1970): symmetric slices A^T diag(c) A, one A for all",
     symmetric=True,
 )
@@ -348,7 +269,7 @@ indscal = register_format(
 
 rescal = register_format(
     "rescal",
-    _rescal_line,
+    rescal_line,
     "RESCAL (Nickel et al. 2011), DEDICOM: slices A^T C A, one A for all",
     symmetric=True,
 )

@@ -73,8 +73,9 @@ def invariant(
     quantity where the zero parameter carries ``out``, and does not depend on the rank either.
 
     The parameter that carries ``in`` keeps unit gain (variance 1/n_in, as in LoRA); the rest have
-    entries of one common size. One that is tied stands in the product once for each of its terms. Within these variances a parameter with several bonds is
-    semi-orthogonal in each slice of its modes, and short mode factors are signs.
+    entries of one common size. One that is tied stands in the product once for each of its terms. Within
+    these variances a parameter with several bonds is semi-orthogonal in each slice of its modes, and short
+    mode factors are signs.
     """
     tensors = normal(legs, sizes, modes, randn)
     tensors[legs.zero].zero_()

@@ -18,8 +18,9 @@ from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
-from ._formats import get_format, train_line
+from ._formats import get_format
 from ._legs import Legs
+from ._lines import train_line
 from ._modes import LORTA_MODES, Shape
 from ._network import Network
 from ._tensor_network import TensorNetwork

@@ -16,7 +16,7 @@ from ._anatomy import Site
 from ._config import AdapterConfig
 from ._forward import ForwardScope, PairSource
 from ._group import Group
-from ._table import lora_count, network_table
+from ._table import describe
 from ._trained_modules import TrainedModules
 
 
@@ -338,30 +338,5 @@ class Adapter(nn.Module):
         return export_lora(self, folder)
 
     def __repr__(self) -> str:
-        return describe(self)
-
-
-def describe(adapter: Adapter) -> str:
-    """What is updated, with how many parameters, and how many LoRA would need."""
-    config = adapter.config
-    networks = {group.name: adapter.network(group) for group in adapter.groups}
-    rank = max((n for net in networks.values() for n in net.ranks.values()), default=1)
-    model = adapter.model if adapter.is_on_model else None
-    owner = f" on {type(model).__name__}" if model is not None else ", removed from its model"
-    state = "merged" if adapter.merged else "active" if adapter.active else "not active"
-    count, lora = adapter.count(), lora_count(adapter.groups, rank)
-    part = ""
-    if model is not None:
-        ours = {id(p) for p in adapter.parameters()}
-        base = sum(p.numel() for p in model.parameters() if id(p) not in ours)
-        part = f", {100 * count / base:.3g} % of the model's {base:,}"
-    lines = [
-        f"Adapter {adapter.name!r}{owner} ({state}): {config.decomposition}, "
-        f"scaling {config.scaling:g}, dropout {config.dropout:g}",
-        *network_table(adapter.groups, networks),
-        f"  {count:,} trainable parameters{part}; LoRA of rank {rank} on these {len(adapter.sites)} "
-        f"projections has {lora:,} ({lora / max(1, count):.3g} times as many)",
-    ]
-    if adapter.trained_modules.paths:
-        lines.append(f"  trained as a whole: {', '.join(adapter.trained_modules.paths)}")
-    return "\n".join(lines)
+        networks = {group.name: self.network(group) for group in self.groups}
+        return describe(self, networks)

@@ -70,7 +70,8 @@ def apply(
         rules: rows that explain a remote-code model; see `sites`.
         verify_with: example inputs of the model. The plan of the attention is compared with one forward of
             the live model before anything is changed (see `lortalib.nn.verify`); that of the MLP, and of
-            all that acts on the stream, by its effect (see `lortalib.nn.check_effect`), and where it has none the adapter is taken off again.
+            all that acts on the stream, by its effect (see `lortalib.nn.check_effect`), and where it has
+            none the adapter is taken off again.
         freeze: whether all else of the model stops requiring gradients.
         generator: source of randomness for the start.
         dtype: of the factors; computation follows the model's dtype.

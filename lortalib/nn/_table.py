@@ -2,10 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+from torch import nn
 
 from ..decomp import TensorNetwork
+from ._anatomy import Site
+from ._config import AdapterConfig
 from ._group import Group
+from ._trained_modules import TrainedModules
+
+
+class Described(Protocol):
+    """An adapter, as far as it is put into words."""
+
+    name: str
+    config: AdapterConfig
+    groups: tuple[Group, ...]
+    active: bool
+    merged: bool
+    trained_modules: TrainedModules
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every projection that it updates."""
+
+    @property
+    def is_on_model(self) -> bool:
+        """Whether a model carries it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that carries it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything of it that trains."""
+
+    def count(self) -> int:
+        """How many parameters its networks have."""
+
+
+def describe(adapter: Described, networks: Mapping[str, TensorNetwork]) -> str:
+    """What an adapter updates, with how many parameters, and how many LoRA would need.
+
+    Args:
+        adapter: the adapter.
+        networks: its networks by name of the group.
+    """
+    config = adapter.config
+    rank = max((n for net in networks.values() for n in net.ranks.values()), default=1)
+    model = adapter.model if adapter.is_on_model else None
+    owner = f" on {type(model).__name__}" if model is not None else ", removed from its model"
+    state = "merged" if adapter.merged else "active" if adapter.active else "not active"
+    count, lora = adapter.count(), lora_count(adapter.groups, rank)
+    part = ""
+    if model is not None:
+        ours = {id(p) for p in adapter.parameters()}
+        base = sum(p.numel() for p in model.parameters() if id(p) not in ours)
+        part = f", {100 * count / base:.3g} % of the model's {base:,}"
+    lines = [
+        f"Adapter {adapter.name!r}{owner} ({state}): {config.decomposition}, "
+        f"scaling {config.scaling:g}, dropout {config.dropout:g}",
+        *network_table(adapter.groups, networks),
+        f"  {count:,} trainable parameters{part}; LoRA of rank {rank} on these {len(adapter.sites)} "
+        f"projections has {lora:,} ({lora / max(1, count):.3g} times as many)",
+    ]
+    if adapter.trained_modules.paths:
+        lines.append(f"  trained as a whole: {', '.join(adapter.trained_modules.paths)}")
+    return "\n".join(lines)
 
 
 def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]) -> list[str]:

@@ -1,0 +1,99 @@
+"""Writes the lines of the formats that depend on the modes, and reads ranks given as tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ._build import Rank
+from ._modes import Shape
+
+#: The order of a tensor train: that of MetaTT-5D and, with a task, of MetaTT-(4+1)D.
+_TRAIN = ("in", "layer", "task", "expert", "matrix", "head", "out")
+_TUCKER = dict(zip(("in", "out", "head", "layer", "matrix", "task", "expert"), "pqstuvw"))
+
+
+def cp_line(shape: Shape) -> str:
+    """The line of CP: a factor for each mode."""
+    modes = _ordered(shape, ("in", "out", "head", "layer", "matrix", "task", "expert"))
+    bond = _fresh(shape, "r")
+    return ", ".join(f"{mode} {bond}" for mode in modes)
+
+
+def cp_matrix_line(shape: Shape) -> str:
+    """The line of a CP for each slice T[matrix]."""
+    slices = Shape({mode: size for mode, size in shape.items() if mode != "matrix"})
+    own = "matrix " * ("matrix" in shape)
+    return ", ".join(own + term for term in cp_line(slices).split(", "))
+
+
+def _tucker_bonds(shape: Shape) -> dict[str, str]:
+    free = iter("abcdefghijklmno")
+    return {mode: _fresh(shape, _TUCKER.get(mode) or next(free)) for mode in shape}
+
+
+def tucker_line(shape: Shape) -> str:
+    """The line of Tucker: a factor for each mode and a core."""
+    bonds = _tucker_bonds(shape)
+    modes = _ordered(shape, tuple(_TUCKER))
+    factors = [f"{mode} {bonds[mode]}" for mode in modes]
+    return ", ".join([*factors, " ".join(bonds[mode] for mode in modes)])
+
+
+def tt_line(shape: Shape) -> str:
+    """The line of a tensor train in the order of MetaTT."""
+    return train_line(_ordered(shape, _TRAIN), shape)
+
+
+def train_line(modes: Sequence[str], shape: Shape) -> str:
+    """The line of a tensor train through ``modes`` in this order."""
+    bonds = [_fresh(shape, letter) for letter in "abcdefghijklmnop"[: len(modes) - 1]]
+    left, right = ["", *bonds], [*bonds, ""]
+    return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
+
+
+def indscal_line(shape: Shape) -> str:
+    """The line of INDSCAL: A^T diag(c) A for each slice."""
+    bond = _fresh(shape, "r")
+    return f"in {bond}, out {bond} (tied), {' '.join([*_slices(shape), bond])}"
+
+
+def rescal_line(shape: Shape) -> str:
+    """The line of RESCAL: A^T C A for each slice."""
+    p, q = _fresh(shape, "p"), _fresh(shape, "q")
+    return f"in {p}, out {q} (tied), {' '.join([*_slices(shape), p, q])}"
+
+
+def _slices(shape: Shape) -> list[str]:
+    """The modes beside in and out: each of their values is one matrix."""
+    return _ordered(
+        Shape({mode: size for mode, size in shape.items() if mode not in ("in", "out")}),
+        ("layer", "head", "matrix"),
+    )
+
+
+def _ordered(shape: Shape, order: Sequence[str]) -> list[str]:
+    known = [mode for mode in order if mode in shape]
+    return known + [mode for mode in shape if mode not in order]
+
+
+def _fresh(shape: Shape, name: str) -> str:
+    while name in shape:
+        name += "_"
+    return name
+
+
+def tucker_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
+    """One rank for each axis of the tensor, as TensorLy reads them."""
+    if len(rank) != len(shape):
+        raise ValueError(
+            f"{len(rank)} Tucker ranks were given, {tuple(rank)}, for the {len(shape)} modes "
+            f"{', '.join(shape)}"
+        )
+    return {bond: rank[k] for k, bond in enumerate(_tucker_bonds(shape).values())}
+
+
+def tt_ranks(shape: Shape, rank: Sequence[int]) -> Rank:
+    """The inner ranks along the train; TensorLy's outer ranks of 1 may stand around them."""
+    if len(rank) == len(shape) + 1 and rank[0] == rank[-1] == 1:
+        return tuple(rank[1:-1])
+    return rank

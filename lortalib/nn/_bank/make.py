@@ -1,0 +1,102 @@
+"""Makes a bank on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+
+import torch
+from torch import nn
+
+from ...decomp import Rank
+from .._anatomy import BlockRule, check_model, site_weight
+from .._plan import Decomposition, plan
+from .._targets import Targets
+from .bank import Bank
+from .hooks import check_rows
+
+
+def bank(
+    model: nn.Module,
+    decomposition: Decomposition = "cp",
+    rank: Rank = 8,
+    *,
+    capacity: int = 64,
+    alpha: float = 1.0,
+    targets: Targets = "qkvo",
+    layers: int | Iterable[int] | None = None,
+    gqa: str = "pool",
+    acts_on: str = "weights",
+    share_residual: bool = False,
+    rules: BlockRule | Sequence[BlockRule] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Bank:
+    """Make a store of many adapters of one shape on a model, for batches in which rows differ.
+
+    Args:
+        model: the model; nothing of it is replaced. Hooks are on it until ``bank.remove()``.
+        decomposition, rank, targets, layers, gqa, acts_on, rules: as for `apply`.
+        capacity: how many adapters to make room for; the room doubles when it is used up.
+        alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` brings its
+            own scaling.
+        share_residual: as for `apply`; every network then stores the shared factor.
+        dtype: in which the parameters are kept: float64, float32, bfloat16, float16, float8_e5m2 or
+            float8_e4m3fn. Pairs are computed in the wider of it and the model's dtype.
+        device: where they are kept, by default with the model's weights (in main memory where these
+            have no values yet). What a batch gathers moves to the model, so a bank can lie in main
+            memory beside a model on a GPU.
+
+    Returns:
+        The empty `Bank`.
+
+    Raises:
+        UnsupportedModelError: the model's attention was not, or not wholly, found.
+        ValueError: a bad argument; or projections that the rows of a batch cannot share: packed
+            experts, weights read directly, and attention that puts time before batch. The model is
+            then as it was.
+
+    Example:
+        >>> import torch, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, vocab_size=50,
+        ...                              num_attention_heads=4, intermediate_size=64)).eval()
+        >>> bank = lortalib.nn.bank(model, "cp", rank=2)
+        >>> for name in ("ann", "bob"):
+        ...     adapter = lortalib.nn.apply(model, "cp", rank=2, init="normal")
+        ...     bank[name] = adapter
+        ...     adapter.remove()
+        >>> with bank.using(["bob", None, "ann"]):
+        ...     output = model(torch.tensor([[3, 14], [15, 9], [26, 5]]))
+        >>> len(bank), bank.count()
+        (2, 100)
+    """
+    if not isinstance(capacity, Integral) or capacity < 1:
+        raise ValueError(f"capacity must be a positive integer; found {capacity!r}")
+    model = check_model(model)
+    planned = plan(
+        model,
+        decomposition,
+        rank,
+        alpha=alpha,
+        targets=targets,
+        layers=layers,
+        gqa=gqa,
+        acts_on=acts_on,
+        share_residual=share_residual,
+        rules=rules,
+        device="meta",  # of the networks only legs and sizes are used
+    )
+    for site in planned.sites:
+        check_rows(model, site)
+    if device is None:
+        own = getattr(site_weight(model, planned.sites[0]), "device", None)
+        device = "cpu" if own is None or own.type == "meta" else own
+    return Bank(
+        model,
+        planned,
+        capacity=int(capacity),
+        dtype=dtype,
+        device=torch.device(device),
+        rules=rules,
+    )

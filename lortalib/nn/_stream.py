@@ -1,0 +1,102 @@
+"""Tensors that act on the residual stream: S[layer, matrix, in, out] in place of T.
+
+A projection that reads the stream reads ``x + x S`` in place of x; one that writes it writes ``y + y S`` in
+place of y (its bias apart). The far side comes from the frozen weight, so heads have no part in it: the
+sites of one module are one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from ._anatomy import Site, UnsupportedModelError
+from ._base_weights import weight_name
+from ._config import AdapterConfig
+
+
+def stream_sites(sites: Iterable[Site]) -> list[Site]:
+    """The sites of a tensor on the stream: one for each weight, with one head and every feature.
+
+    The role of a fused projection is that of its parts: ``"q+k+v"``.
+
+    Args:
+        sites: as the anatomy has them.
+
+    Raises:
+        UnsupportedModelError: a fused projection of which only a part is asked for.
+
+    Example:
+        >>> site = Site("decoder", 0, "q", "q_proj", heads=4, query_heads=4, head_dim=8, width=16,
+        ...             writer=False)
+        >>> [(each.role, each.heads, each.head_dim) for each in stream_sites([site])]
+        [('q', 1, 32)]
+    """
+    members: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        members[weight_name(site)].append(site)
+    return [_whole(name, parts) for name, parts in members.items()]
+
+
+def _whole(name: str, parts: Sequence[Site]) -> Site:
+    """The sites of one weight as one."""
+    first = parts[0]
+    features = sum(site.features for site in parts)
+    if first.fused not in (None, features):
+        raise UnsupportedModelError(
+            f"{name} has {first.fused} features, of which {features} are asked for "
+            f"({', '.join(site.role for site in parts)}). A tensor on the stream changes what the whole "
+            "module reads: add the other parts to targets, leave the module out, or use "
+            "acts_on='weights'"
+        )
+    return replace(
+        first,
+        role="+".join(site.role for site in parts),
+        heads=1,
+        query_heads=1,
+        head_dim=features,
+        rows=None,
+        fused=None,
+    )
+
+
+class OnModel(Protocol):
+    """An adapter on a model, as far as others have to stay apart from it."""
+
+    name: str
+    active: bool
+    merged: bool
+    config: AdapterConfig
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every projection that it updates."""
+
+
+def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
+    """Refuse a state in which a tensor on the stream would meet a weight that others are merged into.
+
+    ``W (x + x S)`` with W the merged weight would hold the product of the two updates, which belongs to
+    neither.
+
+    Args:
+        merged: the adapters that would stand in the weights.
+        unmerged: those that would be active beside them.
+
+    Raises:
+        ValueError: there is such a weight.
+    """
+    into = {weight_name(site): adapter.name for adapter in merged for site in adapter.sites}
+    for adapter in unmerged:
+        if adapter.config.acts_on != "stream":
+            continue
+        for site in adapter.sites:
+            other = into.get(weight_name(site))
+            if other is not None:
+                raise ValueError(
+                    f"adapter {adapter.name!r} acts on the stream that {site.path} reads or writes, so "
+                    f"{other!r} cannot stand in that weight while {adapter.name!r} is active and not "
+                    f"merged. Call disable() on {adapter.name!r} first; merge() makes it take part again"
+                )
