@@ -98,7 +98,14 @@ def plan(options: Namespace, output: Output) -> bool:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
-                    planned = lnn.plan(model, name, rank, targets=options.targets, device="meta")
+                    planned = lnn.plan(
+                        model,
+                        name,
+                        rank,
+                        targets=options.targets,
+                        acts_on=options.acts_on,
+                        device="meta",
+                    )
             except LegsError as error:  # a format that cannot carry a mode does not stop the others
                 reason = str(error).partition("\n")[0].removesuffix(", in")
                 rows.append(_row(name, None, (None,) * len(_COUNTS), reason))
@@ -268,9 +275,18 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
 
 def export_lora(options: Namespace, output: Output) -> bool:
     """Write an adapter as a LoRA of PEFT: ``export-lora FOLDER OUT``."""
-    adapter = lnn.read(options.folder)
     base = lnn.read_description(options.folder)["base_model"].get("name")
-    folder = lnn.export_lora(adapter, options.out, base_model=base)
+    if options.model is None:
+        adapter = lnn.read(options.folder)
+        if adapter.config.acts_on == "stream":
+            raise ValueError(
+                f"the adapter in {options.folder} acts on the residual stream, so a LoRA of it is a product "
+                "with the weights of its model: give --model"
+            )
+    else:
+        model = load(options.model, "float32", options.trust_remote_code)
+        adapter = lnn.load(model, options.folder)
+    folder = lnn.export_lora(adapter, options.out, base_model=options.model or base)
     findings = {
         "adapter": options.folder,
         "written": str(folder),

@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--decomposition", nargs="+", default=["cp", "tucker", "tt", "lotr", "lora"], metavar="D"
     )
+    plan.add_argument(
+        "--acts-on",
+        default="weights",
+        choices=("weights", "stream"),
+        help="what the tensor changes (default: weights)",
+    )
     sites = command("sites", "what would be adapted in a model, and as what", "MODEL")
     for sub in (plan, sites):
         sub.add_argument("--targets", default="qkvo", help="qkvo, mlp, all (default: qkvo)")
@@ -75,12 +81,17 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)",
     )
-    command("export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT")
-    for sub in (plan, sites, check, merge):
+    export = command(
+        "export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT"
+    )
+    export.add_argument(
+        "--model", help="folder or name; needed where the adapter acts on the residual stream"
+    )
+    for sub in (plan, sites, check, merge, export):
         sub.add_argument(
             "--trust-remote-code",
             action="store_true",
-            help="run code that comes with the model" + " (of --model)" * (sub is check),
+            help="run code that comes with the model" + " (of --model)" * (sub in (check, export)),
         )
     return parser
 

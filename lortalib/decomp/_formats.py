@@ -10,10 +10,13 @@ import torch
 from ._build import Rank, build
 from ._legs import Legs
 from ._lines import (
+    block_term_line,
+    cara_line,
     cp_line,
     cp_matrix_line,
     indscal_line,
     rescal_line,
+    ring_line,
     tt_line,
     tt_ranks,
     tucker_line,
@@ -213,11 +216,7 @@ metatt_41d = register_format(
 )
 
 
-ring = register_format(
-    "ring",
-    "in e a, layer a b, matrix b c, head c d, out d e",
-    "tensor ring: a train whose ends are joined",
-)
+ring = register_format("ring", ring_line, "tensor ring: a train whose ends are joined")
 
 
 lotr = register_format(
@@ -230,7 +229,7 @@ fact_tk = register_format(
 )
 
 
-cara = register_format("cara", "in r, out r, head r, layer matrix r", "CaRA, its attention part")
+cara = register_format("cara", cara_line, "CaRA, its attention part")
 
 
 lora = register_format(
@@ -252,11 +251,7 @@ vera = register_format(
 )
 
 
-block_term = register_format(
-    "block_term",
-    "in p n, out q n, head s n, layer t n, matrix u n, p q s t u n",
-    "block term: n Tucker tensors added up",
-)
+block_term = register_format("block_term", block_term_line, "block term: n Tucker tensors added up")
 
 
 indscal = register_format(

@@ -37,7 +37,8 @@ class Legs:
                 last.
 
         Raises:
-            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, a line of
+            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, one beside
+                ``(tied)``, a line of
                 more than 10,000 characters, 64 parameters or 52 legs, a name of more than 100.
 
         Example:
@@ -81,9 +82,9 @@ class Legs:
         Raises:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
                 not have, a bond that only one parameter carries, ``in`` on several parameters,
-                more than one parameter marked ``(zero)``, one both frozen and zero, a tied one
-                without a parameter before it, with another number of legs or a mark of its own,
-                more parameters or legs than `parse` reads.
+                more than one parameter marked ``(zero)``, one both frozen and zero, or tied and zero,
+                a tied one without a parameter before it or with another number of legs, more
+                parameters or legs than `parse` reads.
 
         Example:
             >>> Legs.parse("in r, out r").check(["in", "out"])
@@ -140,10 +141,9 @@ class Legs:
                     "legs; found another in",
                     *self._at(term.legs[0], k),
                 )
-            if term.frozen or term.zero or self.terms[self.owners[k]].zero:
+            if self.terms[self.owners[k]].zero:
                 raise LegsError(
-                    "a parameter that is used twice takes its mark (frozen) where it stands first, and "
-                    "cannot be (zero): its gradient would be zero too; found in",
+                    "a parameter that is used twice cannot be (zero): its gradient would be zero too; in",
                     *self._at(term.legs[0], k),
                 )
 

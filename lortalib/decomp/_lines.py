@@ -51,6 +51,27 @@ def train_line(modes: Sequence[str], shape: Shape) -> str:
     return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
 
 
+def ring_line(shape: Shape) -> str:
+    """The line of a tensor ring: a train whose last bond joins its ends."""
+    modes = _ordered(shape, _TRAIN)
+    bonds = [_fresh(shape, letter) for letter in "abcdefghijklmnop"[: len(modes)]]
+    return ", ".join(f"{mode} {bonds[k - 1]} {bonds[k]}" for k, mode in enumerate(modes))
+
+
+def cara_line(shape: Shape) -> str:
+    """The line of CaRA: CP with one factor for all modes beside in, out and head."""
+    bond = _fresh(shape, "r")
+    slices = [mode for mode in _slices(shape) if mode != "head"]
+    factors = [*(mode for mode in ("in", "out", "head") if mode in shape), " ".join(slices)]
+    return ", ".join(f"{legs} {bond}" for legs in factors if legs)
+
+
+def block_term_line(shape: Shape) -> str:
+    """The line of a block-term decomposition: Tucker with one more bond on every parameter."""
+    block = _fresh(shape, "n")
+    return ", ".join(f"{term} {block}" for term in tucker_line(shape).split(", "))
+
+
 def indscal_line(shape: Shape) -> str:
     """The line of INDSCAL: A^T diag(c) A for each slice."""
     bond = _fresh(shape, "r")

@@ -48,7 +48,7 @@ class Term:
 
     Attributes:
         legs: names of its axes.
-        frozen: whether it is not trained.
+        frozen: whether it is not trained; a tied one is as the parameter is.
         zero: whether it is the one that starts at zero.
         tied: whether it is the parameter before it once more, axis by axis, with other legs.
     """
@@ -60,7 +60,7 @@ class Term:
     spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
-        marks = [mark for mark in _MARKS if getattr(self, mark)]
+        marks = ["tied"] if self.tied else [mark for mark in _MARKS if getattr(self, mark)]
         return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
 
     def without(self, gone: Iterable[str]) -> Term:
@@ -138,6 +138,14 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
         if not names:
             raise LegsError("a parameter without legs in", line, (at, at + 1))
         marked = dict.fromkeys(marks, True)
+        if "tied" in marked and len(marked) > 1:
+            raise LegsError(
+                "a tied parameter takes its marks where it stands first, so (tied) stands alone in",
+                line,
+                names[next(iter(names))],
+            )
+        if "tied" in marked and terms:
+            marked["frozen"] = terms[-1].frozen
         terms.append(Term(tuple(names), spans=tuple(names.values()), **marked))
         names.clear()
         marks.clear()
