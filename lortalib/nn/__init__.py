@@ -17,6 +17,7 @@ from ._bank import Bank, bank
 from ._config import AdapterConfig
 from ._files import AdapterFileError, export_lora, load, load_lora, read, read_description
 from ._group import Group
+from ._parameter_groups import parameter_groups
 from ._plan import Plan, plan
 from ._verify import Report, check_effect, verify
 
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_lora",
     "mlp_sites",
+    "parameter_groups",
     "plan",
     "read",
     "read_description",

@@ -1,0 +1,92 @@
+"""Parameter groups for an optimiser: a learning rate for each parameter of an adapter by its legs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ._adapter import Adapter
+
+
+def parameter_groups(
+    adapter: Adapter,
+    lr: float,
+    *,
+    speeds: Mapping[str, float] | None = None,
+    modules_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Divide what trains with an adapter into parameter groups for a torch optimiser.
+
+    Args:
+        adapter: an adapter on a model.
+        lr: learning rate of the tensor's parameters.
+        speeds: factors of it by leg (a mode or a bond): a parameter has the product of its legs'
+            factors, and 1 where none is given.
+        modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
+        weight_decay: of every group. Decay of one factor shrinks the whole tensor, so it is 0 by default.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, each parameter in one of them;
+        none is empty.
+
+    Raises:
+        ValueError: a rate or factor that is not a positive number, or a leg that no network has.
+        RuntimeError: the adapter is on no model.
+
+    Example:
+        >>> import lortalib, torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> model = BertForSequenceClassification(BertConfig(
+        ...     num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=2, train_also=["classifier"])
+        >>> groups = parameter_groups(adapter, 1e-2, speeds={"layer": 3, "head": 3}, modules_lr=5e-3)
+        >>> [(group["name"], group["lr"], len(group["params"])) for group in groups]
+        [('tensor', 0.01, 3), ('tensor x 3', 0.03, 2), ('modules', 0.005, 2)]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    speeds = dict(speeds or {})
+    modules_lr = lr if modules_lr is None else modules_lr
+    for what, value in (("lr", lr), ("modules_lr", modules_lr), *speeds.items()):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
+            raise ValueError(f"{what} must be a positive number; found {value!r}")
+    networks = [adapter.network(group) for group in adapter.groups]
+    legs = {leg: None for network in networks for term in network.legs.terms for leg in term.legs}
+    unknown = [leg for leg in speeds if leg not in legs]
+    if unknown:
+        raise ValueError(f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}")
+    by_speed: dict[float, dict[int, Any]] = {}
+    for network in networks:
+        for owner, tensor in zip(network.legs.owners, network.tensors):
+            if tensor.requires_grad:
+                own = network.legs.terms[owner].legs
+                factor = math.prod(speeds.get(leg, 1.0) for leg in own)
+                by_speed.setdefault(factor, {})[id(tensor)] = tensor
+    modules = _modules(adapter.model, adapter.trained_modules.paths)
+    found = [
+        ("tensor" if factor == 1 else f"tensor x {factor:g}", lr * factor, list(params.values()))
+        for factor, params in by_speed.items()
+    ]
+    return [
+        {"params": params, "lr": rate, "weight_decay": weight_decay, "name": name}
+        for name, rate, params in (*found, ("modules", modules_lr, modules))
+        if params
+    ]
+
+
+def _modules(model: nn.Module, paths: tuple[str, ...]) -> list[nn.Parameter]:
+    """The parameters of these modules that train, each once."""
+    found = {
+        id(parameter): parameter
+        for path in paths
+        for parameter in model.get_submodule(path).parameters()
+        if parameter.requires_grad
+    }
+    return list(found.values())
