@@ -1,8 +1,8 @@
 # Every target makes its own environment in .venv on a fresh machine; nothing is installed by hand.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-WHEEL_TESTS ?= tests/decomp tests/nn/test_adapter.py tests/nn/test_merge.py tests/nn/test_storage.py
-BITS := $(patsubst %,tests/nn/test_%.py,mlp merge adapter storage beside transactions)
+WHEEL_TESTS ?= tests/decomp tests/laws tests/nn/test_adapter.py tests/nn/test_merge.py tests/nn/test_storage.py
+BITS := tests/laws $(patsubst %,tests/nn/test_%.py,mlp merge adapter storage beside transactions)
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
 BENCHMARKS := training memory inference bank scale files plots
@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help test-portable test-wheel demo test check format peft-suite docs bench bench-quick coverage clean
+.PHONY: help test-portable test-wheel demo test check format peft-suite docs bench bench-quick coverage gpu clean
 
 help:  ## what can be made
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ bench: .venv/.bench  ## the benchmarks, under 40 minutes; tables are written bes
 
 bench-quick: .venv/.bench  ## a glance at each, under 4 minutes; written into runs/
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+
+gpu:  ## tests and benchmarks on one GPU, nine minutes, in an environment that has torch with CUDA, transformers, peft
+	$(PYTHON) -m pip show -q lortalib || $(PYTHON) -m pip install -q --no-deps -e .
+	$(PYTHON) benchmarks/gpu/run.py
 
 coverage: .venv/.test  ## every model type of transformers: writes docs/models-table.md, resumable
 	$(BIN)/python benchmarks/coverage.py

@@ -1,11 +1,11 @@
-"""What torch is doing now: the one place for its private names.
+"""Asks torch about its state: autocast, tracing, a backward pass, global hooks.
 
-Read against torch 2.4 to 2.13; tests/test_private_names.py checks that each name is still there.
+Most of these questions have no public answer, so the private names of torch stand here, in one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -15,19 +15,47 @@ from torch.nn.modules.module import _global_forward_hooks
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast, where there is one: results have the dtype of the parameters.
+def as_constant(function: Function) -> Function:
+    """Mark a pure function, so that torch.compile treats its results as constants.
+
+    This does the same as `torch.compiler.assume_constant_result`, without loading the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@as_constant
+def has_autocast(device: str) -> bool:
+    """Return True if a device type has autocast. torch.compile takes the answer as a constant, because in
+    torch 2.8 it cannot trace torch's own function.
 
     Args:
-        device: the type of the device, such as ``"cpu"``.
+        device: a device type, such as ``"cpu"``.
     """
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    return torch.amp.is_autocast_available(device)
+
+
+def is_autocast(device: str) -> bool:
+    """Return True where autocast may change the dtype of a product.
+
+    Args:
+        device: a device type, such as ``"cpu"``.
+    """
+    return has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context that turns autocast off, so that results keep the dtype of the parameters.
+
+    Args:
+        device: a device type, such as ``"cpu"``; one without autocast gives a context that does nothing.
+    """
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def is_tracing() -> bool:
-    """True under torch.compile, tracing, torch.func and FakeTensor, where caches and autograd Functions
-    must not be used."""
+    """Return True under torch.compile, tracing, torch.func and FakeTensor, where caches and autograd
+    Functions must not be used."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
@@ -36,20 +64,24 @@ def is_tracing() -> bool:
     )
 
 
-def as_constant(function: Function) -> Function:
-    """Let torch.compile take the results of a pure function as constants.
-
-    What `torch.compiler.assume_constant_result` does, without loading the compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def is_in_backward() -> bool:
-    """True within a backward of this thread, as where a checkpoint runs its modules again."""
+    """Return True inside a backward pass of this thread, as when a checkpoint runs its modules again."""
     return torch._C._current_graph_task_id() != -1
 
 
 def has_global_forward_hooks() -> bool:
-    """True where a hook of all modules may keep any output."""
+    """Return True if a forward hook is registered for all modules; it could keep any output."""
     return bool(_global_forward_hooks)
+
+
+def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Make a vector of integers on a device; on a GPU by kernels, since a copy from Python's memory waits.
+
+    Args:
+        values: the integers.
+        device: where.
+    """
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.long)
+    each = [torch.full((1,), value, dtype=torch.long, device=device) for value in values]
+    return torch.cat(each)

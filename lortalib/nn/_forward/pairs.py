@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..._torch import without_autocast
+from ..._torch import integers, without_autocast
 from ...decomp import Cut, CutPlan, NetworkView, TensorNetwork
 from .._anatomy import Site
 from .._group import Group
@@ -305,7 +305,7 @@ class PairSource:
         """The parameters restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
-        at = torch.tensor(layers, device=tensors[0].device)
+        at = integers(layers, tensors[0].device)
         network = NetworkView(self.network.legs, tensors, self.network.modes)
         return network.index_select("layer", at).tensors
 

@@ -19,10 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
 
 from ..._torch import is_in_backward
-from .lowrank import down
 from .pairs import Pair, PairSource
+
+
+def down(x: Tensor, a: Tensor, p: float) -> Tensor:
+    """``x @ a^T``, in the dtype of ``a``.
+
+    Args:
+        x: (..., features).
+        a: (p, features), or (rows, p, features) where each row of a batch has a map of its own.
+        p: probability of dropping a feature of x.
+    """
+    if x.dtype != a.dtype:
+        x = x.to(a.dtype)
+    if a.dim() == 3:  # each row has an equal part of x
+        return x.reshape(len(a), -1, x.shape[-1]) @ a.mT
+    h = linear(dropout(x, p) if p else x, a)
+    return h if h.dtype == a.dtype else h.to(a.dtype)
 
 
 @dataclass
@@ -77,7 +93,8 @@ class PairSet:
 
 
 def _tensors(sources: Sequence[PairSource]) -> list[Tensor]:
-    return [tensor for source in sources for tensor in source.network.tensors]
+    found = {id(t): t for source in sources for t in source.network.tensors}
+    return list(found.values())
 
 
 def _state(sources: Sequence[PairSource]) -> list[tuple[int, int, int, bool]]:

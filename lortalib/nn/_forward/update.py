@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._torch import has_global_forward_hooks, is_tracing
+from ..._torch import has_global_forward_hooks, is_autocast, is_tracing
 from .._anatomy import Site, is_conv1d
-from .lowrank import add_up, down
 from .pairs import ModuleSites, Pair, PairSource
-from .scope import ForwardScope, Running
+from .scope import ForwardScope, Running, down
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class UpdateOwner(Protocol):
@@ -169,6 +170,41 @@ def add_update(
     first, second = pair
     h = down(x, first, p) if running is None else running.product_of(x, first, users, p)
     return add_up(y, h, second, may_write)
+
+
+def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
+    """``y + h @ b``.
+
+    Args:
+        y: (..., features).
+        h: (..., p).
+        b: (p, features), or (rows, p, features) where each row of a batch has a map of its own.
+        may_write: whether nobody else uses y, so that it can be added to in place; never while torch traces.
+    """
+    if b.dim() == 3:
+        return _add_by_row(y, h, b, may_write)
+    if not y.is_contiguous():
+        return y + h @ b
+    if not may_write:
+        if y.dtype == h.dtype == b.dtype and not is_autocast(y.device.type):
+            # One pass over y less than a product and a sum.
+            return torch.addmm(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), b).view(y.shape)
+        return y + h @ b
+    if not torch.is_grad_enabled():
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
+        return y
+    # Not as a view: autograd would copy the gradient for writing to one.
+    flat = _unsafe_view(y, (-1, y.shape[-1]))
+    flat.addmm_(h.reshape(-1, h.shape[-1]), b)
+    return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
+
+
+def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
+    """`add_up` with a map for each of the rows that share y evenly."""
+    if may_write and y.is_contiguous() and not torch.is_grad_enabled():
+        y.view(len(b), -1, y.shape[-1]).baddbmm_(h, b)
+        return y
+    return y + (h @ b).view(y.shape)
 
 
 class OutputHook:
