@@ -1,12 +1,9 @@
-"""What all tests share: no network, and the real models and data of the examples."""
+"""What all tests share: no network, one thread, the real models of the examples, and the usual tiny one."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import assets
 import pytest
@@ -23,3 +20,19 @@ def asset():
             pytest.skip(str(missing))
 
     return load
+
+
+@pytest.fixture
+def llama():
+    """A tiny Llama with four query heads and two key/value heads."""
+    from models import FAMILIES  # not above: the tests of networks need no transformers
+
+    return FAMILIES["Llama"].model("ForCausalLM")
+
+
+@pytest.fixture
+def inputs():
+    """Token ids for it."""
+    from models import words
+
+    return words()

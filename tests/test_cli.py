@@ -6,18 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
+from saved_files import edit
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lortalib
 from lortalib.cli import main
-
-sys.path.append(str(Path(__file__).parent / "nn"))
-from saved_files import edit
 
 IDS = {"input_ids": torch.arange(5, 19).view(2, 7)}
 

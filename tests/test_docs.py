@@ -50,7 +50,8 @@ def test_links_of_a_page(page):
 def test_tables_of_formats_are_the_registry(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     found = dict(re.findall(r"^ *\| \[?`(\w+)`[^|]*\| `([^`]+)` \|", text, re.M))
-    shapes = {"metatt_41d": {"task": 3, **SHAPE}}
+    stream = {"layer": 12, "matrix": 4, "in": 768, "out": 768}
+    shapes = {"metatt_41d": {"task": 3, **SHAPE}, "indscal": stream, "rescal": stream}
     lines = {n: str(form.legs(shapes.get(n, SHAPE))) for n, form in decomp.formats.items()}
     assert found == lines
 

@@ -9,12 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FORMATS, build, examples, generator, random_networks, registered, usual_modes
 
-from lortalib.decomp import Legs, network, start_along
+from lortalib.decomp import Legs, formats, network, start_along
 from lortalib.decomp._hosvd import leading_left_vectors
 
 #: Their bonds make a loop, or join more than two parameters.
-NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term"}
-TREES = [name for name in FORMATS if name not in NO_TREE]
+NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term", "indscal"}
+#: A tied parameter cannot follow two sides.
+TREES = [name for name in FORMATS if name not in NO_TREE and not formats[name].symmetric]
 over_trees = pytest.mark.parametrize("name", TREES)
 
 

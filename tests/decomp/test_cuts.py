@@ -9,6 +9,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import close
 from strategies import KINDS, build, examples, generator, networks, seeds, selections, small
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -20,10 +21,6 @@ from lortalib.decomp._einsum import COST_OF_ONE_PASS, contract, contract_along, 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 ENDS = ("in", "head", "out")
 FEW = ["cp", "tucker", "ring", "lora", "lora_xs"]
-
-
-def close(found, expected):
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def free_modes(net):

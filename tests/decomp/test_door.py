@@ -14,8 +14,8 @@ import lortalib
 from lortalib import decomp
 
 SHIPPED = [
-    "block_term", "cara", "cp", "cp_matrix", "fact_tk", "lora", "lora_xs", "lotr", "metatt_41d",
-    "metatt_4d", "ring", "tt", "tucker", "vera",
+    "block_term", "cara", "cp", "cp_matrix", "fact_tk", "indscal", "lora", "lora_xs", "lotr", "metatt_41d",
+    "metatt_4d", "rescal", "ring", "tt", "tucker", "vera",
 ]  # fmt: skip
 
 

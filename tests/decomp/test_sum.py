@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, build, examples, generator, ranks, registered_shapes, seeds, small
+from strategies import KINDS, build, examples, generator, ranks_of, registered_shapes, seeds, small
 
 from lortalib.decomp import Network, direct_sum, formats
 
@@ -20,7 +20,7 @@ def test_the_sum_is_the_sum(name, data):
     bonds = formats[name].legs(shape).bonds(shape.modes)
     weights = data.draw(WEIGHTS)
     parts = [
-        build(name, shape, data.draw(ranks(bonds)), generator=generator(data.draw(seeds)))
+        build(name, shape, data.draw(ranks_of(name, shape)), generator=generator(data.draw(seeds)))
         for _ in weights
     ]
     if len(parts) > 1 and not bonds:

@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted import close
 from golden_model import IDS, golden_model, logits
 
 from lortalib.nn import load, load_lora
@@ -23,10 +24,6 @@ FOLDERS = {"adapter-v1": load, "adapter-v2": load, "lora": load_lora}
 def expected():
     value = json.loads((HERE / "expected.json").read_text())
     return torch.tensor(value["logits"]).view(value["shape"])
-
-
-def close(one, other):
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import transformers
-from harness import output, put, unchanged
+from adapted import output, put, unchanged
 from models import BERT, CLIP, FAMILIES, image, image_and_words, words
 
 from lortalib.nn import apply, check_effect

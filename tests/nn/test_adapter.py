@@ -1,43 +1,17 @@
 """What an adapter leaves alone: fresh, disabled, removed, copied; and several on one model."""
 
 import copy
-import io
 import pickle
 from itertools import combinations
 
 import pytest
 import torch
-from harness import changes, close, each_format, output, picture, put, same_bits, unchanged
+from adapted import changes, close, output, picture, put, same_bits, unchanged
 from models import each_family
 from torch.utils.hooks import RemovableHandle
 
 import lortalib
 from lortalib.nn import adapters, set_active, sites
-
-# A fresh or disabled adapter changes no output bit
-
-
-@each_format
-def test_fresh_changes_no_output_bit(decomposition, llama, inputs):
-    before = output(llama, inputs)
-    adapter = put(llama, decomposition, init="invariant")
-    assert adapter.active
-    assert same_bits(output(llama, inputs), before)
-
-
-@each_format
-def test_trained_and_disabled_changes_no_output_bit(decomposition, llama, inputs):
-    before = output(llama, inputs)
-    adapter = put(llama, decomposition)
-    trained = output(llama, inputs)
-    assert not close(trained, before, 1e-3)
-    with adapter.disabled():
-        assert same_bits(output(llama, inputs), before)
-    assert same_bits(output(llama, inputs), trained)
-    adapter.disable()
-    assert same_bits(output(llama, inputs), before)
-    adapter.enable()
-    assert same_bits(output(llama, inputs), trained)
 
 
 @each_family
@@ -187,47 +161,6 @@ def test_a_removed_adapter_says_so(llama):
 
 
 # Copies
-
-
-def by_deepcopy(model):
-    return copy.deepcopy(model)
-
-
-def by_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def by_torch_save(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [by_deepcopy, by_pickle, by_torch_save])
-def test_a_copy_lives_on_its_own(llama, inputs, duplicate):
-    base = output(llama, inputs)
-    put(llama, name="off", seed=1).disable()
-    adapter = put(llama)
-    expected = output(llama, inputs)
-    twin = duplicate(llama)
-    assert same_bits(output(twin, inputs), expected)
-    own = adapters(twin)["default"]
-    assert own is not adapter
-    assert own.model is twin
-
-    with torch.no_grad():
-        next(own.parameters()).mul_(2)
-    assert not close(output(twin, inputs), expected, 1e-4)
-    own.merge()
-    own.unmerge()
-    own.remove()
-    adapters(twin)["off"].remove()
-    assert same_bits(output(twin, inputs), base)
-    assert not any(module._forward_hooks for module in twin.modules())
-
-    assert same_bits(output(llama, inputs), expected)
-    adapter.disable()
-    assert same_bits(output(llama, inputs), base)
 
 
 def test_a_copy_of_a_merged_model_can_be_unmerged(llama, inputs):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from harness import FORMATS, close, each_format, generator, output, put, same_bits, unchanged
+from adapted import FORMATS, close, each_format, output, put, same_bits, unchanged
 from models import FAMILIES, each_family
+from strategies import generator
 
 import lortalib
 from lortalib.nn import align_to_gradient

@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import examples, output, put, unchanged
+from adapted import output, put, unchanged
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import FAMILIES
 from saved_files import FILE, description, edit
+from strategies import examples
 
 from lortalib.nn import AdapterFileError, load
 from lortalib.nn._files import read, read_description

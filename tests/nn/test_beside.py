@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from harness import bits, changes, output, picture, put, same_bits, unchanged
+from adapted import bits, changes, output, picture, put, same_bits, unchanged
 from models import FAMILIES
 
 from lortalib.nn import load, set_active

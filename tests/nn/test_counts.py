@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from harness import put
+from adapted import put
 from transformers import AutoModel
 
 from lortalib.nn import sites

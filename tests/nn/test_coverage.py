@@ -1,13 +1,7 @@
 """Sixty model types of every layout through the checks of ``benchmarks/coverage.py``."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import coverage as survey
+import pytest
 
 #: What a type needs; the popular ones, and one or more of every kind of layout.
 TYPES = {

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from harness import put, unchanged
+from adapted import put, unchanged
 from models import FAMILIES
 from safetensors.torch import load_file, save_file
 from saved_files import FILE, description, edit

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from harness import examples, output, picture, put, same_bits, unchanged, weight
+from adapted import output, picture, put, same_bits, unchanged, weight
 from hypothesis import example, given
 from hypothesis import strategies as st
 from models import FAMILIES
+from strategies import examples
 
 import lortalib
 from lortalib import decomp

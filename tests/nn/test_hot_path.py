@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from harness import output, put
+from adapted import output, put
 from models import BERT, LLAMA, TEXT, Family
 from torch.utils._python_dispatch import TorchDispatchMode
 

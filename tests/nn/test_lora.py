@@ -5,47 +5,14 @@ import warnings
 import peft
 import pytest
 import torch
-from harness import close, each_format, output, put, unchanged
-from lora_files import config_of, edit, loaded_by_peft, tensors_of
+from adapted import close, output, put, unchanged
+from lora_files import complaints, config_of, edit, loaded_by_peft, tensors_of
 from models import FAMILIES, each_family
 from safetensors import safe_open
 from torch import nn
 
 from lortalib.nn import AdapterFileError, adapters, export_lora, load_lora
 from lortalib.nn._files import read
-
-# The ranks that vLLM 0.33 allows, read in its source.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def complaints(folder):
-    """What vLLM's check of the configuration, llama.cpp's converter and TGI would object to."""
-    config, tensors = config_of(folder), tensors_of(folder)
-    found = [
-        key
-        for key in ("use_dora", "lora_bias", "layer_replication", "rank_pattern", "alpha_pattern")
-        if config.get(key)
-    ]
-    found += [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
-    if config["bias"] != "none" or config["modules_to_save"] or config["use_rslora"]:
-        found.append("bias, modules_to_save or use_rslora")
-    if config["init_lora_weights"] is not True:
-        found.append("init_lora_weights")
-    # llama.cpp scales by alpha over the rank of each tensor, TGI stacks layers: one rank for all.
-    if config["lora_alpha"] != config["r"]:
-        found.append("alpha")
-    modules = {key.rpartition(".lora_")[0] for key in tensors}
-    for name in modules:
-        a, b = (tensors.get(f"{name}.lora_{side}.weight") for side in "AB")
-        if a is None or b is None or len(a) != config["r"] or b.shape[1] != config["r"]:
-            found.append(name)
-    if {f"{m}.lora_{s}.weight" for m in modules for s in "AB"} != set(tensors):
-        found.append("other tensors")
-    # The names that vLLM and the converter of llama.cpp strip before they look for the module.
-    found += [key for key in tensors if not key.startswith("base_model.model.")]
-    if config["r"] > max(VLLM_RANKS):
-        found.append("rank")
-    return found
 
 
 @each_family
@@ -60,16 +27,6 @@ def test_peft_computes_what_the_adapter_did(family, tmp_path):
     assert complaints(tmp_path) == []
     found = loaded_by_peft(family, tmp_path)
     assert close(output(found, inputs), expected)
-
-
-@pytest.mark.parametrize("targets", ["qkvo", "all", "qv"])
-@each_format
-def test_every_format_is_exported(decomposition, targets, llama, inputs, tmp_path):
-    adapter = put(llama, decomposition, targets=targets)
-    adapter.export_lora(tmp_path)
-    assert complaints(tmp_path) == []
-    found = loaded_by_peft(FAMILIES["Llama"], tmp_path, "ForCausalLM")
-    assert close(output(found, inputs), output(llama, inputs))
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Phi3", "GPTNeoX", "Falcon", "Bloom"])

@@ -6,13 +6,14 @@ import time
 import peft
 import pytest
 import torch
-from harness import close, examples, output, put, same_bits, unchanged
+from adapted import close, output, put, same_bits, unchanged
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lora_files import config_of, edit, loaded_by_peft
 from models import FAMILIES, each_family
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
+from strategies import examples
 
 import lortalib
 from lortalib.nn import AdapterFileError, load, load_lora

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from harness import close, output, put
+from adapted import close, output, put
 from models import FAMILIES, words
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralModel
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from harness import changes, close, each_format, output, picture, put, same_bits
+from adapted import changes, close, output, picture, put, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -42,18 +42,6 @@ def test_merged_forward_is_the_adapted_one(family):
     assert share_hooks(model) == len(adapter.sites)
     assert all(map(same_bits, weights(model), before))
     assert same_bits(output(model, inputs), expected)
-
-
-@pytest.mark.parametrize("gqa", ["pool", "split"])
-@each_format
-def test_every_format_merges(decomposition, gqa, llama, inputs):
-    look = picture(llama)
-    adapter = put(llama, decomposition, gqa=gqa)
-    expected = output(llama, inputs)
-    adapter.merge()
-    assert close(output(llama, inputs), expected)
-    adapter.remove()
-    assert changes(look, picture(llama)) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from harness import unchanged
+from adapted import unchanged
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from harness import output, put, unchanged
+from adapted import output, put, unchanged
 from models import Attention, words
-from probed import CASES, check, exchanged, made, random, shuffled, sound
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
+from verify_cases import CASES, check, exchanged, made, random, shuffled, sound
 
 from lortalib.nn import FeatureRows, sites, verify
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 from models import Attention, words
-from probed import (
+from torch import nn
+from verify_cases import (
     CASES,
     ShuffledPairs,
     check,
@@ -16,7 +17,6 @@ from probed import (
     sound,
     split,
 )
-from torch import nn
 
 from lortalib.nn import FeatureRows, UnsupportedModelError, sites, verify
 from lortalib.nn._anatomy.rules import contiguous, per_head

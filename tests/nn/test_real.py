@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from harness import close, generator, output, put, same_bits
+from adapted import close, output, put, same_bits
+from strategies import generator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lortalib

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 import torch.distributed as dist
-from harness import close, output, put, unchanged
+from adapted import close, output, put, unchanged
 from models import FAMILIES
 from saved_files import FILE, stops
 from torch.distributed.device_mesh import init_device_mesh

@@ -10,21 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import (
-    changes,
-    close,
-    each_format,
-    examples,
-    output,
-    picture,
-    put,
-    same_bits,
-    unchanged,
-)
+from adapted import changes, each_format, output, picture, put, same_bits, unchanged
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, each_family
 from saved_files import FILE, description, edit, tensors
+from strategies import examples
 
 from lortalib import decomp
 from lortalib.nn import (
@@ -41,29 +32,6 @@ from lortalib.nn._files import read_adapter
 from lortalib.nn._files.tensors import open_tensors
 
 # Round trip
-
-
-@pytest.mark.parametrize("gqa", ["pool", "split"])
-@each_format
-def test_round_trip_of_every_format(decomposition, gqa, llama, inputs, tmp_path):
-    base = output(llama, inputs)
-    adapter = put(llama, decomposition, gqa=gqa, alpha=0.7, dropout=0.1)
-    expected = output(llama, inputs)
-    assert adapter.save(tmp_path) == tmp_path
-    other = FAMILIES["Llama"].model("ForCausalLM")
-    loaded = load(other, tmp_path)
-    assert same_bits(output(other, inputs), expected)
-    assert loaded.config == adapter.config
-    assert loaded.groups == adapter.groups
-    assert loaded.count() == adapter.count()
-    for one, two in zip(adapter.named_parameters(), loaded.named_parameters()):
-        assert one[0] == two[0]
-        assert one[1].requires_grad == two[1].requires_grad
-        assert same_bits(one[1], two[1])
-    loaded.merge()
-    assert close(output(other, inputs), expected)
-    loaded.remove()
-    assert same_bits(output(other, inputs), base)
 
 
 @each_family
@@ -221,7 +189,7 @@ def test_two_groups_of_one_network_stay_one(llama, tmp_path):
 
 SCRIPT = """
 import torch
-from harness import output, same_bits
+from adapted import output, same_bits
 from models import FAMILIES
 from lortalib.nn import load
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from harness import close, each_format, generator, output, put, same_bits, unchanged
+from adapted import close, each_format, output, put, same_bits, unchanged
 from models import FAMILIES
+from strategies import generator
 
 import lortalib
 from lortalib import decomp

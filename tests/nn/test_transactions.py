@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import put
+from adapted import put
 from models import FAMILIES
 from transformers import MixtralConfig, MixtralModel
 

@@ -8,7 +8,7 @@ import sys
 import weakref
 
 import pytest
-from harness import close, output, same_bits
+from adapted import close, output, same_bits
 from wrapped_models import LLAMA, factors, second, wrapped
 
 

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from harness import close, output
+from adapted import close, output
 from models import FAMILIES
 from test_method import factors
 

@@ -6,11 +6,11 @@ import math
 import peft
 import pytest
 import torch
-from harness import close, output, same_bits
+from adapted import close, output, same_bits
 from models import FAMILIES
 from safetensors.torch import load_file
-from test_method import factors, wrapped
 from transformers import Trainer, TrainingArguments
+from wrapped_models import factors, wrapped
 
 from lortalib.peft import LortaConfig
 

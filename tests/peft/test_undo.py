@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from harness import changes, output, picture, same_bits
+from adapted import changes, output, picture, same_bits
 from models import FAMILIES
 from wrapped_models import LLAMA, factors, second, wrapped
 

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from harness import close, output, same_bits
+from adapted import close, output, same_bits
 from models import FAMILIES
 from wrapped_models import LLAMA, factors, second, wrapped
 

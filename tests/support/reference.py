@@ -106,6 +106,11 @@ def on(backend, call):
         return thread.submit(run).result()
 
 
+def close(found, expected):
+    """Fails where a tensor is not this array, up to rounding in float64."""
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
 def rebuilt(obj):
     """TensorLy's own reconstruction of one of its objects."""
     return on("pytorch", obj.to_tensor)

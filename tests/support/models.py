@@ -230,3 +230,19 @@ _ALL = (
 FAMILIES = {family.name: family for family in _ALL}
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+#: Layouts of weights that the table above leaves out.
+GPT2 = Family("GPT2", {**TEXT, "n_embd": 16, "n_head": 4, "n_layer": 2}, {})
+PHI3 = Family("Phi3", {**LLAMA, "bos_token_id": 1, "eos_token_id": 2}, {})
+MIXTRAL = Family("Mixtral", {**LLAMA, "num_local_experts": 3, "head_dim": 6}, {})
+
+#: The few families that every law is tested on: head widths that are no width / heads, fused weights, weights
+#: stored (in, out), two stacks and the attention between them, and packed experts.
+LAW_FAMILIES = {
+    "decoder": FAMILIES["Mistral"],
+    "encoder": FAMILIES["Bert"],
+    "encoder-decoder": FAMILIES["T5"],
+    "fused": PHI3,
+    "fused, stored (in, out)": GPT2,
+    "experts": MIXTRAL,
+}

@@ -1,4 +1,4 @@
-"""The tests of the PEFT method use the models and helpers of the nn tests."""
+"""Lets the tests in here use what the tests of damage in tests/nn are made of."""
 
 import sys
 from pathlib import Path

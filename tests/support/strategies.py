@@ -77,6 +77,13 @@ def ranks(bonds):
     return st.integers(1, largest) | sized(bonds, lambda _: 4, 200)
 
 
+def ranks_of(name, shape):
+    """Ranks of a format; one integer where one parameter has two of its bonds."""
+    if formats[name].symmetric:
+        return st.integers(1, 4)
+    return ranks(formats[name].legs(shape).bonds(shape.modes))
+
+
 def build(name, shape, rank, **options):
     """A registered format over a shape; ranks that are cut are no concern here."""
     options = {"init": "normal", "dtype": torch.float64, "generator": generator(), **options}
@@ -88,18 +95,25 @@ def build(name, shape, rank, **options):
 def small(name, rank=2, **options):
     """A network of a registered format over its usual modes, in fixed sizes."""
     sizes = {"layer": 2, "head": 2, "matrix": 3, "in": 4, "out": 3}
-    return build(name, {mode: sizes.get(mode, 2) for mode in usual_modes(name)}, rank, **options)
+    shape = Shape({mode: sizes.get(mode, 2) for mode in usual_modes(name)})
+    return build(name, fitting(name, shape), rank, **options)
+
+
+def fitting(name, shape):
+    """The shape, with ``out`` as large as ``in`` where one parameter of the format serves both."""
+    return Shape({**shape, "out": shape["in"]}) if formats[name].symmetric else shape
 
 
 def registered_shapes(name):
-    return st.sampled_from(mode_sets(name)).flatmap(shapes)
+    drawn = st.sampled_from(mode_sets(name)).flatmap(shapes)
+    return drawn.map(lambda shape: fitting(name, shape))
 
 
 @st.composite
 def registered(draw, name, **options):
     """A network of this format, with any modes that the format allows."""
     shape = draw(registered_shapes(name))
-    rank = draw(ranks(formats[name].legs(shape).bonds(shape.modes)))
+    rank = draw(ranks_of(name, shape))
     return build(name, shape, rank, generator=generator(draw(seeds)), **options)
 
 
