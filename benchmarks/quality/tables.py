@@ -132,7 +132,7 @@ def panel(axes: Axes, task: Task, found: list[Entry]) -> None:
     axes.set_xscale("log")
     axes.set_title(task.title, fontsize=9)
     axes.set_ylabel(task.metric, fontsize=8)
-    axes.set_xlabel("trainable numbers", fontsize=8)
+    axes.set_xlabel("trainable parameters", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     if task.better < 0:

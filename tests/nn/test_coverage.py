@@ -1,6 +1,6 @@
-"""Sixty model types of every layout through the checks of ``benchmarks/coverage.py``."""
+"""Sixty model types of every layout through the checks of ``benchmarks/survey/survey.py``."""
 
-import coverage as survey
+import survey
 import pytest
 
 #: What a type needs; the popular ones, and one or more of every kind of layout.

@@ -2,8 +2,8 @@
 
 Reads what `training` and `memory` wrote beside themselves.
 
-    python benchmarks/plots.py            writes docs/_static/performance-*.svg
-    python benchmarks/plots.py --quick    from the quick runs in runs/, and into it
+    python benchmarks/speed/plots.py            writes docs/_static/performance-*.svg
+    python benchmarks/speed/plots.py --quick   from the quick runs in runs/, and into it
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BENCHMARKS = Path(__file__).parent
-FIGURES = BENCHMARKS.parent / "docs" / "_static"
+FIGURES = BENCHMARKS.parents[1] / "docs" / "_static"
 #: Colours that are told apart in every kind of colour vision (Okabe and Ito), and a marker each.
 STYLES = {
     "floor": ("#000000", ","),
@@ -132,7 +132,7 @@ def main() -> None:
     for figure in (TIME, PEAK, SAVED):
         source = folder / f"{figure.source}{end}"
         if not source.exists():
-            sys.exit(f"{source.name} is missing: run benchmarks/{figure.source}.py first")
+            sys.exit(f"{source.name} is missing: run benchmarks/speed/{figure.source}.py first")
         entries = json.loads(source.read_text(encoding="utf-8"))["cells"]
         draw(figure, entries, target / f"performance-{figure.name}.svg")
 

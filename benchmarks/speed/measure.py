@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 #: Quick runs write here, so that they never replace the tables under version control.
-QUICK_FOLDER = Path(__file__).parents[1] / "runs"
+QUICK_FOLDER = Path(__file__).parents[2] / "runs"
 MIB = 2**20
 
 Times = dict[str, list[float]]

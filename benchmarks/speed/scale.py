@@ -3,7 +3,7 @@
 Llama-shaped models on the meta device (no weights), CP of rank 8 on q, k, v, o of every layer:
 
 * apply: seconds (median of 5 [smallest, largest]) and growth of the process's resident memory over the
-  first one; trainable numbers beside LoRA's.
+  first one; trainable parameters beside LoRA's.
 * factors: from the few numbers of the tensor every step makes the low-rank pair of every projection,
   which LoRA has as parameters. Operations and bytes written for that, forward and backward, are
   counted from what torch executes, at full size on the meta device, and beside a formula. A small model
@@ -13,8 +13,8 @@ Llama-shaped models on the meta device (no weights), CP of rank 8 on q, k, v, o 
 
 One operation is one multiplication or addition; a product of matrices has two for each term.
 
-    python benchmarks/scale.py            writes benchmarks/scale.md and .json, in 2 minutes
-    python benchmarks/scale.py --quick    without 405B; writes runs/scale-quick.md and .json
+    python benchmarks/speed/scale.py   writes scale.md and .json beside it, in 2 minutes
+    python benchmarks/speed/scale.py --quick   without 405B; writes runs/scale-quick.md and .json
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ On SmolLM2-135M without gradients, every contender on q, k, v, o of every layer:
 
 Ratios are of times of one round; medians over the rounds with the smallest and largest.
 
-    python benchmarks/inference.py            writes benchmarks/inference.md and .json, in 6 minutes
-    python benchmarks/inference.py --quick    few cells; writes runs/inference-quick.md and .json
+    python benchmarks/speed/inference.py   writes inference.md and .json beside it, in 6 minutes
+    python benchmarks/speed/inference.py --quick   few cells; writes runs/inference-quick.md and .json
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ All three are formed from times of one round, in which all contenders run in tur
 rounds with the smallest and largest. A second table has gradient checkpointing, bfloat16 autocast and
 torch.compile (without graph breaks) on a small Llama of random weights.
 
-    python benchmarks/training.py            writes benchmarks/training.md and .json, in 15 minutes
-    python benchmarks/training.py --quick    few cells; writes runs/training-quick.md and .json
+    python benchmarks/speed/training.py   writes training.md and .json beside it, in 15 minutes
+    python benchmarks/speed/training.py --quick   few cells; writes runs/training-quick.md and .json
 """
 
 from __future__ import annotations

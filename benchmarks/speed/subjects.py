@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import lortalib
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 LORTALIB = ("cp", "tucker", "tt")
 LABELS = {

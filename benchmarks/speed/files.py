@@ -5,8 +5,8 @@ device (an adapter and its files do not need them), beside a LoRA of PEFT of the
 is measured in a process of its own; memory is the largest the process had, above what it had before
 the adapter. PEFT has no meta device for its save and load, so it is measured on SmolLM2 alone.
 
-    python benchmarks/files.py            writes benchmarks/files.md and .json, in 1 minute
-    python benchmarks/files.py --quick    SmolLM2 and 7B; writes runs/files-quick.md and .json
+    python benchmarks/speed/files.py   writes files.md and .json beside it, in 1 minute
+    python benchmarks/speed/files.py --quick   SmolLM2 and 7B; writes runs/files-quick.md and .json
 """
 
 from __future__ import annotations

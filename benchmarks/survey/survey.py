@@ -3,14 +3,14 @@
 Every type is built from its default config on the meta device and its attention projections are
 looked up; then a tiny one is built on the CPU, run, verified by the probe, adapted, differentiated,
 merged, unmerged, saved, loaded and freed of the adapter again. Each type runs in a worker process
-with a time limit, so a crash or a hang costs one row. Rows are kept in ``coverage.jsonl``; a run that
+with a time limit, so a crash or a hang costs one row. Rows are kept in ``survey.jsonl``; a run that
 was stopped goes on where it was.
 
-    python benchmarks/coverage.py                    all types; writes docs/models-table.md
-    python benchmarks/coverage.py --types bert,t5    some; --verbose prints their rows
-    python benchmarks/coverage.py --sample 60        a fixed sample
-    python benchmarks/coverage.py --meta-only        only the first column
-    python benchmarks/coverage.py --fresh            forget the rows that are there
+    python benchmarks/survey/survey.py                    all types; writes docs/models-table.md
+    python benchmarks/survey/survey.py --types bert,t5    some; --verbose prints their rows
+    python benchmarks/survey/survey.py --sample 60        a fixed sample
+    python benchmarks/survey/survey.py --meta-only        only the first column
+    python benchmarks/survey/survey.py --fresh            forget the rows that are there
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import json
 import multiprocessing
 import re
-import sys
 import threading
 import time
 import traceback
@@ -31,8 +30,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 import transformers
 import zoo
@@ -43,7 +40,7 @@ import lortalib
 from lortalib.nn import UnsupportedModelError
 
 ROWS = Path(__file__).with_suffix(".jsonl")
-TABLE = Path(__file__).parents[1] / "docs" / "models-table.md"
+TABLE = Path(__file__).parents[2] / "docs" / "models-table.md"
 #: The checks of a tiny model, in the order in which they are made; each needs those before it.
 CHECKS = {
     "built": "tiny model built on the CPU",
@@ -402,7 +399,7 @@ def write_table(rows: list[Row]) -> None:
     """Write ``docs/models-table.md``."""
     parts = [
         "# Every model type",
-        "Made by `python benchmarks/coverage.py`; how to read it is in [Models](models.md).",
+        "Made by `python benchmarks/survey/survey.py`; how to read it is in [Models](models.md).",
         "\n".join(totals(rows)),
         table(rows),
     ]

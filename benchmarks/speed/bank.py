@@ -10,8 +10,8 @@
 
 Ratios are of times of one round; medians over the rounds with the smallest and largest.
 
-    python benchmarks/bank.py            writes benchmarks/bank.md and .json, in 5 minutes
-    python benchmarks/bank.py --quick    MiniLM and up to 10^4; writes runs/bank-quick.md and .json
+    python benchmarks/speed/bank.py   writes bank.md and .json beside it, in 5 minutes
+    python benchmarks/speed/bank.py --quick   MiniLM and up to 10^4; writes runs/bank-quick.md and .json
 """
 
 from __future__ import annotations

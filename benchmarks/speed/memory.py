@@ -14,8 +14,8 @@ tokens and rank:
 
 These are counts, the same in every run, so there are no repetitions.
 
-    python benchmarks/memory.py            writes benchmarks/memory.md and .json, in 4 minutes
-    python benchmarks/memory.py --quick    few cells; writes runs/memory-quick.md and .json
+    python benchmarks/speed/memory.py   writes memory.md and .json beside it, in 4 minutes
+    python benchmarks/speed/memory.py --quick   few cells; writes runs/memory-quick.md and .json
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ For each format and rank: a random upstream gradient over all projections of a m
 outputs when the parameters step by the sign of the gradient (the first step of Adam), and the norm of the
 gradient; both divided by their values at rank 1. The published start (kaiming, alpha / rank) is beside it.
 
-    python benchmarks/start.py            writes benchmarks/start.md
+    python benchmarks/speed/start.py   writes start.md beside it
 """
 
 from __future__ import annotations
