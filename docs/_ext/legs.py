@@ -188,6 +188,8 @@ def example(name: str) -> decomp.Network:
     known = decomp.get_format(name)
     modes = str(known.line) if isinstance(known.line, str) else ""
     shape = {"task": 3, **SHAPE} if "task" in modes.split() else SHAPE
+    if known.symmetric:  # a tensor on the stream: no heads, in and out of one size
+        shape = {**{mode: n for mode, n in SHAPE.items() if mode != "head"}, "out": SHAPE["in"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return known(shape, RANK, device="meta")
@@ -204,11 +206,13 @@ def caption(net: decomp.Network) -> str:
         for side in (division.partition.in_side, division.partition.out_side)
     )
     parts = [
-        f"For {shape} and rank {RANK}: {net.count():,} numbers train"
+        f"For {shape} and rank {RANK}: {net.count():,} trainable parameters"
         + (f", {frozen:,} are frozen." if frozen else "."),
         f"The cut crosses {bonds}, its rank is {division.rank}; the blue {blue} A, the orange {orange} B.",
         "0 marks the parameter that starts at zero.",
     ]
+    if any(term.tied for term in net.legs.terms):
+        parts.append("A tied parameter is drawn at each of its places.")
     return " ".join(parts)
 
 
