@@ -37,7 +37,7 @@ from torch import nn
 from trial import Trial, forward, shorten, state_of, tensors_of
 
 import lortalib
-from lortalib.nn import UnsupportedModelError
+from lortalib.nn import NoAttentionError, UnsupportedModelError
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 TABLE = Path(__file__).parents[2] / "docs" / "models-table.md"
@@ -132,10 +132,10 @@ def _plan(row: Row) -> None:
     row.model = type(model).__name__
     try:
         found = lortalib.nn.sites(model)
+    except NoAttentionError:
+        row.plan = "no attention"
     except UnsupportedModelError as error:
-        message = str(error)
-        row.plan = "no attention" if message.startswith("no attention") else "refused"
-        row.why = "" if row.plan == "no attention" else message
+        row.plan, row.why = "refused", str(error)
     else:
         row.plan, row.sites = "planned", len(found)
         row.stacks = list(dict.fromkeys(site.stack for site in found))
