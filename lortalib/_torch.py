@@ -26,8 +26,8 @@ def as_constant(function: Function) -> Function:
 
 @as_constant
 def has_autocast(device: str) -> bool:
-    """Return True if a device type has autocast. torch.compile takes the answer as a constant, because in
-    torch 2.8 it cannot trace torch's own function.
+    """Return True if a device type has autocast. torch.compile takes the answer as a constant, because
+    torch 2.9 cannot trace its own function.
 
     Args:
         device: a device type, such as ``"cpu"``.
@@ -85,3 +85,9 @@ def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long)
     each = [torch.full((1,), value, dtype=torch.long, device=device) for value in values]
     return torch.cat(each)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Return True if hooks for saved tensors are set, as by a checkpoint; also where torch cannot tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None

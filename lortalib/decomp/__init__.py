@@ -1,6 +1,6 @@
-"""Tensor decompositions as networks of named legs, over PyTorch and TensorLy.
+"""Represents tensor decompositions as networks of parameters whose axes (legs) have names.
 
-TensorLy is loaded when something of the bridge to it is first touched.
+The networks are PyTorch modules. TensorLy is imported when a function that needs it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the network that a parsed line describes: checks ranks, makes starting values."""
+"""Builds a network from a parsed line of legs: checks the ranks and makes the starting values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ._modes import Shape
 from ._network import Network
 from ._start import StartLike, get_start
 
-#: One size for every bond, one for each bond in the order of the line, or a mapping from bond to size.
+#: A rank is one size for every bond, one size for each bond in the order of the line, or a mapping from
+#: bond to size.
 Rank = Union[int, Sequence[int], Mapping[str, int]]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -32,7 +33,7 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Network:
-    """Make the network of a parsed line; see `network` for arguments and errors."""
+    """Make the network that a parsed line describes; see `network` for arguments and errors."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs.check(shape.modes)
@@ -47,7 +48,7 @@ def build(
 def _randn(
     generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
 ) -> Callable[[Sequence[int]], torch.Tensor]:
-    wide = torch.promote_types(dtype, torch.float32)  # QR wants at least float32
+    wide = torch.promote_types(dtype, torch.float32)  # QR needs at least float32
     if device is not None and torch.device(device).type == "meta":
         generator = None
     source = generator.device if generator is not None else device
@@ -92,7 +93,7 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
 
 
 def _outside() -> int:
-    """The stacklevel of the first caller outside of this library, to whom a warning is of use."""
+    """Return the stacklevel of the first caller outside this library, so that a warning names their line."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Divides a network into the side of ``in`` and the other side, and contracts both to a low-rank pair."""
+"""Divides a network into the side of ``in`` and the side of ``out``, and contracts each to a matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ._min_cut import SINK, SOURCE, exact_logarithms, source_side
 
 
 class Partition(NamedTuple):
-    """Two sides of a network and the bonds that cross between them."""
+    """The parameters of a network in two groups, and the bonds between the groups.
+
+    Attributes:
+        in_side: positions of the parameters on the side of ``in``.
+        out_side: positions of all others.
+        bonds: the bonds that join the two sides.
+    """
 
     in_side: tuple[int, ...]
     out_side: tuple[int, ...]
@@ -30,19 +36,20 @@ def cheapest_cut(
 ) -> Partition:
     """Split the parameters so that ``in`` lies on one side and ``out_modes`` on the other.
 
-    The modes ``batch_modes`` are on both sides where both carry them: each of their values is cut alike.
-    Of all such splits the one with the smallest product of crossing bonds; among equals the one with
-    the fewest parameters beside ``in``, and then the one whose first parameters are there. It is found
-    as a minimum cut, in time polynomial in the number of parameters.
-    A parameter that carries ``in`` and a far mode cannot be split: then ``in_side`` is empty.
+    Of all such splits this returns the one with the smallest product of crossing bonds. Among equal
+    ones it prefers fewer parameters on the side of ``in``, then the parameters that come first in the
+    line. A minimum cut finds it, in time polynomial in the number of parameters.
+
+    The modes ``batch_modes`` may stand on both sides: all their slices are cut at the same place. A
+    parameter that carries both ``in`` and one of ``out_modes`` cannot be split; then ``in_side`` is empty.
     """
     size = dict(sizes)
-    nodes: list[int] = []  # for each parameter its node in the graph of the minimum cut
+    nodes: list[int] = []  # the node of each parameter in the graph of the minimum cut
     free: list[int] = []
     for position, term in enumerate(terms):
         out_side = any(mode in term for mode in out_modes)
         if "in" in term and out_side:
-            # No bond separates the two sides: everything is far, and `in` itself is what crosses.
+            # No bond separates the sides: all parameters are on that of `out`, and `in` itself crosses.
             return Partition((), tuple(range(len(terms))), ("in",))
         if "in" in term or out_side:
             nodes.append(SOURCE if "in" in term else SINK)
@@ -55,8 +62,8 @@ def cheapest_cut(
             if leg not in batch_modes:
                 joined.setdefault(leg, set()).add(node)
     logarithm = exact_logarithms([size[leg] for leg in joined])
-    # Counting and placing free parameters decides among equal products only: 2^n - 1 is the most that
-    # placing can cost, n 2^n the most that counting can.
+    # The number and the places of free parameters must decide only among equal products. Places cost at
+    # most 2^n - 1 and the number costs at most n 2^n, so bonds are weighted by (n + 1) 2^n.
     one = 1 << len(free)
     edges = [
         (frozenset(ends), logarithm[size[leg]] * (len(free) + 1) * one)
@@ -74,12 +81,12 @@ def cheapest_cut(
 
 
 class Side(NamedTuple):
-    """One side of a divided network, ready to be contracted.
+    """One side of a divided network, with the order of its contraction.
 
     Attributes:
         parameters: positions of its parameters.
-        path: their contraction.
-        batch_modes: for each leading axis of the result whether a parameter carries it.
+        path: the steps of their contraction.
+        batch_modes: for each leading axis of the result, whether a parameter of this side carries it.
     """
 
     parameters: tuple[int, ...]
@@ -87,18 +94,18 @@ class Side(NamedTuple):
     batch_modes: tuple[bool, ...]
 
     def contract(self, tensors: Sequence[Tensor], tail: tuple[int, int]) -> Tensor:
-        """Contract the side to (*batch_modes, *tail), with size 1 where nothing carries an axis."""
+        """Contract this side to the shape (*batch_modes, *tail); an axis that it lacks has size 1."""
         found = contract_along(self.path, [tensors[k] for k in self.parameters])
         lead = iter(found.shape)
         return found.reshape(*(next(lead) if carried else 1 for carried in self.batch_modes), *tail)
 
 
 class Cut(NamedTuple):
-    """A low-rank pair: ``B @ A`` is a (head*out, in) slice of the tensor.
+    """A low-rank pair (A, B): ``B @ A`` is a slice of the tensor as a (head*out, in) matrix.
 
     Attributes:
-        A: (p, in), with leading axes where several slices were cut at once.
-        B: (head*out, p), likewise; row ``h*out + j`` is component j of head h.
+        A: (p, in), with leading axes if several slices were cut at once.
+        B: (head*out, p), with the same leading axes; row ``h*out + j`` is component j of head h.
     """
 
     A: Tensor
@@ -106,13 +113,13 @@ class Cut(NamedTuple):
 
 
 class CutPlan(NamedTuple):
-    """A network divided at its cheapest cut.
+    """A plan that says where a network is divided and how each side is contracted.
 
     Attributes:
         partition: which parameters are on which side.
-        rank: product of the sizes of the bonds that cross.
-        in_side: the side of ``in``; nothing if ``in`` itself crosses.
-        out_side: the other side.
+        rank: product of the sizes of the bonds that cross; the p of the low-rank pair.
+        in_side: the side of ``in``; None if ``in`` itself crosses.
+        out_side: the side of ``out``.
     """
 
     partition: Partition
@@ -121,10 +128,10 @@ class CutPlan(NamedTuple):
     out_side: Side
 
     def cut(self, tensors: Sequence[Tensor]) -> Cut:
-        """Contract the low-rank pair of a network with these tensors as parameters.
+        """Contract the tensors of a network to its low-rank pair.
 
         Args:
-            tensors: in the order of the line, of the sizes that were planned for.
+            tensors: the parameters in the order of the line, with the sizes that the plan was made for.
         """
         leading = len(self.out_side.batch_modes)
         if self.in_side is None:
@@ -142,7 +149,7 @@ def make_cut_plan(
     out_modes: Names,
     batch_modes: Names,
 ) -> CutPlan:
-    """Divide a network by `cheapest_cut`, and order the contractions of either side."""
+    """Plan a cut: divide the network by `cheapest_cut` and order the contraction of each side."""
     partition = cheapest_cut(terms, sizes, out_modes, batch_modes)
     size = dict(sizes)
 
@@ -154,6 +161,6 @@ def make_cut_plan(
         return Side(positions, path, tuple(mode in carried for mode in batch_modes))
 
     in_side = side(partition.in_side, (*partition.bonds, "in")) if partition.in_side else None
-    # The bonds lead in memory: products with B then run along rows of head*out.
+    # The bonds come first, so that the product with B reads memory in order.
     out_side = side(partition.out_side, (*partition.bonds, *out_modes))
     return CutPlan(partition, math.prod(size[bond] for bond in partition.bonds), in_side, out_side)

@@ -21,10 +21,10 @@ from ._modes import Shape
 from ._network import Network
 from ._tensorly import Modes, TensorLyObject, axis_names, network_of, real, with_pytorch
 
-#: What each algorithm returns.
+#: The class of TensorLy object that each algorithm returns.
 _KINDS = {"cp": CPTensor, "tucker": TuckerTensor, "tt": TTTensor}
 
-#: Options that make an algorithm return more than the decomposition, and what to do without them.
+#: Options that make an algorithm return more than the decomposition, each with what to use instead.
 _MORE = {
     "return_errors": "the error of the fit is in Fit.error",
     "sparsity": "a network has no sparse part; call tensorly.decomposition.parafac for one",
@@ -59,21 +59,21 @@ def decompose(
             float32; the factors have the dtype of the tensor.
         decomposition: ``"cp"`` (``parafac``, alternating least squares), ``"tucker"`` (``tucker``,
             orthogonal iteration) or ``"tt"`` (``tensor_train``, successive truncated SVDs).
-        rank: as for the format; cut, with a warning, to what the modes can fill.
+        rank: as for the format; a rank larger than the modes can fill is reduced, with a warning.
         modes: names of the axes, as in `from_tensorly`.
-        options: passed to TensorLy (``n_iter_max``, ``tol``, ``init``, ``random_state`` ...). With
-            ``mask``, for CP and Tucker, of the shape of the tensor, only the entries where it is one
-            are fitted; the tensor may hold NaN where it is zero.
+        options: passed to TensorLy (``n_iter_max``, ``tol``, ``init``, ``random_state`` ...). CP and
+            Tucker take a ``mask`` of the tensor's shape: only entries where it is 1 are fitted, and the
+            tensor may hold NaN where it is 0.
 
     Returns:
         `Fit`: the network and its relative error, measured on the network returned.
 
     Raises:
-        ValueError: a format that TensorLy has no algorithm for, names that do not fit the axes,
-            a tensor that is not finite where it is observed, a mask that does not fit the tensor, an
-            algorithm that ends in numbers that are not finite, as CP of more components than the
-            tensor has can.
-        TypeError: a complex tensor, an option that TensorLy does not know for the format, one that
+        ValueError: a format that TensorLy has no algorithm for, names that do not fit the axes, a
+            tensor with NaN or infinity at an observed entry, a mask that does not fit the tensor, or
+            an algorithm that ends in NaN or infinity (CP can, with more components than the tensor
+            has).
+        TypeError: a complex tensor, an option that TensorLy does not know for the format, or one that
             makes it return more than the decomposition (``return_errors``, ``sparsity``).
 
     Example:
@@ -99,13 +99,13 @@ def decompose(
         where = " where the mask says that it is known" if "mask" in options else ""
         raise ValueError(f"the tensor to decompose holds NaN or infinity{where}")
     shape = Shape(dict(zip(names, dense.shape)))
-    # The format itself checks and cuts the ranks, and says in which order the modes stand.
+    # The format checks and reduces the ranks and sets the order of the modes.
     net = get_format(kind)(shape, rank, init="invariant", device=dense.device, dtype=dense.dtype)
     peak = dense.abs().max().double().item()
-    if peak == 0:  # TensorLy meets a singular matrix here; the zero network is exact
+    if peak == 0:  # TensorLy would meet a singular matrix; the zero network is exact
         return Fit(net, 0.0)
-    # Tiny or huge entries are no reason for an algorithm to fail, so it sees a tensor of norm one. Their
-    # squares may be no numbers, so the norm is that of the tensor over its largest entry.
+    # The algorithm gets a tensor of norm one, so that tiny or huge entries cannot make it fail. Squares of
+    # such entries overflow or vanish, so the norm is taken after division by the largest entry.
     norm = torch.linalg.vector_norm(dense.double() / peak).item()
     wide = (dense.double() / peak / norm).to(torch.promote_types(dense.dtype, torch.float32))
     if "mask" in options:
@@ -156,7 +156,7 @@ def _fitted(
 
 
 def _checked_options(kind: str, dense: Tensor, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for TensorLy, the mask among them as zeros and ones on the tensor's device."""
+    """Check the options for TensorLy; the mask becomes zeros and ones on the tensor's device."""
     options = dict(options)
     for name, instead in _MORE.items():
         value = options.get(name)
@@ -194,7 +194,7 @@ def _is_finite(net: Network) -> bool:
 
 
 def _reason(kind: str, net: Network) -> str:
-    """The ranks that were asked for, and what to try."""
+    """Name the ranks that failed and what to try, for an error message."""
     if kind == "cp":
         return (
             f"rank {net.ranks['r']}: the tensor may have a smaller rank; ask for fewer components, or "

@@ -1,7 +1,7 @@
-"""Contraction of named tensors: the arithmetic beneath dense and cut, without any module.
+"""Contracts tensors whose axes (legs) have names: the arithmetic of `dense` and `cut`, without modules.
 
-A tensor here is a pair (legs, torch tensor). A leg may stand on any number of tensors; it is summed
-once nothing outside the pair being contracted needs it, which covers the bond of CP, shared by all.
+A leg may stand on any number of tensors, as the bond of CP stands on all. A contraction goes pair by
+pair; a leg is summed as soon as neither the output nor a tensor outside the pair needs it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import as_constant, is_tracing, without_autocast
+from .._torch import as_constant, is_autocast, is_tracing, without_autocast
 from ._notation import LegsError
 
-#: Multiplications that take as long as reading or writing one number of a step.
+#: How many multiplications take as long as reading or writing one number.
 COST_OF_ONE_PASS = 100
 
 
@@ -35,7 +35,7 @@ Plan = TypeVar("Plan")
 
 
 def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Cache a pure function of hashable arguments; torch.compile takes its result as a constant."""
+    """Cache a pure function of hashable arguments; torch.compile treats its results as constants."""
     cached = lru_cache(maxsize=4096)(function)
 
     @wraps(function)
@@ -49,14 +49,14 @@ def compile_constant(function: Callable[..., Plan]) -> Callable[..., Plan]:
 def contraction_path(
     terms: tuple[Names, ...], output: Names, sizes: tuple[tuple[str, int], ...]
 ) -> Path:
-    """Order a contraction pairwise, so that multiplications and passes cost least.
+    """Find the order of pairwise contractions with the fewest multiplications and passes over memory.
 
-    Up to six tensors, which covers every usual format, all orders are compared; beyond that each
-    step takes the pair that costs least.
+    For up to six tensors, which covers every usual format, all orders are compared. For more, each step
+    takes the cheapest pair.
 
     Returns:
-        Steps ``(i, j, equation)``: the product of values i and j is the next value; the first
-        values are the tensors. A single tensor gives one step with ``i == j``.
+        Steps ``(i, j, equation)``. Values are numbered: first the tensors, then the result of each step;
+        a step contracts values i and j. A single tensor gives one step with ``i == j``.
 
     Raises:
         LegsError: more legs than einsum has letters.
@@ -87,7 +87,7 @@ def contraction_path(
 def _order(
     terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
 ) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Cost and pairs of the best order (of the greedy one for more than six tensors)."""
+    """Return the cost and the pairs of the best order (for more than six tensors, of the greedy one)."""
     if len(terms) == 1:
         return 0, ()
     if len(terms) > 6:
@@ -111,11 +111,11 @@ def _order(
 def _cheapest_step(
     terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
 ) -> tuple[int, tuple[int, int]]:
-    """Cost of the pair that costs least to contract, and the pair, in time quadratic in the terms."""
+    """Find the cheapest pair to contract; return its cost and the pair. Time is quadratic in the terms."""
     carriers = Counter(leg for term in terms for leg in term)
     carriers.update(output)
     volume = [math.prod(size[leg] for leg in term) for term in terms]
-    # What nothing else carries is summed over; each leg of a term stands there once.
+    # Legs that no other term carries are summed; a term carries each of its legs once.
     alone = [math.prod(size[leg] for leg in term if carriers[leg] == 1) for term in terms]
     legs = [frozenset(term) for term in terms]
     least, best = math.inf, (0, 1)
@@ -132,12 +132,12 @@ def _cheapest_step(
 
 
 def _without(terms: tuple[Names, ...], pair: tuple[int, int], result: Names) -> tuple[Names, ...]:
-    """The list after a step: the pair is gone, the result at the end."""
+    """Return the terms after a step: without the pair, with the result at the end."""
     return (*(term for k, term in enumerate(terms) if k not in pair), result)
 
 
 def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Names:
-    """The legs of the product of two terms: those that the output or another term still needs."""
+    """Return the legs of the product of two terms: those that the output or another term still needs."""
     if len(terms) == 2:
         return output
     rest = {leg for k, term in enumerate(terms) if k not in pair for leg in term}
@@ -148,14 +148,14 @@ def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Nam
 def contract(
     terms: tuple[Names, ...], tensors: Sequence[Tensor], output: Names, sizes: Mapping[str, int]
 ) -> Tensor:
-    """Sum over every leg that is not in ``output``; the result's axes are those of ``output``."""
+    """Contract tensors: sum over every leg that is not in ``output``, the axes of the result."""
     return contract_along(contraction_path(terms, output, tuple(sizes.items())), tensors)
 
 
 def contract_along(path: Path, tensors: Sequence[Tensor]) -> Tensor:
-    """The contraction of tensors along a path, in their own dtype, also under autocast."""
+    """Contract tensors along a path, in their own dtype, also under autocast."""
     device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if is_autocast(device):
         with without_autocast(device):
             return contract_along(path, tensors)
     if is_tracing() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
@@ -165,7 +165,7 @@ def contract_along(path: Path, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _values(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors and, behind them, the result of every step."""
+    """Return the tensors, followed by the result of every step."""
     values = list(tensors)
     for left, right, equation in path:
         pair = [values[left]] if left == right else [values[left], values[right]]
@@ -176,8 +176,8 @@ def _values(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
 class _Contraction(Function):
     """A contraction whose gradients are contractions again.
 
-    Autograd would go back through a step that sums nothing by a product as large as its result and
-    a sum over it; here each gradient is one contraction.
+    For a step that sums over no leg, autograd would form a product as large as the step's result and
+    then sum it; here each gradient is one contraction.
     """
 
     @staticmethod
@@ -190,7 +190,7 @@ class _Contraction(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        # Where the gradient itself is to be differentiated, the steps have to be in its graph.
+        # If the gradient itself will be differentiated, its graph has to contain the steps.
         values = _values(ctx.path[:-1], tensors) if torch.is_grad_enabled() else ctx.values
         needed = list(ctx.needs_input_grad[1:])
         for left, right, _ in ctx.path:

@@ -1,4 +1,4 @@
-"""Formats: each is a line of legs. The registry names them; any other line works the same way."""
+"""Registers the named formats, each of which is a line of legs; any other line works the same way."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from ._start import StartLike
 
 @dataclass(frozen=True)
 class Format:
-    """A named line of legs; calling it makes a network, as `network` does with the line.
+    """A format: a named line of legs. Calling it makes a network, as `network` does with the line.
 
     Attributes:
         name: the name in the registry.
-        about: what it is, with its source.
+        about: one sentence that describes it, with its source.
         line: the line of legs, or a function from a `Shape` to the line.
-        read: how a rank given as a tuple is read, where it is not in the order of the line.
-        symmetric: whether one parameter serves both ``in`` and ``out``, which are then of one size.
+        read: a function that reads a tuple of ranks, if it is not in the order of the line.
+        symmetric: whether one parameter serves both ``in`` and ``out``, which then need equal sizes.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Format:
     symmetric: bool = False
 
     def legs(self, shape: ShapeLike) -> Legs:
-        """Write the line for a tensor of this shape; ``head out`` is ``out`` where there are no heads.
+        """Write the line for a tensor of this shape; without the mode ``head``, ``head out`` becomes ``out``.
 
         Args:
             shape: five sizes, or a mapping from mode names to sizes.
@@ -125,14 +125,14 @@ def register_format(
     read: Callable[[Shape, Sequence[int]], Rank] | None = None,
     symmetric: bool = False,
 ) -> Format:
-    """Give a line of legs a name, under which `get_format` and ``lortalib.nn.apply`` find it.
+    """Register a line of legs as a named format, which `get_format` and ``lortalib.nn.apply`` then find.
 
     Args:
-        name: letters, digits and underscores; hyphens and capitals are read as such.
+        name: letters, digits and underscores; hyphens become underscores, capitals small letters.
         line: the line of legs, or a function from a `Shape` to the line.
         about: one sentence, with its source.
-        read: how a tuple of ranks is read; in the order of the line by default.
-        symmetric: whether it fits only tensors whose ``in`` and ``out`` are of one size.
+        read: a function that reads a tuple of ranks; by default it is in the order of the line.
+        symmetric: whether the format needs ``in`` and ``out`` of equal size.
 
     Raises:
         ValueError: the name is taken.
@@ -156,7 +156,7 @@ def register_format(
 
 
 def get_format(name: str) -> Format:
-    """Find the format of this name, or make a nameless one where a line of legs is given.
+    """Find a format by its name, or make a nameless one from a line of legs.
 
     Raises:
         ValueError: neither a known name nor a line of legs.
@@ -180,7 +180,7 @@ def get_format(name: str) -> Format:
 
 
 def names_format(text: str) -> bool:
-    """Whether a text is the name of a format, and not a line of legs."""
+    """Return True if a text is the name of a format and not a line of legs."""
     return _key(text) in {**formats, **_ALIASES}
 
 

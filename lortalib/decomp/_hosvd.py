@@ -1,4 +1,4 @@
-"""A start along a tensor: the leading directions of, say, a gradient, for any tree of parameters."""
+"""Makes starting values that follow the leading directions of a tensor, such as a gradient."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from ._legs import Legs
 from ._modes import LORTA_MODES
 from ._start import Randn, Start, invariant
 
-#: Columns beyond the rank, and rounds, of subspace iteration (Halko, Martinsson and Tropp 2011).
+#: Subspace iteration (Halko, Martinsson and Tropp 2011): extra columns beyond the rank, and rounds.
 OVERSAMPLING, ROUNDS = 8, 8
 
 
 def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Start:
-    """A start whose directions are the leading ones of a tensor, for ``init=``.
+    """Make a start for ``init=`` whose directions are the leading ones of a tensor.
 
-    The network's update is zero as in the default start, and every parameter has the size that it
-    has there; but where the default draws its directions at random, these are the left singular
-    vectors of the tensor (truncated higher-order SVD, De Lathauwer et al. 2000; for trains and other
-    trees as in hierarchical SVD, Grasedyck 2010). With the gradient of a loss as the tensor, the
-    first step of the zero parameter then is close to the steepest one that the ranks allow. It is
-    what LoRA-GA (arXiv 2407.05000) does for LoRA.
+    As in the default start, the update is zero and the norm of every other parameter is the same. The
+    default draws its directions at random; this start takes left singular vectors of the tensor
+    (truncated higher-order SVD, De Lathauwer et al. 2000; for trains and other trees hierarchical SVD,
+    Grasedyck 2010). If the tensor is the gradient of a loss, the first step of the zero parameter is
+    close to the steepest step that the ranks allow. LoRA-GA (arXiv 2407.05000) does this for LoRA.
 
     Args:
-        dense: the tensor; its sign and its norm do not matter.
-        modes: names of its axes.
+        dense: the tensor; its sign and norm do not matter.
+        modes: the names of its axes.
 
     Returns:
-        A callable for the ``init`` of `network`. It raises ValueError for a network whose bonds make
-        no tree (CP of more than two parameters, a ring: their parameters have no orthogonal
-        directions of their own), for a tied parameter, and for one of another shape.
+        A callable for the ``init`` of `network`. It raises ValueError for a network of another shape,
+        for a tied parameter, and for bonds that form no tree: in CP of more than two parameters and in
+        a ring, parameters have no orthogonal directions of their own.
 
     Raises:
         ValueError: names that do not fit the axes, a tensor that is zero or not finite.
@@ -72,7 +71,7 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
         left = set(range(len(legs.terms)))
         for k, bond in legs.leaves_to_root(own):
             left.remove(k)
-            # A leg that another parameter still needs stays; the others end in this one.
+            # A leg that another remaining parameter carries stays; the other legs end at this parameter.
             stay = {leg for j in left for leg in legs.terms[j].legs} - {bond}
             rows = [leg for leg in legs.terms[k].legs if leg not in stay and leg != bond]
             batch = [leg for leg in legs.terms[k].legs if leg in stay]
@@ -99,15 +98,15 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
 
 
 def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
-    """Orthonormal columns that span the leading left singular vectors, by subspace iteration.
+    """Compute orthonormal columns that span the leading left singular vectors, by subspace iteration.
 
     Args:
         matrix: (..., rows, columns).
-        rank: at most the number of rows.
-        randn: source of the first guess.
+        rank: the number of vectors; at most the number of rows.
+        randn: the source of the random first guess.
 
     Returns:
-        (..., rows, rank), ordered by singular value.
+        The vectors as (..., rows, rank), ordered by singular value.
     """
     rows, columns = matrix.shape[-2:]
     guess = randn([columns, min(rows, rank + OVERSAMPLING)]).to(matrix)
@@ -121,5 +120,5 @@ def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
 
 
 def rms(tensor: Tensor) -> Tensor:
-    """Root of the mean square."""
+    """Compute the root mean square of the entries."""
     return tensor.square().mean().sqrt()

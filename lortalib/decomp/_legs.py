@@ -1,4 +1,4 @@
-"""A parsed line of legs: what it says about a tensor's modes, sizes and ranks."""
+"""Answers questions about a parsed line of legs: its modes, bonds, sizes and rank limits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ._notation import LegsError, Term, check_bounds, closest, read_line
 
 @dataclass(frozen=True)
 class Legs:
-    """A parsed line: which legs each parameter of a network has.
+    """A parsed line, which names the legs of each parameter of a network.
 
-    Two are equal where their parameters have the same legs and marks in the same order.
+    Two of them are equal if their parameters have the same legs and marks in the same order.
 
     Example:
         >>> legs = Legs.parse("in r, out r (zero), layer r")
@@ -33,13 +33,13 @@ class Legs:
         """Read a line of legs.
 
         Args:
-            line: parameters behind commas, legs behind spaces, ``(frozen)``, ``(zero)`` or ``(tied)``
-                last.
+            line: parameters separated by commas; each is its legs, separated by spaces, and perhaps a
+                mark ``(frozen)``, ``(zero)`` or ``(tied)``.
 
         Raises:
-            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, one beside
-                ``(tied)``, a line of
-                more than 10,000 characters, 64 parameters or 52 legs, a name of more than 100.
+            LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, another mark
+                together with ``(tied)``; or more than 10,000 characters, 64 parameters, 52 legs or 100
+                characters in a name.
 
         Example:
             >>> [term.legs for term in Legs.parse("in r, layer out r (zero)").terms]
@@ -53,7 +53,7 @@ class Legs:
 
     @cached_property
     def carriers(self) -> dict[str, tuple[int, ...]]:
-        """For each leg, in order of first appearance, the parameters that carry it."""
+        """The positions of the parameters that carry each leg; legs in order of first appearance."""
         carriers: dict[str, list[int]] = {}
         for position, term in enumerate(self.terms):
             for leg in term.legs:
@@ -64,7 +64,7 @@ class Legs:
         """List the legs that are summed over, in order of first appearance.
 
         Args:
-            modes: the names of the tensor's axes; every other leg is a bond.
+            modes: the names of the tensor's axes; all other legs are bonds.
 
         Example:
             >>> Legs.parse("in p, layer p q, out q").bonds(["layer", "in", "out"])
@@ -74,16 +74,16 @@ class Legs:
         return tuple(leg for leg in self.carriers if leg not in modes)
 
     def check(self, modes: Sequence[str]) -> None:
-        """Check that the line describes a tensor of these modes.
+        """Check that the line describes a tensor with these modes.
 
         Args:
-            modes: the names of its axes.
+            modes: the names of the tensor's axes.
 
         Raises:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
-                not have, a bond that only one parameter carries, ``in`` on several parameters,
-                more than one parameter marked ``(zero)``, one both frozen and zero, or tied and zero,
-                a tied one without a parameter before it or with another number of legs, more
+                not have, a bond that only one parameter carries, or ``in`` on several parameters; more
+                than one parameter marked ``(zero)``, a zero one that is frozen or tied; a tied one that
+                comes first or has another number of legs than the parameter before it; more
                 parameters or legs than `parse` reads.
 
         Example:
@@ -149,7 +149,7 @@ class Legs:
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
-        """For each term the position of its parameter: its own, or the one that it is tied to.
+        """The position of each term's parameter: the term's own position, or that of the one it is tied to.
 
         Example:
             >>> Legs.parse("in r, out r (tied), layer r").owners
@@ -162,12 +162,14 @@ class Legs:
 
     @property
     def zero(self) -> int:
-        """Position of the parameter that starts at zero: the one marked so, else the trainable one
-        that carries ``out``, else the first trainable one. One that is used twice never is: where it is
-        zero its gradient is too.
+        """The position of the parameter that starts at zero.
+
+        It is the parameter marked ``(zero)``, else the trainable one that carries ``out``, else the
+        first trainable one. A parameter that others are tied to is never chosen: at zero, its gradient
+        would be zero too.
 
         Raises:
-            ValueError: every parameter that is used once is frozen.
+            ValueError: every parameter is frozen or tied.
 
         Example:
             >>> Legs.parse("in r, out r, layer r").zero
@@ -183,14 +185,14 @@ class Legs:
         return min(trainable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
 
     def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
-        """List the parameters other than the root (the one that starts at zero), leaves first, each
-        with its bond towards the root.
+        """List all parameters except the root (the one that starts at zero), leaves first, each with its
+        bond towards the root.
 
         Args:
             modes: the names of the tensor's axes.
 
         Raises:
-            ValueError: the bonds make no tree with the root as its root.
+            ValueError: the bonds do not form a tree that contains every parameter.
 
         Example:
             >>> Legs.parse("in p, layer p q (zero), out q").leaves_to_root(["layer", "in", "out"])
@@ -222,10 +224,10 @@ class Legs:
         return order[::-1]
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Read the size of each leg off the shapes of the parameters.
+        """Find the size of each leg from the shapes of the parameters.
 
         Args:
-            shapes: one for each parameter, in the order of the line.
+            shapes: one shape for each parameter, in the order of the line.
 
         Example:
             >>> Legs.parse("in r, out r").sizes([(64, 2), (16, 2)])
@@ -259,13 +261,13 @@ class Legs:
         return sizes
 
     def check_tied_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Check that terms of one parameter have the same sizes, leg by leg.
+        """Check that a tied term has the same sizes as its parameter, leg by leg.
 
         Args:
-            sizes: of every leg.
+            sizes: the size of every leg.
 
         Raises:
-            LegsError: a tied term of another shape than the parameter.
+            LegsError: the shapes differ.
         """
         for k, (term, owner) in enumerate(zip(self.terms, self.owners)):
             own = [sizes[leg] for leg in term.legs]
@@ -278,12 +280,12 @@ class Legs:
                 )
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
-        """Compute the largest useful size of each bond; a larger one spans nothing more.
+        """Compute the largest useful size of each bond.
 
-        A bond b between exactly two parameters is the inner axis of a matrix product, for every
-        value of the other legs that the two share: its rank is at most the number of rows on
-        either side. A bond of three or more (the r of CP) has no such limit. Cutting one bond
-        lowers the limits of its neighbours, so this repeats until nothing changes.
+        A bond between exactly two parameters is the inner axis of a matrix product, so its rank is at
+        most the product of the sizes of the other legs on either side (legs that both parameters
+        share do not count). A bond of three or more parameters (the r of CP) has no such limit.
+        A smaller bond lowers the limits of its neighbours, so this repeats until nothing changes.
         """
         sizes = dict(sizes)
         pairs = [

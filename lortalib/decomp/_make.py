@@ -1,4 +1,4 @@
-"""The functions that make a network: from a line of legs, or of a format by its name."""
+"""Makes networks: from a line of legs, or from the name of a format."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def network(
     """Make the network that a line of legs describes, with starting values.
 
     Args:
-        legs: the line, for instance ``"in p, layer matrix p q, head out q"``; a parameter may
-            be marked ``(frozen)`` or ``(zero)``. The name of a format stands for its line.
+        legs: the line, for instance ``"in p, layer matrix p q, head out q"``, or the name of a
+            format. A parameter may be marked ``(frozen)``, ``(zero)`` or ``(tied)``.
         shape: ``(layers, heads, matrices, in, out)``, or a mapping from mode names to sizes.
         rank: one size for every bond, one for each bond in the order in which they first appear
-            in the line, or a mapping from bond to size. Ranks beyond what the modes can fill
-            are cut, with a warning, as TensorLy does.
-        init: ``"invariant"`` (zero update; first step independent of the rank), ``"lorta"`` (the
-            published start), ``"normal"`` (random, nothing zero), or a callable
+            in the line, or a mapping from bond to size. As in TensorLy, ranks larger than the modes
+            can fill are reduced, with a warning.
+        init: ``"invariant"`` (the update is zero, the first step independent of the rank), ``"lorta"``
+            (LoRTA's published start), ``"normal"`` (random, nothing zero), or a callable
             ``(legs, sizes, modes, randn) -> tensors``.
-        generator: source of randomness; torch's global one by default.
-        device, dtype: of the parameters; float32 by default. ``device="meta"`` allocates nothing.
+        generator: the source of randomness; by default torch's global one.
+        device, dtype: device and dtype of the parameters; float32 by default. ``device="meta"``
+            allocates nothing.
 
     Raises:
         LegsError: the line cannot be read or does not fit the shape.
         ValueError: a rank below 1, a wrong number of ranks, an unknown bond or init.
-        TypeError: a dtype that is no floating-point one.
+        TypeError: a dtype that is not floating-point.
 
     Example:
         >>> net = network("in p, layer matrix p q, head out q", (12, 12, 2, 768, 64), 4)
@@ -64,13 +65,13 @@ def cp(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Network:
-    """CP decomposition, one factor for each mode: LoRTA (arXiv 2410.04060).
+    """Make a CP decomposition: one factor for each mode, as in LoRTA (arXiv 2410.04060).
 
         T[l, h, m, i, o] = sum_r  L[l, r] H[h, r] M[m, r] A[i, r] B[o, r]
 
     Args:
         shape: ``(layers, heads, matrices, in, out)`` or a mapping from modes to sizes.
-        rank: the number of components, shared by all modes.
+        rank: the number of components.
         init, generator, device, dtype: as for `network`.
 
     Returns:
@@ -95,11 +96,11 @@ def tucker(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Network:
-    """Tucker decomposition: a factor for each mode and a core that joins them all.
+    """Make a Tucker decomposition: one factor for each mode and a core that joins them all.
 
     Args:
         shape: ``(layers, heads, matrices, in, out)`` or a mapping from modes to sizes.
-        rank: one integer for all modes (cut to the size of short modes, with a warning), a tuple
+        rank: one integer for all modes (reduced to the size of shorter modes, with a warning), a tuple
             in the order of the shape's modes as in TensorLy, or a mapping from the bonds
             p (in), q (out), s (head), t (layer), u (matrix) to sizes.
         init, generator, device, dtype: as for `network`.
@@ -125,12 +126,12 @@ def tt(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Network:
-    """Tensor train in the order in, layer, (task, expert,) matrix, head, out: MetaTT-5D.
+    """Make a tensor train in the order in, layer, (task, expert,) matrix, head, out, as in MetaTT-5D.
 
     Args:
         shape: ``(layers, heads, matrices, in, out)`` or a mapping from modes to sizes.
-        rank: one integer for all bonds, a tuple along the train (with or without the outer ones of
-            TensorLy), or a mapping from bonds a, b, c, ... to sizes.
+        rank: one integer for all bonds, a tuple along the train (with or without TensorLy's outer
+            ranks of 1), or a mapping from bonds a, b, c, ... to sizes.
         init, generator, device, dtype: as for `network`.
 
     Raises:

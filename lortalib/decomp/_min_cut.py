@@ -1,7 +1,7 @@
-"""Minimum cut of a hypergraph by maximum flow, in exact integers.
+"""Finds the minimum cut of a hypergraph by maximum flow, in exact integers.
 
-The library divides a network where the product of the bonds that cross is smallest. A product is
-compared by its logarithm, and logarithms are rounded so finely that no two products change places.
+The library divides a network where the product of the crossing bonds is smallest. Products are
+compared by their logarithms, rounded so finely that their order never changes.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, localcontext
 from math import gcd, prod
 
-#: The two nodes that stay apart.
+#: The two nodes that a cut separates.
 SOURCE, SINK = 0, 1
 
 
 def exact_logarithms(numbers: Sequence[int]) -> dict[int, int]:
-    """Give each number an integer, so that sums of these compare exactly as products do.
+    """Give each number an integer, so that sums of the integers compare exactly as products do.
 
-    Each number is written as a product of numbers without a common divisor. Products are then equal
-    only where the exponents are, so equal products get equal sums. Unequal products of at most P
-    differ in their logarithm by 1/P or more, which decides the number of digits.
+    Each number is written as a product of powers of numbers without a common divisor. Products are
+    equal only if their exponents are, so equal products get equal sums. The logarithms of unequal
+    products up to P differ by at least 1/P, which sets the number of digits.
 
     Args:
-        numbers: integers from 1; a product has each of them at most as often as it stands here.
+        numbers: integers from 1; a product contains each at most as often as this list does.
 
     Example:
         >>> log = exact_logarithms([6, 2, 3, 7])
@@ -48,7 +48,7 @@ def exact_logarithms(numbers: Sequence[int]) -> dict[int, int]:
 
 
 def _without_common_divisors(numbers: Iterable[int]) -> list[int]:
-    """Numbers above 1, no two with a common divisor, of which all the given ones are products."""
+    """Find numbers above 1, no two with a common divisor, whose powers multiply to each given number."""
     base: list[int] = []
     waiting = [number for number in set(numbers) if number > 1]
     while waiting:
@@ -68,13 +68,13 @@ def _without_common_divisors(numbers: Iterable[int]) -> list[int]:
 def source_side(
     edges: Sequence[tuple[frozenset[int], int]], to_sink: Mapping[int, int]
 ) -> set[int]:
-    """Divide the nodes of a hypergraph so that `SOURCE` and `SINK` are apart and the cost is least.
+    """Divide the nodes of a hypergraph at least cost, with `SOURCE` and `SINK` on different sides.
 
-    Among divisions of equal cost the one with the smallest side of the source is taken.
+    Among divisions of equal cost this takes the one with the smallest side of the source.
 
     Args:
-        edges: nodes, and what it costs if they are not all on one side.
-        to_sink: what it costs if a node is on the side of the source.
+        edges: sets of nodes, each with the cost of nodes on both sides.
+        to_sink: the cost of each node if it is on the side of the source.
 
     Returns:
         The nodes on the side of the source.
@@ -90,7 +90,7 @@ def source_side(
         room.setdefault(start, {})[end] = room.setdefault(start, {}).get(end, 0) + forth
         room.setdefault(end, {})[start] = room.setdefault(end, {}).get(start, 0) + back
 
-    helper = -1  # nodes of their own, two for each edge of more than two nodes
+    helper = -1  # extra nodes: two for each edge that joins more than two nodes
     for nodes, cost in edges:
         if len(nodes) == 2:
             one, other = nodes
@@ -118,7 +118,8 @@ def source_side(
 
 
 def _reached(room: Mapping[int, Mapping[int, int]]) -> dict[int, int]:
-    """The nodes that more can flow to from the source, each with the one before it, until the sink."""
+    """Search from the source along edges with spare capacity; return each node reached with its
+    predecessor. The search ends at the sink."""
     reached = {SOURCE: SOURCE}
     queue = [SOURCE]
     for node in queue:

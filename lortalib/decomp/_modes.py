@@ -1,4 +1,4 @@
-"""The named modes of an update tensor, and the shape that gives each one a size."""
+"""Names the modes of an update tensor, and gives each one a size in a `Shape`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Union
 
-#: Every reserved mode name, in the order of T. A leg with one of these names is never a bond.
+#: All reserved mode names, in the order of T. A leg with one of these names is never a bond.
 MODES = ("task", "layer", "expert", "head", "matrix", "in", "out")
 
 
-#: The modes of LoRTA's tensor T, in the order in which a bare tuple of sizes is read.
+#: The modes of LoRTA's tensor T; a tuple of five sizes is read in this order.
 LORTA_MODES = ("layer", "head", "matrix", "in", "out")
 
 
@@ -18,15 +18,15 @@ ShapeLike = Union["Shape", Mapping[str, int], Sequence[int]]
 
 
 class Shape(Mapping[str, int]):
-    """Sizes of named modes, in the order of the tensor's axes; immutable and hashable.
+    """A shape: the sizes of named modes, in the order of the tensor's axes; immutable and hashable.
 
     Args:
         sizes: either five integers, read as ``(layer, head, matrix, in, out)``, or a mapping
             from mode names to sizes, whose order is the order of the axes.
 
     Raises:
-        ValueError: a tuple that has not five entries, a size below 1.
-        TypeError: a size that is no integer.
+        ValueError: a tuple without exactly five entries, or a size below 1.
+        TypeError: a size that is not an integer.
 
     Example:
         >>> Shape((12, 12, 4, 768, 64))
@@ -81,5 +81,5 @@ class Shape(Mapping[str, int]):
 
     @property
     def numel(self) -> int:
-        """How many entries the full tensor has."""
+        """The number of entries of the full tensor."""
         return math.prod(self._sizes.values())

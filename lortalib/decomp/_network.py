@@ -1,4 +1,4 @@
-"""The network that owns its parameters, as a module."""
+"""Defines the tensor network that owns its parameters: a `torch.nn.Module`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ._tensor_network import TensorNetwork
 class Network(TensorNetwork, nn.Module):
     """A tensor stored as a network of small parameters whose axes (legs) have names.
 
-    A leg is a mode of the tensor or a bond, which is summed over. All else follows from the line
-    of legs: `dense`, `select` and `cut` are written once, for any format.
+    A leg is either a mode of the tensor or a bond, which is summed over. `dense`, `select` and `cut`
+    read the line of legs and work for any format.
 
     Laws (property-tested over every registered format):
 
     * ``net.select(**i).dense()`` is ``net.dense()`` indexed at ``i``;
-    * ``B @ A`` of `cut` is the dense slice, and p is the product of the sizes of the cut bonds;
+    * for the pair of `cut`, ``B @ A`` is the dense slice, and p is the product of the cut bonds' sizes;
     * gradients through `cut` and through `dense` agree.
 
     Args:
         legs: a line of legs, for instance ``"in r, out r, layer r"``, or one already parsed.
-        tensors: one tensor for each term of the line; its axes are its legs. They become
-            `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``. The tensor
-            of a term marked ``(tied)`` has to be that of the term before it.
+        tensors: one tensor for each term of the line, with an axis for each leg. They become
+            `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``. For a term
+            marked ``(tied)``, give the tensor of the term before it again.
         modes: the modes, in the order of the axes of `dense`.
 
     Raises:
-        LegsError: the line is ill-formed, does not fit the modes, or the sizes disagree.
-        ValueError: a tied term was given other numbers than its parameter.
+        LegsError: an ill-formed line, one that does not fit the modes, or sizes that disagree.
+        ValueError: a tensor of a tied term that differs from its parameter.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ class Network(TensorNetwork, nn.Module):
         sizes = legs.sizes([tensor.shape for tensor in tensors])
         legs.check(modes)
         self._describe(legs, sizes, modes)
-        self.names = ()  # the names of attributes, this one among them, are taken
+        self.names = ()  # set first: the names of attributes, this one included, are taken
         self.names = tuple(self._parameter_names())
         for name, term, tensor, owner in zip(self.names, legs.terms, tensors, legs.owners):
             if not term.tied:
@@ -63,7 +63,7 @@ class Network(TensorNetwork, nn.Module):
 
     def _parameter_names(self) -> list[str]:
         names: dict[str, None] = {}
-        last: dict[str, str] = {}  # where the last parameter of these legs ended its search
+        last: dict[str, str] = {}  # the last name given to a parameter with the same legs
         found: list[str] = []
         for term in self.legs.terms:
             if term.tied:
@@ -80,7 +80,7 @@ class Network(TensorNetwork, nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, in the order of the line; a tied one once for each of its terms."""
+        """The parameters, one for each term in the order of the line; a tied parameter is repeated."""
         return tuple(self._parameters[name] for name in self.names)  # type: ignore[misc]
 
     def forward(self) -> Tensor:
@@ -91,5 +91,5 @@ class Network(TensorNetwork, nn.Module):
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, or hold the same numbers as far as they have any."""
+    """Return True if two tensors are the same object or have equal values; meta tensors count as equal."""
     return one is other or one.is_meta or other.is_meta or torch.equal(one, other)

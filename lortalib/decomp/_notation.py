@@ -1,9 +1,9 @@
-"""The notation: a tensor network as one line of legs.
+"""Reads the notation, which writes a tensor network as one line of legs.
 
 A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
-A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). Behind the legs
-a parameter may be marked ``(frozen)``, not trained, ``(zero)``, the one that starts at zero, or
-``(tied)``, which is the parameter before it once more, with other legs.
+A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). A mark may follow
+the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, and ``(tied)`` is the
+parameter before it used a second time, with other legs.
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR
@@ -20,19 +20,19 @@ from dataclasses import dataclass, field, replace
 _MARKS = ("frozen", "zero", "tied")
 
 
-#: Every alternative ends at the first character that it cannot take, so reading is linear in the line.
+#: No alternative backtracks, so reading takes time linear in the length of the line.
 _TOKEN = re.compile(r"\((?P<mark>[^()]*)\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<other>\S)")
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
-#: Bounds of a line, so that one from a stranger's file costs neither time nor memory. The contraction
-#: has a letter of the alphabet for each leg.
+#: Limits of a line, so that a line from an untrusted file cannot use up time or memory. There are 52
+#: legs at most because einsum has one letter for each.
 MAX_LINE, MAX_PARAMETERS, MAX_LEGS, MAX_NAME = 10_000, 64, 52, 100
 
 
 class LegsError(ValueError):
-    """A line of legs that cannot be read, or that does not fit a shape; shows where."""
+    """Raised for a line of legs that cannot be read or does not fit a shape; the message shows where."""
 
     def __init__(self, message: str, line: str = "", span: tuple[int, int] | None = None) -> None:
         if line:
@@ -44,13 +44,13 @@ class LegsError(ValueError):
 
 @dataclass(frozen=True)
 class Term:
-    """The legs of one parameter and its marks.
+    """A term of a line: the legs and marks of one parameter.
 
     Attributes:
-        legs: names of its axes.
-        frozen: whether it is not trained; a tied one is as the parameter is.
-        zero: whether it is the one that starts at zero.
-        tied: whether it is the parameter before it once more, axis by axis, with other legs.
+        legs: the names of its axes.
+        frozen: whether it is not trained; a tied term follows its parameter.
+        zero: whether it is the parameter that starts at zero.
+        tied: whether it uses the parameter before it again, axis by axis, with other legs.
     """
 
     legs: tuple[str, ...]
@@ -64,19 +64,19 @@ class Term:
         return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
 
     def without(self, gone: Iterable[str]) -> Term:
-        """The same parameter after the legs ``gone`` were indexed away."""
+        """Return the term without the legs ``gone``, as after indexing them."""
         gone = set(gone)
         return replace(self, legs=tuple(leg for leg in self.legs if leg not in gone), spans=())
 
 
 def check_bounds(terms: Sequence[Term]) -> None:
-    """Refuse a network of more parameters, legs or letters in a name than the library works with.
+    """Refuse a network with too many parameters, too many legs or too long a name.
 
     Args:
-        terms: the parameters.
+        terms: the terms of its line.
 
     Raises:
-        LegsError: more than 64 parameters, 52 different legs, or 100 letters in the name of one.
+        LegsError: more than 64 parameters, 52 different legs or 100 characters in the name of a leg.
     """
     if len(terms) > MAX_PARAMETERS:
         raise LegsError(
@@ -97,16 +97,16 @@ def check_bounds(terms: Sequence[Term]) -> None:
 
 
 def abbreviated(text: str) -> str:
-    """Quote a text for an error message, and only the beginning of a long one."""
+    """Quote a text for an error message; of a long text, only the beginning."""
     if len(text) <= MAX_NAME:
         return repr(text)
     return f"{text[:40]!r}... of {len(text):,} characters"
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that is most like a misspelt one, as a clause for an error message.
+    """Suggest the known name most similar to a misspelt one, as a clause for an error message.
 
-    Long names are not compared, because that takes quadratic time. Empty if nothing is close.
+    The clause is empty if no name is close. Long names are not compared: that takes quadratic time.
     """
     short = [other for other in known if len(other) <= MAX_NAME][:200]
     found = difflib.get_close_matches(name, short, 1) if len(name) <= MAX_NAME else []
@@ -114,24 +114,24 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
-    """Read the parameters off a line of legs; see `Legs.parse` for the errors.
+    """Split a line of legs into its parameters; see `Legs.parse` for the errors.
 
     Args:
         line: the line.
 
     Returns:
-        The line with every blank as a space, and its parameters with their places in it.
+        The line with every blank replaced by a space, and its terms with their positions in it.
     """
     if len(line) > MAX_LINE:
         raise LegsError(
             f"a line of legs has at most {MAX_LINE:,} characters; found {len(line):,}, which "
             f"begin {line[:40]!r}"
         )
-    line = re.sub(r"\s", " ", line)  # one for one: errors point at columns
+    line = re.sub(r"\s", " ", line)  # one for one, since errors point at columns
     if not line.strip():
         raise LegsError("the line of legs is empty; CP, for instance, is 'in r, out r, layer r'")
     terms: list[Term] = []
-    names: dict[str, tuple[int, int]] = {}  # each with its place in the line
+    names: dict[str, tuple[int, int]] = {}  # each with its position in the line
     marks: list[str] = []
 
     def close(at: int) -> None:

@@ -1,4 +1,4 @@
-"""Starting values, said in terms of the update they make."""
+"""Defines the starting values of a network by the update that they give."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ._legs import Legs
 Randn = Callable[[Sequence[int]], Tensor]
 
 
-#: A start: from the line, the size of every leg, the modes, and a source of standard normal numbers
-#: (called with a shape) to one tensor for each parameter.
+#: A start is a function. It takes the line, the size of every leg, the modes, and a source of standard
+#: normal numbers (called with a shape), and returns one tensor for each parameter.
 Start = Callable[[Legs, Mapping[str, int], Sequence[str], Randn], "list[Tensor]"]
 
 
@@ -25,9 +25,9 @@ StartLike = Union[str, Start]
 def normal(
     legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Randn
 ) -> list[Tensor]:
-    """A random network: as `invariant`, but the parameter that would be zero has unit entries.
+    """Make a random start: `invariant`, but the parameter that would be zero has entries of variance 1.
 
-    Every entry of the tensor then has a variance near 1/n_in, whatever the rank and the format.
+    Every entry of the full tensor then has a variance near 1/n_in, for any rank and format.
     """
     zero = legs.zero
     own = [k for k, term in enumerate(legs.terms) if not term.tied]
@@ -49,7 +49,7 @@ def normal(
         size = sizes["in"] ** -0.5 if "in" in term.legs else 1.0
         if k in rest or ("in" in term.legs and not rest):
             size *= spread
-        # Used n times, it stands n times in the product of variances.
+        # A parameter that is used n times stands n times in the product of variances.
         tensor = tensor * size ** (1 / legs.owners.count(k))
         tensors.append(tensor.permute([order.index(leg) for leg in term.legs]))
     return tensors
@@ -58,24 +58,23 @@ def normal(
 def invariant(
     legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Randn
 ) -> list[Tensor]:
-    """Zero update, and a first step whose effect depends neither on the rank nor on the modes.
+    """Make a start with a zero update and a first step whose effect depends on neither rank nor modes.
 
-    One parameter (see `Legs.zero`) is zero. Let the entries of the others be independent, of
-    mean zero and variance v_k. When every entry of the zero parameter moves by +-h, the first step
-    of Adam, every output of a layer with inputs of unit variance moves, in root mean square, by
+    One parameter (see `Legs.zero`) is zero. Let the entries of parameter k be independent, with mean
+    zero and variance v_k. The first step of Adam moves every entry of the zero parameter by +-h. If a
+    layer's inputs have unit variance, its outputs then move, in root mean square, by
 
         h * sqrt(n_in * prod_k v_k * prod_bonds size)
 
     so the start sets ``prod_k v_k = 1 / (n_in * prod_bonds size)``: a step of size h moves the
-    output by h. (The many tokens and projections that share the tensor pull in unlike directions,
-    so the terms of the sum over the bonds add in squares.) The norm of the first gradient, and with
-    it the first decrease of the loss under plain gradient descent, is proportional to the same
-    quantity where the zero parameter carries ``out``, and does not depend on the rank either.
+    output by h. (Many tokens and projections share the tensor and pull in different directions, so the
+    squares of the terms of the sum over the bonds add up.) If the zero parameter carries ``out``, the
+    norm of the first gradient is proportional to the same quantity, so it does not depend on the rank;
+    nor does the first decrease of the loss under plain gradient descent.
 
-    The parameter that carries ``in`` keeps unit gain (variance 1/n_in, as in LoRA); the rest have
-    entries of one common size. One that is tied stands in the product once for each of its terms. Within
-    these variances a parameter with several bonds is semi-orthogonal in each slice of its modes, and short
-    mode factors are signs.
+    The parameter that carries ``in`` has variance 1/n_in, as in LoRA; all others have one common
+    variance. A tied parameter counts once for each of its terms. With these variances, a parameter with
+    several bonds is semi-orthogonal in each slice of its modes, and short mode factors are signs.
     """
     tensors = normal(legs, sizes, modes, randn)
     tensors[legs.zero].zero_()
@@ -83,11 +82,11 @@ def invariant(
 
 
 def lorta(legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Randn) -> list[Tensor]:
-    """The published start of LoRTA (arXiv 2410.04060, official code with ``init_scale=0``).
+    """Make the published start of LoRTA (arXiv 2410.04060, official code with ``init_scale=0``).
 
-    Kaiming uniform with the rank as fan-in: U(+-1/sqrt(r)) for the parameter that carries ``in``,
-    U(+-sqrt(6/r)) for the others, zero for one. r is the product of a parameter's bonds. Meant
-    for an update scaled by alpha/r; its first step falls as r^-2.5.
+    It is Kaiming uniform with the rank as fan-in: U(+-1/sqrt(r)) for the parameter that carries
+    ``in``, U(+-sqrt(6/r)) for the others, and zero for one. r is the product of a parameter's bonds.
+    The update is meant to be scaled by alpha/r; the first step falls as r^-2.5.
     """
     zero = legs.zero
     bonds = set(legs.bonds(modes))
@@ -108,10 +107,10 @@ STARTS: dict[str, Start] = {"invariant": invariant, "lorta": lorta, "normal": no
 
 
 def get_start(init: StartLike) -> Start:
-    """A start by name, or the callable itself.
+    """Find a start by its name; a callable is returned as it is.
 
     Raises:
-        ValueError: a name that no start has.
+        ValueError: an unknown name.
     """
     if callable(init):
         return init
@@ -123,8 +122,8 @@ def get_start(init: StartLike) -> Start:
 
 
 def _orthogonal_slices(tensor: Tensor, n_modes: int) -> Tensor:
-    """Unit-variance entries, each slice over the leading axes an (a, b...) matrix with orthogonal
-    rows or columns."""
+    """Orthogonalise the rows or columns of each slice over the leading ``n_modes`` axes; entries have
+    unit variance."""
     rows = tensor.shape[n_modes]
     matrix = tensor.reshape(*tensor.shape[:n_modes], rows, -1)
     columns = matrix.shape[-1]

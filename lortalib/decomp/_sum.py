@@ -1,4 +1,4 @@
-"""The sum of networks, exact, as one network whose ranks add up."""
+"""Adds networks exactly, as one network whose ranks are the sums of theirs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ._tensor_network import TensorNetwork
 def direct_sum(
     networks: Sequence[TensorNetwork], weights: Sequence[float] | None = None
 ) -> Network:
-    """The weighted sum of networks of the same legs: a network with the sums of their ranks.
+    """Make the weighted sum of networks with the same legs: a network with the sums of their ranks.
 
-    Every parameter gets the parameters of the summands as blocks along its bonds, and zeros
-    elsewhere. A term of the contraction then stays within one summand, so nothing is approximated.
+    Every parameter contains the parameters of the summands as blocks along its bonds, and zeros
+    elsewhere. Each term of the contraction stays within one summand, so nothing is approximated.
 
     Args:
-        networks: networks of the same legs and shape; their ranks may differ.
-        weights: a factor for each; 1 by default.
+        networks: networks with the same legs and shape; their ranks may differ.
+        weights: a factor for each network; 1 by default.
 
     Returns:
         A `Network` with parameters of its own.
 
     Raises:
-        ValueError: no network, other legs or shapes, a wrong number of weights, or a network that
-            falls apart into pieces without a common bond, whose sum has no such form.
+        ValueError: no network, different legs or shapes, a wrong number of weights, or a network whose
+            parameters fall into groups without a common bond, since its sum has no such form.
 
     Example:
         >>> from lortalib.decomp import cp
@@ -77,10 +77,10 @@ def direct_sum(
 
 
 def _cheapest(network: TensorNetwork) -> int:
-    """The parameter that takes the weights: one used once, trainable if there is one, the smallest.
+    """Choose the parameter that takes the weights: used once, trainable if possible, and smallest.
 
     Raises:
-        ValueError: every parameter is used twice, so that a weight would count twice.
+        ValueError: every parameter is tied, so that a weight would count twice.
     """
     terms, owners = network.legs.terms, network.legs.owners
     once = [k for k in range(len(terms)) if owners.count(owners[k]) == 1]
@@ -92,7 +92,7 @@ def _cheapest(network: TensorNetwork) -> int:
 
 
 def _is_whole(terms: Sequence[Term], bonds: set[str]) -> bool:
-    """Whether any two parameters are joined by bonds, directly or through others."""
+    """Return True if bonds join any two parameters, directly or through others."""
     reached, left = [terms[0]], list(terms[1:])
     for term in reached:
         near = [other for other in left if bonds & set(term.legs) & set(other.legs)]

@@ -1,4 +1,4 @@
-"""What every network of named legs can do, whoever owns its parameters."""
+"""Defines the operations of every tensor network, whether or not it owns its parameters."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FAR = ("head", "out")
 
 
 class TensorNetwork(ABC):
-    """A tensor as a network of parameters, whoever owns them; `Network` states the laws.
+    """A tensor stored as a network of parameters; `Network` states the laws that its operations obey.
 
     Attributes:
-        legs: the parsed line.
+        legs: the parsed line of legs.
         modes: the modes, in the order of the axes of `dense`.
         sizes: the size of every leg.
-        names: a name for each parameter.
+        names: the name of each parameter.
     """
 
     legs: Legs
@@ -46,19 +46,19 @@ class TensorNetwork(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, in the order of the line."""
+        """The parameters, one for each term in the order of the line."""
         raise NotImplementedError
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Size of each bond, in order of first appearance."""
+        """The size of each bond, in order of first appearance."""
         return {bond: self.sizes[bond] for bond in self.legs.bonds(self.modes)}
 
     def count(self, trainable_only: bool = True) -> int:
-        """Count the trainable parameters of the network, entry by entry.
+        """Count the trainable parameters: the entries of all tensors; tied ones count once.
 
         Args:
-            trainable_only: whether the entries of tensors marked ``(frozen)`` are left out.
+            trainable_only: whether tensors marked ``(frozen)`` are left out.
 
         Example:
             >>> from lortalib.decomp import cp
@@ -74,11 +74,11 @@ class TensorNetwork(ABC):
         return sum(sizes.values())
 
     def dense(self) -> Tensor:
-        """Contract the network to the full tensor, against which every other operation is tested.
+        """Contract the network to the full tensor. Every other operation is tested against this one.
 
         Returns:
             A tensor of shape `shape`, its axes in the order of `modes`, in the dtype and on the
-            device of the parameters. Differentiable; costs its full size in memory.
+            device of the parameters. It is differentiable, and takes memory for every entry.
 
         Example:
             >>> from lortalib.decomp import cp
@@ -88,23 +88,23 @@ class TensorNetwork(ABC):
         return contract(self._terms, self.tensors, self.modes, self.sizes)
 
     def select(self, index: Mapping[str, int] | None = None, /, **positions: int) -> TensorNetwork:
-        """Fix some modes at a position each, which leaves a network over the other modes.
+        """Fix some modes, each at one position; a network over the other modes remains.
 
         Args:
             index: a mapping from mode to position. ``in`` is a keyword of Python, so it can only be
                 given here: ``net.select({"in": 0}, layer=1)``.
-            positions: the same as keywords, for instance ``layer=3, matrix=0``. Negative positions
+            positions: the same as keyword arguments, such as ``layer=3, matrix=0``. Negative positions
                 count from the end.
 
         Returns:
-            A network that refers to slices of these parameters (nothing is copied; gradients
-            reach the parameters).
+            A network over slices of these parameters. Nothing is copied, and gradients reach the
+            parameters.
 
         Raises:
-            KeyError: a name that is no mode of this network.
+            KeyError: a name that is not a mode of this network.
             IndexError: a position outside the mode.
-            TypeError: a position that is no integer, a mode given twice, an index that is no
-                mapping.
+            TypeError: a position that is not an integer, a mode given twice, an index that is not
+                a mapping.
 
         Example:
             >>> from lortalib.decomp import cp
@@ -144,17 +144,17 @@ class TensorNetwork(ABC):
         return {mode: operator.index(at) for mode, at in (*index.items(), *named.items())}
 
     def index_select(self, mode: str, positions: Tensor) -> TensorNetwork:
-        """Keep some positions of a mode, in the order given; positions may repeat.
+        """Keep some positions of one mode, in the order given; positions may repeat.
 
         Args:
             mode: one of `modes`.
             positions: integers of shape (number,), on the device of the parameters.
 
         Returns:
-            A network over the same modes (gradients reach the parameters).
+            A network over the same modes. Gradients reach the parameters.
 
         Raises:
-            KeyError: a name that is no mode of this network.
+            KeyError: a name that is not a mode of this network.
             IndexError: a position outside the mode.
 
         Example:
@@ -182,19 +182,19 @@ class TensorNetwork(ABC):
     def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
         """Multiply the tensor by a matrix along one mode (the n-mode product).
 
-        The matrix becomes one more parameter of the network, so nothing dense is formed.
+        The matrix becomes one more parameter of the network, so no dense tensor is formed.
 
         Args:
             matrix: (new size, size of the mode).
             mode: one of `modes`.
 
         Returns:
-            A network whose mode has the new size; its axes are those of this one.
+            A network with the same modes, one of them with the new size.
 
         Raises:
-            KeyError: a name that is no mode of this network.
+            KeyError: a name that is not a mode of this network.
             ValueError: a matrix of another shape.
-            LegsError: the network has as many legs or parameters as one can have.
+            LegsError: the network already has the largest number of legs or parameters.
 
         Example:
             >>> import torch
@@ -228,20 +228,20 @@ class TensorNetwork(ABC):
     def cut(self, *batch_modes: str) -> Cut:
         """Split the network into ordinary low-rank pairs, exactly and differentiably.
 
-        The network is divided where the bonds that cross have the smallest product p; A holds the
-        side of ``in``. Besides ``in``, ``out`` and perhaps ``head`` only the modes ``batch_modes`` may be
-        left: all their slices are cut at once.
+        The network is divided where the product p of the crossing bonds is smallest. The side of ``in``
+        becomes A, the other side B. The network may have no modes but ``in``, ``out``, ``head`` and
+        ``batch_modes``; all slices over ``batch_modes`` are cut at once.
 
         Args:
-            batch_modes: modes that stay as leading axes, in this order; none gives one pair.
+            batch_modes: modes that become leading axes, in this order; without any, there is one pair.
 
         Returns:
-            `Cut`: A ``(*batch_modes, p, in)`` and B ``(*batch_modes, head*out, p)``, with ``B @ A``
-            the slices as (head*out, in) matrices. Where one side does not depend on a mode of
-            ``batch_modes``, it has size 1 there and broadcasts.
+            `Cut`: A ``(*batch_modes, p, in)`` and B ``(*batch_modes, head*out, p)``; ``B @ A`` are the
+            slices as (head*out, in) matrices. If a side does not depend on one of ``batch_modes``, it
+            has size 1 there and broadcasts.
 
         Raises:
-            LegsError: other modes are left, or ``in``, ``out`` or one of ``batch_modes`` is missing.
+            LegsError: the network has other modes, or lacks ``in``, ``out`` or one of ``batch_modes``.
 
         Example:
             >>> from lortalib.decomp import cp
@@ -258,8 +258,8 @@ class TensorNetwork(ABC):
             batch_modes: as for `cut`.
 
         Returns:
-            `CutPlan`; ``plan.partition`` has the positions of the parameters on the side of
-            ``in``, of those on the other side, and the bonds that cross.
+            `CutPlan`; ``plan.partition`` has the positions of the parameters on the side of ``in``, the
+            positions of all others, and the bonds that cross.
 
         Raises:
             LegsError: as `cut`.
@@ -294,7 +294,7 @@ class TensorNetwork(ABC):
             )
 
     def to_tensorly(self) -> Any:
-        """Make a TensorLy object of the network, with live autograd: `lortalib.decomp.to_tensorly`."""
+        """Make a TensorLy object of the network, with live autograd; see `lortalib.decomp.to_tensorly`."""
         from ._tensorly import to_tensorly
 
         return to_tensorly(self)
@@ -316,7 +316,7 @@ class TensorNetwork(ABC):
 
 
 class NetworkView(TensorNetwork):
-    """A network over slices of parameters that another network owns; see `Network.select`."""
+    """A tensor network over slices of parameters that another network owns; see `Network.select`."""
 
     def __init__(self, legs: Legs, tensors: Sequence[Tensor], modes: tuple[str, ...]) -> None:
         pairs = zip(legs.terms, tensors)
@@ -327,5 +327,5 @@ class NetworkView(TensorNetwork):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The slices, in the order of the line."""
+        """The slices, one for each term in the order of the line."""
         return self._tensors

@@ -1,8 +1,8 @@
-"""Converts networks to TensorLy's objects and back. The only file that touches its backend setting.
+"""Converts networks to TensorLy's objects and back.
 
-TensorLy keeps one backend per process and one per thread, and its own context manager restores the
-process-wide one from a thread. So whatever calls TensorLy here runs in a thread of its own, whose
-local setting is PyTorch and ends with it: the user's setting is never touched, also on failure.
+TensorLy has one backend setting for the process and one for each thread, and its own context manager
+changes the process-wide one. Therefore every call of TensorLy here runs in a new thread, whose own
+setting is PyTorch: the user's settings are never changed, also if a call fails.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Result = TypeVar("Result")
 
 
 def to_tensorly(net: TensorNetwork) -> TensorLyObject:
-    """Make a TensorLy object that holds the very parameters of a network, with live autograd.
+    """Make a TensorLy object from the parameters of a network themselves, with live autograd.
 
     Args:
         net: the network.
 
     Returns:
-        A ``CPTensor``, ``TuckerTensor`` or ``TTTensor``. CP and Tucker have their axes in the
-        order of ``net.modes``; a train in the order of the train. The names of the axes are left
-        on the object as its attribute ``modes``, so that ``net.dense()`` permuted to that order is
-        TensorLy's own reconstruction, and `from_tensorly` needs no help.
+        A ``CPTensor``, ``TuckerTensor`` or ``TTTensor``. The axes of CP and Tucker are in the order of
+        ``net.modes``, those of a train in the order of the train. The object's attribute ``modes``
+        holds their names; `from_tensorly` reads it. TensorLy's own reconstruction is ``net.dense()``
+        permuted to that order.
 
     Raises:
-        ValueError: the network is neither CP, Tucker nor a tensor train with one mode on each
+        ValueError: the network is neither CP nor Tucker, nor a tensor train with one mode on each
             factor.
 
     Example:
@@ -68,18 +68,18 @@ def to_tensorly(net: TensorNetwork) -> TensorLyObject:
 
 
 def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
-    """Make a network from a TensorLy object; its tensors are copied, the weights of CP absorbed.
+    """Make a network from a TensorLy object: its tensors are copied, the weights of CP multiplied in.
 
     Args:
         obj: a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of PyTorch tensors (NumPy arrays are
             converted).
-        modes: names of the axes, as a sequence, a string such as ``"layer in out"``, or a mapping
-            with sizes, which are checked. By default those that `to_tensorly` left on the object,
-            else ``layer, head, matrix, in, out`` for five axes.
+        modes: names of the axes, as a sequence, a string such as ``"layer in out"``, or a mapping to
+            sizes, which are checked. By default the names that `to_tensorly` put on the object, else
+            ``layer, head, matrix, in, out`` if there are five axes.
 
     Raises:
-        TypeError: another kind of object, complex factors.
-        ValueError: the names do not fit the axes.
+        TypeError: another kind of object, or complex factors.
+        ValueError: names that do not fit the axes.
 
     Example:
         >>> from lortalib.decomp import tucker
@@ -97,7 +97,7 @@ def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
 
 
 def network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) -> Network:
-    """Make the network whose line is that of the format, and whose axes are named ``names``."""
+    """Make a network of the object's format, whose axes are named ``names``."""
     factors = {name: real(factor, "a factor") for name, factor in zip(names, obj.factors)}
     shape = Shape(dict(zip(names, obj.shape)))
     if isinstance(obj, TTTensor):
@@ -144,7 +144,7 @@ def _as_tucker(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
 
 
 def _as_tt(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
-    """Recognised in the order in which the line gives the cores."""
+    """Recognise a train whose cores stand in the line in the order of the train."""
     modes = tuple(leg for term in net.legs.terms for leg in term.legs if leg in net.modes)
     bonds = tuple(net.ranks)
     if len(modes) != len(net.legs.terms) or len(bonds) != len(modes) - 1:
@@ -161,7 +161,7 @@ def _as_tt(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
 
 
 def _factors(net: TensorNetwork) -> dict[str, Tensor] | None:
-    """For each mode its (mode, bond) factor, if every parameter is one."""
+    """Find the (mode, bond) factor of each mode; None if a parameter is something else."""
     found: dict[str, Tensor] = {}
     for term, tensor in zip(net.legs.terms, net.tensors):
         mode = [leg for leg in term.legs if leg in net.modes]
@@ -172,11 +172,11 @@ def _factors(net: TensorNetwork) -> dict[str, Tensor] | None:
 
 
 def real(values: Any, what: str) -> Tensor:
-    """Take values as a tensor of real floating-point numbers; integers become the default dtype.
+    """Convert values to a tensor of real floating-point numbers; integers get the default dtype.
 
     Args:
         values: a tensor, a NumPy array or nested numbers.
-        what: what they are, for the error.
+        what: a noun for them, for the error message.
 
     Raises:
         TypeError: the values are complex.
@@ -211,7 +211,7 @@ def axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def with_pytorch(call: Callable[[], Result]) -> Result:
-    """Run ``call`` in a thread of its own, in which TensorLy's backend is PyTorch."""
+    """Run ``call`` in a new thread, in which TensorLy's backend is PyTorch."""
 
     def run() -> Result:
         tl.set_backend("pytorch", local_threadsafe=True)

@@ -6,47 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..decomp import Cut, Network
+from ..decomp import Cut, Network, TensorNetwork
+from ._adapter_module import AdapterModule
 from ._anatomy import Site
+from ._carrier import Host
 from ._config import AdapterConfig
-from ._forward import ForwardScope, PairSource
+from ._forward import PairSource
 from ._group import Group
+from ._sharded import divide_again, whole, whole_network
 from ._table import describe
 from ._trained_modules import TrainedModules
 
 
-class Host(Protocol):
-    """Where an adapter lives: what it asks of the model that carries it."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-
-    def base_weight(self, site: Site) -> Tensor:
-        """A weight as it is without anything merged into it."""
-
-    def enable(self, adapter: Any) -> None:
-        """See `Adapter.enable`."""
-
-    def disable(self, adapter: Any) -> None:
-        """See `Adapter.disable`."""
-
-    def merge(self, adapter: Any) -> None:
-        """See `Adapter.merge`."""
-
-    def unmerge(self, adapter: Any) -> None:
-        """See `Adapter.unmerge`."""
-
-    def remove(self, adapter: Any, merged: bool) -> None:
-        """See `Adapter.remove`."""
-
-
-class Adapter(nn.Module):
+class Adapter(AdapterModule):
     """One fine-tuning of a model: tensor networks, and the projections that they update.
 
     Made by `lortalib.nn.apply` and `lortalib.nn.load`, never by hand. It is a submodule of its model
@@ -70,17 +46,12 @@ class Adapter(nn.Module):
         networks: Mapping[str, Network],
         trained_modules: TrainedModules,
     ) -> None:
-        super().__init__()
+        sources = [PairSource(g, networks[g.name], config.scaling) for g in groups]
+        super().__init__(networks, sources, trained_modules)
         self.name = name
         self.config = config
         self.groups = groups
-        self.networks = nn.ModuleDict(networks)
-        self.trained_modules = trained_modules
-        self.active = False
-        self.merged = False
-        self._sources = [PairSource(g, networks[g.name], config.scaling) for g in groups]
-        self.scope = ForwardScope(self._sources)
-        self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
+        self._sources = sources
 
     # What it is
 
@@ -122,7 +93,25 @@ class Adapter(nn.Module):
         """The network of a group."""
         network = self.networks[group.name]
         assert isinstance(network, Network)
+        if "_hf_hook" in network.__dict__:  # accelerate has seen it, and may have offloaded it
+            self.bring_back()
         return network
+
+    def _whole(self, group: Group) -> TensorNetwork:
+        """The network of a group, gathered where it is divided over processes."""
+        if self.is_on_model and self.scope.running is None:
+            divide_again(self.model)  # what is gathered for forwards may be rounded
+        return whole_network(self.network(group))
+
+    def snapshot(self) -> Adapter:
+        """The adapter with the numbers that its networks have now, on no model and without the modules
+        that train with it. Where it is divided over processes, every process has to call it."""
+        networks = {}
+        for group in self.groups:
+            network = self._whole(group)
+            tensors = [tensor.detach().clone() for tensor in network.tensors]
+            networks[group.name] = Network(network.legs, tensors, network.modes)
+        return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
 
     def low_rank_pair(self, site: Site | str) -> Cut:
         """The low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p).
@@ -134,7 +123,7 @@ class Adapter(nn.Module):
             KeyError: no such site.
         """
         group, site = self._find(site)
-        return group.pair(self.network(group), site)
+        return group.pair(self._whole(group), site)
 
     def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
         """The change of one weight, dense and scaled, in the shape in which the weight is stored.
@@ -152,9 +141,10 @@ class Adapter(nn.Module):
             ValueError: the adapter acts on the stream, and is on no model.
         """
         group, site = self._find(site)
-        if weight is None and group.on_stream and self.is_on_model:
-            weight = self.base_weight(site)
-        return group.delta(self.network(group), site, weight) * self.scaling
+        if group.on_stream:
+            weight = self.base_weight(site) if weight is None and self.is_on_model else weight
+            weight = whole(weight)
+        return group.delta(self._whole(group), site, weight) * self.scaling
 
     def base_weight(self, site: Site) -> Tensor:
         """The weight of a site as it is without anything merged into it, as stored.
@@ -191,7 +181,7 @@ class Adapter(nn.Module):
         """
         group, site = self._find(site)
         with torch.no_grad():
-            return group.head_norms(self.network(group), site) * abs(self.scaling)
+            return group.head_norms(self._whole(group), site) * abs(self.scaling)
 
     def _find(self, site: Site | str) -> tuple[Group, Site]:
         for group in self.groups:
@@ -222,12 +212,17 @@ class Adapter(nn.Module):
         """
         return self._require_host().model
 
+    def belong_to(self, host: Host | None) -> None:
+        """Say what carries the adapter; None for nothing. For those who put adapters on models."""
+        self._host = [] if host is None else [host]
+
     def _require_host(self) -> Host:
         if not self._host:
             raise RuntimeError(
                 f"adapter {self.name!r} was removed from its model; apply or load it again"
             )
-        return self._host[0]
+        host: Host = self._host[0]
+        return host
 
     def enable(self) -> None:
         """Take part in the forward again (a merged adapter already does).
@@ -281,6 +276,10 @@ class Adapter(nn.Module):
     def merge(self) -> None:
         """Write the update into the base's weights; the forward is then the base's own.
 
+        The weights keep the numbers that the networks have now. If these change later, `unmerge` and
+        merge again; until then nothing takes them, neither another adapter's merge nor
+        ``remove(merged=True)``.
+
         Raises:
             ValueError: a factor that is not finite, a weight that cannot take the update (quantised,
                 shared with a module that has no such update, or its dtype overflows).
@@ -320,6 +319,7 @@ class Adapter(nn.Module):
         """
         from ._files import save  # deferred on purpose: files know adapters
 
+        self._require_host().prepare_files(self)
         return save(self, folder)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
@@ -335,6 +335,8 @@ class Adapter(nn.Module):
         """
         from ._files import export_lora  # deferred on purpose: files know adapters
 
+        if self.is_on_model:
+            self._require_host().prepare_files(self)
         return export_lora(self, folder)
 
     def __repr__(self) -> str:

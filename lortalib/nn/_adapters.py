@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, check_model, unwrapped
-from ._host import AdapterHost
+from ._host import AdapterHost, home_of
+from ._sharded import sharded_parts
 
 
 def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
@@ -26,6 +28,13 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             attribute of the adapters' name that is something else.
     """
     model = unwrapped(model)
+    if sharded_parts(model):
+        warnings.warn(
+            "FSDP2 divides this model already, and does not know the parameters of an adapter that comes "
+            "later: they can be used, but would train apart in each process. To train, put the adapter on "
+            "before fully_shard",
+            stacklevel=4,
+        )
     host = host_of(model)
     others = host.adapters() if host else []
     taken = adapter.trained_modules.conflict(o.trained_modules for o in others if o.active)
@@ -36,20 +45,20 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
         )
     with ExitStack() as undo:
         if host is None:
-            if hasattr(model, ATTRIBUTE):
+            if hasattr(home_of(model), ATTRIBUTE):
                 raise ValueError(
                     f"the model has an attribute {ATTRIBUTE!r} that is no adapter; rename it first"
                 )
             host = AdapterHost(model)
             undo.callback(host.release)
-            model.add_module(ATTRIBUTE, host)
+            home_of(model).add_module(ATTRIBUTE, host)
         host.install(adapter, active, freeze, undo)
         undo.pop_all()
 
 
 def host_of(model: nn.Module) -> AdapterHost | None:
     """The host of a model, if any adapter was applied to it."""
-    host = unwrapped(model)._modules.get(ATTRIBUTE)
+    host = home_of(unwrapped(model))._modules.get(ATTRIBUTE)
     return host if isinstance(host, AdapterHost) else None
 
 

@@ -132,8 +132,8 @@ def _gradients(
     A network of one parameter that carries every mode is T, so its gradient is T's.
     """
     whole = _whole(model, adapter)
-    install(whole, model, active=True, freeze=False)
     try:
+        install(whole, model, active=True, freeze=False)
         parameters = list(whole.parameters())
         total = [torch.zeros_like(parameter) for parameter in parameters]
         count = 0
@@ -148,7 +148,18 @@ def _gradients(
             raise ValueError("no batch was given; a loader that was read to its end gives none")
         return {group.name: mean / count for group, mean in zip(whole.groups, total)}
     finally:
-        whole.remove()
+        _take_off(whole)
+
+
+def _take_off(whole: Adapter) -> None:
+    """Remove the second adapter from its model, also where its removal is interrupted."""
+    try:
+        if whole.is_on_model:
+            whole.remove()
+    except BaseException:
+        if whole.is_on_model:
+            whole.remove()
+        raise
 
 
 def _number(loss: Any) -> Tensor:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ._anatomy import Site, original_parameters, site_weight
+from ._anatomy import Site, original_parameters, original_weight
+from ._found_modules import FoundModules
+from ._offloaded import is_on_disk, offloaded_numbers
+from ._sharded import divide_again, divided_like, is_finite
 
 
 class Merged(Protocol):
@@ -33,10 +36,12 @@ class BaseWeights:
 
     Args:
         model: the model.
+        modules: finds its modules.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: FoundModules | None = None) -> None:
         self._model = model
+        self._modules = FoundModules(model) if modules is None else modules
         self._base: dict[str, Tensor] = {}
 
     def write(self, sites: Iterable[Site], merged: Sequence[Merged]) -> None:
@@ -47,14 +52,15 @@ class BaseWeights:
             merged: all adapters that are to stand in them afterwards.
 
         Raises:
-            ValueError: a weight that is quantised or shared with a module that is not updated alike, or
-                a result that is not finite. Whatever is raised, every weight is then as it was.
+            ValueError: a weight that is quantised, on a disk, or shared with a module that is not updated
+                alike, or a result that is not finite. Whatever is raised, every weight is then as it was.
         """
+        divide_again(self._model)
         updates = _by_weight(merged)
         named = {weight_name(site): site for site in sites}
-        weights = {name: self._weight(site) for name, site in named.items()}
+        weights = {name: self._weight(site, write=True) for name, site in named.items()}
         self._check_holders(weights, updates)
-        written: list[tuple[nn.Parameter, Tensor]] = []
+        written: list[tuple[Tensor, Tensor]] = []
         known = set(self._base)
         try:
             for name, weight in weights.items():
@@ -72,10 +78,11 @@ class BaseWeights:
     def restore(self, sites: Iterable[Site]) -> None:
         """Give the weights of these sites every bit of the base's back. It allocates nothing, and may be
         called again where it was interrupted."""
+        divide_again(self._model)
         for site in {weight_name(site): site for site in sites}.values():
             base = self._base.get(weight_name(site))
             if base is not None:
-                _copy(base, site_weight(self._model, site))
+                _copy(base, self._stored(site))
 
     def base(self, site: Site) -> Tensor:
         """The base's weight of a site, whatever is merged into the model's.
@@ -102,8 +109,15 @@ class BaseWeights:
         """Let go of the base's weights that none of these adapters stands in."""
         self.forget(set(self._base) - set(_by_weight(merged)))
 
-    def _weight(self, site: Site) -> nn.Parameter:
-        weight = site_weight(self._model, site)
+    def _stored(self, site: Site) -> Any:
+        """The weight of a site as it is stored, also by accelerate."""
+        module = self._modules.get_submodule(site.path)
+        numbers = offloaded_numbers(module, site.parameter)
+        return original_weight(module, site.parameter) if numbers is None else numbers
+
+    def _weight(self, site: Site, write: bool = False) -> Tensor:
+        module = self._modules.get_submodule(site.path)
+        weight = original_weight(module, site.parameter)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
                 f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "
@@ -114,30 +128,50 @@ class BaseWeights:
                 f"the weight of {site.path} has shape {tuple(weight.shape)}; expected "
                 f"{site.weight_shape}, so it cannot take an update"
             )
-        return weight
+        if write and weight.is_meta and is_on_disk(module, site.parameter):
+            raise ValueError(
+                f"the weight of {site.path} is offloaded to a disk, which nothing is written to; load the "
+                "model into memory (device_map='cpu') to merge, or leave the adapter unmerged"
+            )
+        found: Tensor = self._stored(site)
+        if write and found.is_meta:
+            raise ValueError(
+                f"the weight of {site.path} is on the meta device: it has no numbers to add an update to"
+            )
+        return found
 
     def _check_holders(
         self,
-        weights: Mapping[str, nn.Parameter],
+        weights: Mapping[str, Tensor],
         updates: Mapping[str, Sequence[tuple[Merged, Site]]],
     ) -> None:
         """Refuse a weight that a module holds whose forward the update does not change."""
-        holders: dict[int, set[str]] = {id(weight): set() for weight in weights.values()}
+        holders: dict[object, dict[int, str]] = {_memory(weight): {} for weight in weights.values()}
         for path, module in self._model.named_modules(remove_duplicate=False):
             if isinstance(module, ParametrizationList):  # its owner counts
                 continue
-            for parameter in original_parameters(module).values():
-                if id(parameter) in holders:
-                    holders[id(parameter)].add(path)
+            for name, parameter in original_parameters(module).items():
+                numbers = offloaded_numbers(module, name)
+                key = _memory(parameter if numbers is None else numbers)
+                if key in holders:
+                    holders[key].setdefault(id(module), path)
         for name, weight in weights.items():
             for adapter, site in updates.get(name, []):
-                others = holders[id(weight)] - {site.path, *site.tied_paths}
+                paths = (site.path, *site.tied_paths)
+                own = {id(self._modules.get_submodule(path)) for path in paths}
+                others = [path for key, path in holders[_memory(weight)].items() if key not in own]
                 if others:
                     raise ValueError(
                         f"the weight of {site.path} is also that of {', '.join(sorted(others))}, which "
                         f"adapter {adapter.name!r} does not change in the same way; merging would change "
                         "both. Give the modules weights of their own first, or leave the adapter unmerged"
                     )
+
+
+def _memory(weight: Tensor) -> object:
+    """What two places that hold one weight have in common. Tensors that accelerate keeps are made anew
+    for every place, over one memory."""
+    return id(weight) if isinstance(weight, nn.Parameter) else ("memory", weight.data_ptr())
 
 
 def weight_name(site: Site) -> str:
@@ -161,9 +195,10 @@ def _sum(
     wide = torch.promote_types(base.dtype, torch.float32)
     total = base.to(wide)
     for adapter, site in updates:
-        total = total + adapter.delta(site, base).detach().to(base.device, wide)
+        delta = adapter.delta(site, base).detach().to(base.device, wide)
+        total = total + divided_like(delta, base)
     result = total.to(dtype)  # the model may have been cast since it was merged
-    if not torch.isfinite(result).all() and torch.isfinite(base).all():
+    if not is_finite(result) and is_finite(base):
         raise ValueError(
             f"merging would write NaN or infinity into {name.removesuffix('.weight')} ({dtype}); nothing was "
             "changed. Look at the adapter's factors, or merge into a wider dtype"
@@ -173,4 +208,4 @@ def _sum(
 
 def _copy(source: Tensor, target: Any) -> None:
     with torch.no_grad():
-        target.copy_(source)
+        target.copy_(divided_like(source, target))

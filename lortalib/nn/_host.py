@@ -11,19 +11,21 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, Site
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
+from ._found_modules import FoundModules
+from ._sharded import divide_again, is_finite
 from ._stream import check_order
 from ._trained_modules import TrainedModules
 
 
 class AdapterHost(nn.ModuleDict):
-    """The adapters of one model by name; a submodule of the model, so that they move with it.
+    """The adapters of one model by name; a submodule of the model (see `home_of`), so that they move with
+    it.
 
     Args:
         model: the model.
@@ -32,7 +34,11 @@ class AdapterHost(nn.ModuleDict):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = [model]  # in a list, so that it is not registered as a submodule
-        self._weights = BaseWeights(model)
+        self._modules_found = FoundModules(model)
+        self._weights = BaseWeights(model, self._modules_found)
+        self._standing: dict[
+            str, Adapter
+        ] = {}  # the numbers of merged adapters as they were merged
         self._handles: dict[str, list[Handle]] = {}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._freezing: set[str] = set()  # names of the adapters that keep the base frozen
@@ -57,6 +63,14 @@ class AdapterHost(nn.ModuleDict):
     def base_weight(self, site: Site) -> Tensor:
         """The weight of a site as it is without anything merged into it."""
         return self._weights.base(site)
+
+    def bring_back(self, adapter: Adapter) -> None:
+        """See `TrainedModules.bring_back`."""
+        adapter.trained_modules.bring_back(self.model)
+
+    def prepare_files(self, adapter: Adapter) -> None:
+        """Let FSDP2 divide again what it gathered for a forward: that may be rounded."""
+        divide_again(self.model)
 
     # On and off
 
@@ -108,19 +122,27 @@ class AdapterHost(nn.ModuleDict):
             return
         _check_finite(adapter)
         self._check_order(merging=adapter)
-        merged = [other for other in self.adapters() if other.merged or other is adapter]
+        kept = self._standing
+        standing = {**kept, adapter.name: adapter.snapshot()}
         active = adapter.active
         try:
             self._enable(adapter)
-            self._weights.write(adapter.sites, merged)
+            self._weights.write(adapter.sites, self._in_order(standing))
+            vars(self)["_standing"] = standing
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
             self._detach(adapter)
         except BaseException:
             if adapter.merged:
                 self._detach(adapter)
-            elif not active:
-                self.disable(adapter)
+            else:
+                vars(self)["_standing"] = kept
+                if not active:
+                    self.disable(adapter)
             raise
+
+    def _in_order(self, standing: dict[str, Adapter]) -> list[Adapter]:
+        """The adapters that stand in the weights, in the order in which they were applied."""
+        return [standing[other.name] for other in self.adapters() if other.name in standing]
 
     def unmerge(self, adapter: Adapter) -> None:
         """See `Adapter.unmerge`."""
@@ -131,15 +153,18 @@ class AdapterHost(nn.ModuleDict):
     def _unmerge(self, adapter: Adapter) -> None:
         if not adapter.merged:
             return
-        rest = [other for other in self._others(adapter) if other.merged]
+        standing = {name: each for name, each in self._standing.items() if name != adapter.name}
+        rest = self._in_order(standing)
         try:
             self._attach(adapter)  # its hooks add nothing while it is merged
             self._restore(adapter, rest)
+            vars(self)["_standing"] = standing
             self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
                 self._detach(adapter)
             else:
+                vars(self)["_standing"] = standing
                 self._weights.keep_only(rest)
             raise
 
@@ -196,7 +221,7 @@ class AdapterHost(nn.ModuleDict):
             if not adapter.merged:
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
-            self._weights.settle(adapter)
+            self._weights.settle(self._standing[adapter.name])
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
@@ -212,8 +237,9 @@ class AdapterHost(nn.ModuleDict):
                     parameter.requires_grad_(True)
                 self._frozen = []
             del self[adapter.name]
-        adapter._host = []
-        self._weights.keep_only([other for other in self.adapters() if other.merged])
+        adapter.belong_to(None)
+        self._standing.pop(adapter.name, None)
+        self._weights.keep_only(self._in_order(self._standing))
         if not len(self):
             self.release()
 
@@ -225,7 +251,8 @@ class AdapterHost(nn.ModuleDict):
                 parameter.requires_grad_(before and not self._freezing)
 
     def _attach(self, adapter: Adapter) -> None:
-        attach(self.model, adapter, self._handles.setdefault(adapter.name, []))
+        found = cast(nn.Module, self._modules_found)
+        attach(found, adapter, self._handles.setdefault(adapter.name, []))
 
     def _detach(self, adapter: Adapter) -> None:
         """Take the hooks of an adapter off; may be called again."""
@@ -235,10 +262,11 @@ class AdapterHost(nn.ModuleDict):
 
     def release(self) -> None:
         """Take the host off the model and give back the ``requires_grad`` flags of the base."""
-        if self.model._modules.get(ATTRIBUTE) is self:
+        home = home_of(self.model)
+        if home._modules.get(ATTRIBUTE) is self:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
-            delattr(self.model, ATTRIBUTE)
+            delattr(home, ATTRIBUTE)
 
     # Onto the model
 
@@ -256,7 +284,7 @@ class AdapterHost(nn.ModuleDict):
             for other in self.adapters():
                 other.trained_modules.set_trainable(self.model, True)
         self[adapter.name] = adapter
-        adapter._host = [self]
+        adapter.belong_to(self)
         adapter.train(self.model.training)
         adapter.trained_modules.set_trainable(self.model, True)
         self._attach(adapter)
@@ -265,10 +293,26 @@ class AdapterHost(nn.ModuleDict):
             self.enable(adapter)
 
 
+def home_of(model: nn.Module) -> nn.Module:
+    """Where the adapters of a model are registered: in itself. A Sequential runs all that is registered in
+    it, so it is the first module in there.
+
+    Args:
+        model: the model.
+    """
+    while isinstance(model, nn.Sequential) and model._modules:
+        model = next(model.children())
+    return model
+
+
 def _check_finite(adapter: Adapter) -> None:
     for group in adapter.groups:
         for name, tensor in adapter.network(group).named_parameters():
-            if not torch.isfinite(tensor).all():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"adapter {adapter.name!r} is on the meta device: it has no numbers to merge"
+                )
+            if not is_finite(tensor):
                 raise ValueError(
                     f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
                     f"{adapter.name!r} was not merged; nothing was changed"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ._anatomy import ATTRIBUTE
+from ._offloaded import bring_back, check_unshared
+from ._sharded import divide_again, divided_like
 
 #: Path of a module, name in it, tensor.
 Values = dict[str, dict[str, Tensor]]
@@ -72,6 +74,18 @@ class TrainedModules:
         if self._inside:
             self._swap(model)
 
+    def bring_back(self, model: nn.Module, also: Sequence[str] = ()) -> None:
+        """Let the modules stay where they compute, if accelerate offloads them: they train.
+
+        Args:
+            model: the model.
+            also: paths of modules that another tool trains with the adapter.
+
+        Raises:
+            ValueError: one of their weights is also another module's, and offloaded.
+        """
+        _bring_back(model, (*self.paths, *also))
+
     def leave_in(self) -> None:
         """Let the modules keep the adapter's values for good."""
         self._inside, self._other = False, {}
@@ -84,15 +98,29 @@ class TrainedModules:
     def _swap(self, model: nn.Module) -> None:
         _check_shapes(model, self._other)
         present = _read(model, self.paths)
+        wanted = {
+            path: {name: divided_like(t, present[path][name]) for name, t in tensors.items()}
+            for path, tensors in self._other.items()
+        }
         try:
-            _write(model, self._other)
+            _write(model, wanted)
         except BaseException:
             _write(model, present)
             raise
         self._other, self._inside = present, not self._inside
 
 
-def _read(model: nn.Module, paths: Iterable[str]) -> Values:
+def _bring_back(model: nn.Module, paths: Sequence[str]) -> None:
+    modules = [model.get_submodule(path) for path in paths]
+    for module in modules:
+        check_unshared(module)
+    for module in modules:
+        bring_back(module)
+
+
+def _read(model: nn.Module, paths: Sequence[str]) -> Values:
+    divide_again(model)
+    _bring_back(model, paths)
     return {
         path: {k: t.detach().clone() for k, t in model.get_submodule(path).state_dict().items()}
         for path in paths
@@ -131,9 +159,7 @@ def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[st
     if isinstance(names, str):
         names = [names]
     modules = {
-        path: module
-        for path, module in model.named_modules()
-        if not path.startswith(f"{ATTRIBUTE}.")
+        path: module for path, module in model.named_modules() if ATTRIBUTE not in path.split(".")
     }
     site_paths = list(site_paths)
     found: list[str] = []

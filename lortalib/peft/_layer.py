@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Union, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    onload_layer,
+)
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -82,6 +87,20 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self.lorta_slots.pop(name, None)
         if name in self.lorta_networks:
             del self.lorta_networks[name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer computes: where its weight is, or accelerate brings it."""
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if self.weight.is_meta and hook is not None:
+            return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        device: torch.device = self.weight.device
+        return device
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the base layer has a placeholder for its weight, which accelerate keeps elsewhere."""
+        return self.device != self.weight.device
 
     # What it computes
 
@@ -158,14 +177,19 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     # In the weight
 
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """The weight as it is without anything merged into it."""
+        weight: Tensor = self.get_base_weight() if self._unmerged is None else self._unmerged
+        return weight
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what an adapter adds to the weight, whole and in the shape in which it is stored."""
         slot = self.lorta_slots[adapter]
         owner = whole_adapter(slot.adapter)
-        weight = self.get_base_weight() if self._unmerged is None else self._unmerged
-        delta = sum(owner.delta(site, whole(weight)) for site in slot.sites)
+        delta = sum(owner.delta(site, whole(self.unmerged_weight)) for site in slot.sites)
         assert isinstance(delta, Tensor)
-        return delta.to(self.weight.device)
+        return delta.to(self.device)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -178,6 +202,10 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with ``safe_merge``, NaN or infinity; the weight is then as it was.
         """
+        if self.is_offloaded:
+            with onload_layer(self):
+                self.merge(safe_merge, adapter_names)
+            return
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lorta_slots:
                 continue
@@ -206,6 +234,10 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.is_offloaded:
+            with onload_layer(self):
+                self.unmerge()
             return
         if self._unmerged is not None:
             weight = self.get_base_weight()
@@ -251,7 +283,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Factors that were read into main memory go where the first of their modules is."""
-        target = self.weight.device if device is None else device
+        target = self.device if device is None or device.type == "meta" else device
         for network in self._networks(adapter_name):
             if network.tensors[0].device.type == "cpu" and target.type != "meta":
                 network.to(target)

@@ -28,11 +28,12 @@ from ..nn.door import (
     watch_forwards,
 )
 from ._config import LortaConfig
+from ._held import PeftHost
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
 from ._sum import check_sum, weighted_sum, with_ranks
-from ._targets import known_sites, sites_of
+from ._targets import known_sites, short_names, sites_of
 from ._tied import check_tied
 from ._undo import Snapshot
 from ._whole_modules import whole_modules
@@ -67,7 +68,7 @@ class LortaModel(BaseTuner):
             paths = {path for site in own for path in (site.path, *site.tied_paths)}
             if not paths:
                 raise ValueError("Please specify `target_modules` in `peft_config`")
-            peft_config.target_modules = self._short(paths)  # type: ignore[assignment]
+            peft_config.target_modules = short_names(self.model, paths)  # type: ignore[assignment]
         return peft_config
 
     def _config(self, name: str) -> LortaConfig:
@@ -77,16 +78,6 @@ class LortaModel(BaseTuner):
 
     def _adapters(self) -> dict[str, Adapter]:
         return cast("dict[str, Adapter]", dict(self.lorta_adapters.items()))
-
-    def _short(self, paths: set[str]) -> set[str]:
-        """Shorten paths to their last words, where these name nothing else."""
-        words = {path.rpartition(".")[2] for path in paths}
-        named = {
-            name.removesuffix(".base_layer")
-            for name, module in self.model.named_modules()
-            if name.removesuffix(".base_layer").rpartition(".")[2] in words
-        }
-        return words if named == paths else paths
 
     def inject_adapter(
         self,
@@ -159,11 +150,10 @@ class LortaModel(BaseTuner):
     def _make(self, name: str, config: LortaConfig, meta: bool) -> Adapter:
         """Make the adapter for the modules that were just targeted."""
         modules = {path: layer.get_base_layer() for path, layer in self._targets.items()}
-        weights = {path: layer.weight for path, layer in self._targets.items()}
 
         def device(site: Site) -> torch.device:
             paths = (site.path, *site.tied_paths)
-            return next(weights[path].device for path in paths if path in weights)
+            return next(self._targets[path].device for path in paths if path in self._targets)
 
         planned = plan_sites(
             sites_of(self._known, modules),
@@ -184,6 +174,7 @@ class LortaModel(BaseTuner):
         """Let the targeted modules add the updates of an adapter."""
         adapter.active = True  # which of the installed ones a layer adds is PEFT's to say
         self.lorta_adapters[name] = adapter.train(self.training)
+        adapter.belong_to(PeftHost(self.model))
         handles = self._handles.setdefault(name, [])
         handles.extend(watch_forwards(self.model, adapter.scope, adapter.groups))
         for path, own in by_module(adapter.sites):
@@ -203,8 +194,7 @@ class LortaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put a layer, or what it wraps, in the place of a module; a layer has no parameters of its own to
-        move."""
+        """Put a layer, or what it wraps, in the place of a module; it has no parameters of its own."""
         setattr(parent, child_name, new_module)
 
     def merge_adapter(
@@ -225,14 +215,13 @@ class LortaModel(BaseTuner):
         super().unmerge_adapter()
 
     def _weights(self) -> dict[str, Tensor]:
-        layers = self.model.named_modules()
-        return {path: layer.weight for path, layer in layers if isinstance(layer, LortaLayer)}
+        named = self.model.named_modules()
+        return {path: layer.weight for path, layer in named if isinstance(layer, LortaLayer)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; see `BaseTuner`."""
         super().delete_adapter(adapter_name)
-        detach(self._handles.pop(adapter_name, []))
-        self._adapters()[adapter_name].scope.forget()
+        self._release(adapter_name)
         del self.lorta_adapters[adapter_name]
 
     def _unload_and_optionally_merge(
@@ -246,11 +235,24 @@ class LortaModel(BaseTuner):
             check_tied(self.model, adapter_names)
             divide_again(self.model, self._weights())
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for handles in self._handles.values():
-            detach(handles)
+        for name in self.lorta_adapters:
+            self._release(name)
         return model
 
+    def _release(self, name: str) -> None:
+        """Take the hooks of an adapter off; it is then on no model."""
+        detach(self._handles.pop(name, []))
+        adapter = self._adapters()[name]
+        adapter.scope.forget()
+        adapter.belong_to(None)
+
     # Parameters
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Let what accelerate offloads be there before numbers for it are read."""
+        for adapter in self._adapters().values():
+            adapter.bring_back()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors are float32, or of the base's dtype where PEFT was asked not to cast them."""
@@ -324,9 +326,8 @@ class LortaModel(BaseTuner):
             raise KeyError(
                 f"no adapter {adapter_name!r}; there is {', '.join(self.lorta_adapters)}"
             )
-        trained = whole_modules(self.model, adapter_name)
-        adapter = self._adapters()[adapter_name]
-        return export_lora(adapter, folder, self.model, trained_modules=trained)
+        trained, own = whole_modules(self.model, adapter_name), self._adapters()[adapter_name]
+        return export_lora(own, folder, self.model, trained_modules=trained)
 
     # Batches whose rows differ
 

@@ -28,3 +28,19 @@ def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Si
     others = {path: module for path, module in modules.items() if path not in named}
     sizes: dict[str, Any] = {p: _get_in_out_features(module) for p, module in others.items()}
     return own + linear_sites(others, sizes)
+
+
+def short_names(model: nn.Module, paths: set[str]) -> set[str]:
+    """Shorten paths to their last words, where these name nothing else.
+
+    Args:
+        model: the model, with or without PEFT's layers in it.
+        paths: of modules in it.
+    """
+    words = {path.rpartition(".")[2] for path in paths}
+    named = {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if name.removesuffix(".base_layer").rpartition(".")[2] in words
+    }
+    return words if named == paths else paths

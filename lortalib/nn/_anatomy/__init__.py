@@ -1,4 +1,4 @@
-"""From a model to its sites, as data; patches nothing."""
+"""Finds the sites of a model and describes them as data; changes nothing in the model."""
 
 from .linear import linear_sites
 from .mlp import check_experts

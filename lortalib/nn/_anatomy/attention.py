@@ -1,4 +1,4 @@
-"""Finds the attention blocks of a model, and modules that look like one but were overlooked."""
+"""Finds the attention blocks of a model, and the modules that look like one but were not understood."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_blocks(
             if full in modules:
                 sets[()][role].append(full)
         for name, below in projection_children(module):
-            full = first[id(module.get_submodule(below))]  # a module can hang in two places
+            full = first[id(module.get_submodule(below))]  # a module can have two paths
             role, extra = role_of(name) or ("", ())
             if full in declared:
                 continue
@@ -42,7 +42,7 @@ def find_blocks(
                 role, extra = f"{role}_{extra[0]}", ()
             sets[() if role == "o" else extra][role].append(full)
         outputs = sets[()].get("o", [])
-        if "q" in sets[()] and "qkv" in sets[()]:  # GPT-2's cross attention: c_attn holds k and v
+        if "q" in sets[()] and "qkv" in sets[()]:  # GPT-2's cross attention: c_attn is k and v
             sets[()]["kv"] = sets[()].pop("qkv")
         taken: set[str] = set()
         for extra, roles in sets.items():
@@ -50,7 +50,7 @@ def find_blocks(
             if not _is_block(set(held), module, bool(extra)):
                 continue
             output = _output(path, extra, outputs, modules)
-            shares_output = output in taken  # a second set that shares the output of the first
+            shares_output = output in taken  # a second set of q, k, v with the first's o
             taken.add(output or "")
             yield AttentionBlock(
                 path, extra, held | ({"o": output} if output else {}), row, shares_output
@@ -73,7 +73,7 @@ def _is_block(roles: set[str], module: nn.Module, second: bool) -> bool:
 def _output(
     path: str, extra: Sequence[str], candidates: Sequence[str], modules: dict[str, nn.Module]
 ) -> str | None:
-    """The output projection: in the block itself, else ``../output.dense`` as in BERT."""
+    """Find the output projection: in the block itself, else ``../output.dense`` as in BERT."""
 
     def preference(candidate: str) -> tuple[bool, bool]:
         name = candidate.removeprefix(path)
@@ -108,7 +108,7 @@ def overlooked_blocks(
     refused: dict[str, str],
     rules: Sequence[BlockRule],
 ) -> dict[str, str]:
-    """Modules that call themselves attention and hold weights, but took no part in any block."""
+    """Find modules with weights whose class is named attention, but which are part of no block."""
     claimed = {site.path for members in found.values() for site in members}
     known = {name.partition(" ")[0] for name in found} | set(refused)
     parents = {path.rpartition(".")[0] for path in claimed} - {""}
@@ -128,7 +128,7 @@ def overlooked_blocks(
 
 
 def claimed_twice(found: dict[str, list[Site]]) -> dict[str, str]:
-    """Blocks that take a whole projection for two roles: two updates would not fit its output."""
+    """Find blocks that use one whole projection for two roles: two updates would not fit its output."""
     roles: dict[tuple[str, str], str] = {}
     twice: dict[str, str] = {}
     for name, members in found.items():

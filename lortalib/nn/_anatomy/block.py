@@ -1,4 +1,4 @@
-"""One attention block read: head counts, widths and the rows of fused projections."""
+"""Reads one attention block: its head counts, its widths and the rows of fused projections."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ _KV_COUNTS = ["num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads"]
 
 
 class BlockError(ValueError):
-    """A block that was recognised as attention but does not fit together."""
+    """Raised for a block that was recognised as attention but whose sizes do not fit together."""
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """A module that holds the projections of one attention.
+    """An attention block: a module that holds the projections of one attention.
 
     Attributes:
         path: path of the module.
-        extra: words that tell a second set of projections in the same module from the first.
+        extra: words that distinguish a second set of projections in the same module from the first.
         projections: path of the projection of each role: q, k, v, o, or fused qkv, kv, or the latent
             q_a, q_b, kv_a, kv_b.
-        row: what is known of the class.
+        row: the rule that applies to its class.
         shares_output: whether the output projection belongs to another set of the same module.
     """
 
@@ -64,13 +64,13 @@ class AttentionBlock:
 
     @property
     def name(self) -> str:
-        """Path and extra words; unique in the model."""
+        """The path and the extra words; unique in the model."""
         return " ".join((self.path, *self.extra))
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Heads of a block and the components of each."""
+    """The head counts of a block, and the components of a head."""
 
     heads: int
     kv_heads: int
@@ -79,10 +79,10 @@ class _Shape:
 
 
 def read_block(block: AttentionBlock, modules: dict[str, nn.Module]) -> list[Site]:
-    """The sites of a block, widths checked against each other; stack and layer come later.
+    """Make the sites of a block, whose widths are checked against each other; stack and layer are set later.
 
     Raises:
-        BlockError: it does not fit together; the message says what does not.
+        BlockError: the widths do not fit together; the message says which.
     """
     if block.row.refuse:
         raise BlockError(block.row.refuse)
@@ -106,7 +106,7 @@ def read_block(block: AttentionBlock, modules: dict[str, nn.Module]) -> list[Sit
 
 
 class BlockReader:
-    """Works out the shape of a block and makes its sites."""
+    """Determines the shape of a block and makes its sites."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class BlockReader:
     ) -> None:
         self.block, self.modules, self.width = block, modules, width
         self.module = modules[block.path]
-        # A second set of projections has the heads of the first, but components of its own.
+        # A second set of projections has the same heads as the first, but its own number of components.
         self.head_dim = None if block.extra else self._stated(_HEAD_DIMS, own_only=True)
         self.heads = self._head_count()
 
     def apart(self) -> list[Site]:
-        """q, k and v in modules of their own, or k and v fused; k and v can be missing."""
+        """Read q, k and v in separate modules, or k and v fused; k and v can be missing."""
         q_out = self.width["q" if "q" in self.width else "k"][
             1
         ]  # learned queries have no projection
@@ -160,7 +160,7 @@ class BlockReader:
         ]
 
     def fused(self) -> list[Site]:
-        """q, k and v in one projection."""
+        """Read q, k and v that are fused in one projection."""
         o_in, total = self.width["o"][0], self.width["qkv"][1]
         if o_in % self.heads:
             raise BlockError(f"{self.heads} heads do not divide the {o_in} features it puts out")
@@ -184,7 +184,7 @@ class BlockReader:
         return [*sites, self._site("o", "o", shape, None)]
 
     def latent(self) -> list[Site]:
-        """Multi-head latent attention: queries, keys and values are read from latents."""
+        """Read multi-head latent attention, whose queries, keys and values are computed from latents."""
         q = "q_b" if "q_b" in self.width else "q"
         heads, o_in = self.heads, self.width["o"][0]
         q_out, kv_out = self.width[q][1], self.width["kv_b"][1]
@@ -243,7 +243,7 @@ class BlockReader:
         ]
 
     def _layout(self) -> str:
-        """Name of the layout of a fused projection."""
+        """Find the name of the layout of a fused projection."""
         fused = self.block.row.fused
         name = fused(self.module) if callable(fused) else fused
         if name is None:
@@ -281,7 +281,7 @@ class BlockReader:
         )
 
     def _head_count(self) -> int:
-        """Heads of the queries; a class of transformers that states none has one."""
+        """Find the number of query heads; a class of transformers that states none has one head."""
         heads = self._stated(_HEAD_COUNTS)
         queries = self.width.get("q")
         if heads is None and queries and self.head_dim and queries[1] % self.head_dim == 0:
@@ -294,7 +294,7 @@ class BlockReader:
         return type(self.module).__module__.startswith("transformers.")
 
     def _stated(self, names: list[str], own_only: bool = False) -> int | None:
-        """The first of these attributes that is a positive integer, on the module or its config."""
+        """Return the first of these attributes that is a positive integer, on the module or its config."""
         owners = (self.module,) if own_only else (self.module, getattr(self.module, "config", None))
         for owner in owners:
             for name in names:
@@ -316,7 +316,7 @@ class BlockReader:
 
 
 def _read_torch(block: AttentionBlock, module: nn.MultiheadAttention) -> list[Site]:
-    """torch.nn.MultiheadAttention: its weights are read directly, so hooks would be passed by."""
+    """Read torch.nn.MultiheadAttention, which uses its weights without calling the projections' forward."""
     heads, dim, width = module.num_heads, module.head_dim, module.embed_dim
     common: dict[str, Any] = {
         "stack": "", "layer": 0, "heads": heads, "query_heads": heads, "head_dim": dim,

@@ -1,4 +1,4 @@
-"""Linear maps that no rule knows the role of: a matrix each, with one head."""
+"""Makes sites of linear maps whose role no rule knows: each is one matrix with one head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .weights import is_conv1d
 def linear_sites(
     modules: Mapping[str, nn.Module], sizes: Mapping[str, tuple[int, int]]
 ) -> list[Site]:
-    """A site for each of these modules, whatever it is called.
+    """Make a site for each of these modules, whatever its name.
 
-    Modules whose paths differ in one number are the layers of one stack; what follows the number is
-    the role. All are readers: ``in`` is their input, ``out`` their output, and there is one head.
+    Modules whose paths differ in one number are the layers of one stack; the rest of the path after the
+    number is the role. All are readers: ``in`` is their input, ``out`` their output, with one head.
 
     Args:
         modules: modules by path.
-        sizes: features read and written, by path.
+        sizes: for each path, the features that the module reads and writes.
 
     Example:
         >>> modules = {f"blocks.{k}.fc": nn.Linear(3, 4) for k in range(2)}
@@ -36,7 +36,7 @@ def linear_sites(
     sites = []
     for pattern, stack in stacks.items():
         before, _, role = pattern.rpartition("*" if "*" in pattern else ".")
-        name = f"linear.{before.replace('*', '0')}".rstrip(".")  # no path keeps a number as a word
+        name = f"linear.{before.replace('*', '0')}".rstrip(".")  # unique: no pattern holds a number
         for path, layer in stack.layers().items():
             width, features = sizes[path]
             sites.append(

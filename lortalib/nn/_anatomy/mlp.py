@@ -1,6 +1,8 @@
-"""Where a model keeps its MLPs: gates and up-projections read the residual stream, down-projections
-write it. Packed experts are one site with a mode ``expert``; their router is a site that is adapted
-only when it is named."""
+"""Finds the MLPs of a model: gates and up-projections read the residual stream, down-projections write it.
+
+Packed experts are one site with a mode ``expert``. Their router is a site too, but it is adapted only if
+the user names it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from .weights import is_conv1d, is_projection, widths
 
 
 class _Names(NamedTuple):
-    """Names of the projections of one kind of MLP; ``fused`` holds gate and up, in this order."""
+    """The names of the projections of one kind of MLP; ``fused`` holds gate and up, in this order."""
 
     up: str = ""
     down: str = ""
@@ -56,7 +58,7 @@ _KINDS = (
 
 
 def read_mlps(modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
-    """The sites of every MLP, by the path of the module that holds it; stack and layer come later."""
+    """Make the sites of every MLP, by the path of the module that holds it; stack and layer are set later."""
     found: dict[str, list[Site]] = {}
     for path, module in modules.items():
         experts = _experts(path, module)
@@ -75,7 +77,7 @@ def read_mlps(modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
 
 
 def _plain(path: str, modules: dict[str, nn.Module], names: _Names) -> Iterator[Site]:
-    """The sites of an MLP with these names, if the module holds one and its widths agree."""
+    """Make the sites of an MLP with these names, if the module holds one and its widths agree."""
     held = {
         role: f"{path}.{name}" if path else name for role, name in names._asdict().items() if name
     }
@@ -104,7 +106,8 @@ def _plain(path: str, modules: dict[str, nn.Module], names: _Names) -> Iterator[
 
 
 def _experts(path: str, module: nn.Module) -> list[Site]:
-    """Experts packed as 3-D parameters, as transformers' ``use_experts_implementation`` marks them."""
+    """Make the sites of experts packed as 3-D parameters, which transformers marks with
+    ``use_experts_implementation``."""
     flags = ("is_transposed", "is_concatenated", "has_gate")
     if not all(isinstance(getattr(module, flag, None), bool) for flag in flags):
         return []
@@ -131,7 +134,7 @@ def _experts(path: str, module: nn.Module) -> list[Site]:
 
 
 def _router(block: str, modules: dict[str, nn.Module]) -> Site | None:
-    """The router beside packed experts: a linear map, or a module that reads its weight itself."""
+    """Make the site of the router of packed experts: a linear map, or a module that reads its own weight."""
     for name in ("router", "gate"):
         path = f"{block}.{name}" if block else name
         weight = getattr(modules.get(path), "weight", None)
@@ -171,15 +174,15 @@ def _site(
     )
 
 
-#: Expert implementations of transformers that read the packed parameters, as an adapter needs.
+#: Expert implementations of transformers that read the packed parameters, so that an adapter acts.
 SUPPORTED_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
 
 def check_experts(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse implementations of experts that would pass an adapter by.
+    """Refuse implementations of experts that would not use an adapter's update.
 
     Raises:
-        ValueError: one of the sites' modules uses another implementation.
+        ValueError: the module of a site uses such an implementation.
     """
     for site in sites:
         config = getattr(model.get_submodule(site.path), "config", None)

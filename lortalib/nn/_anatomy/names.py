@@ -1,4 +1,4 @@
-"""What the names and types of modules tell: projections, their roles, attention classes."""
+"""Reads the names and types of modules: projections, their roles, attention classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from .weights import is_projection
 
-#: The attribute of a model under which its adapters live.
+#: The attribute of a model that holds its adapters.
 ATTRIBUTE = "lortalib"
 
 
@@ -35,7 +35,7 @@ _WHOLE = {
 }  # fmt: skip
 
 
-#: Mixers that have no softmax over keys, or no queries and keys at all: left out.
+#: Mixers without a softmax over keys, or without queries and keys at all; they are skipped.
 #: (KimiLinearAttention, of the model Kimi Linear, is softmax attention.)
 _MIXERS = re.compile(
     r"mamba|delta_?(net|attention)|lightning|shortconv|rwkv|lstm|(?<!kimi)linear_?(self)?attention|retention|gatedlinear"
@@ -48,18 +48,18 @@ _ATTENTION = re.compile(r"(?:[aA]ttention|[aA]ttn|MLA)(?![a-z])(?!\w*(?:MLP|Bias
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the class calls itself attention, and is no mixer of another kind."""
+    """Return True if the class is named attention and is not a mixer of another kind."""
     name = type(module).__name__
     return bool(_ATTENTION.search(name)) and not is_mixer(module)
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether the class names a mixer without softmax attention."""
+    """Return True if the class name is that of a mixer without softmax attention."""
     return bool(_MIXERS.search(type(module).__name__))
 
 
 def role_of(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """Role and remaining words of a projection's own name.
+    """Split a projection's own name into its role and the remaining words.
 
     ``q_proj``, ``to_q``, ``Wq``, ``query`` are ``("q", ())``; ``query_global`` is
     ``("q", ("global",))``; ``q_a_proj`` is ``("q", ("a",))``; an output projection ``("o", ...)``.
@@ -79,7 +79,7 @@ def role_of(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def projection_children(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, path below the module) of its projections, seen through one level of wrapping."""
+    """List the projections of a module as (name, path below the module), also within one wrapper."""
     for name, child in module.named_children():
         if is_projection(child):
             yield name, name

@@ -1,6 +1,6 @@
-"""What the rules cannot read off names and widths: exceptions, as rows of data.
+"""Lists the exceptions, which names and widths do not show, as rows of data.
 
-A row names block classes by a regular expression on the class name. Users pass rows of their own for
+A row selects block classes by a regular expression on the class name. Users pass their own rows for
 remote-code models: ``sites(model, rules=BlockRule("MyAttention", fused="per_head"))``.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, Union
 
 from .site import FeatureRows, feature_rows
 
-#: From query heads, key/value heads, and the components of a query and of a value.
+#: A function from query heads, key/value heads, and the components of a query and of a value.
 Layout = Callable[[int, int, int, int], dict[str, FeatureRows]]
 
 
 def contiguous(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
-    """All queries, then all keys, then all values."""
+    """Lay out all queries, then all keys, then all values."""
     q, k = heads * qk, kv_heads * qk
     return {
         "q": feature_rows(0, (q, 1)),
@@ -29,7 +29,7 @@ def contiguous(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureR
 
 
 def per_head(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
-    """For each head its query, key and value."""
+    """Lay out head by head: query, key and value."""
     outer = (heads, 2 * qk + v)
     return {
         "q": feature_rows(0, outer, (qk, 1)),
@@ -39,7 +39,7 @@ def per_head(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRow
 
 
 def per_group(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
-    """For each key/value head the queries of its group, its key and its value."""
+    """Lay out each key/value head: the queries of its group, its key and its value."""
     queries = heads // kv_heads * qk
     outer = (kv_heads, queries + qk + v)
     return {
@@ -50,7 +50,7 @@ def per_group(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRo
 
 
 def four_blocks_qvk(heads: int, kv_heads: int, qk: int, v: int) -> dict[str, FeatureRows]:
-    """Four blocks, each with the queries, the values and the keys of a quarter of the heads."""
+    """Lay out four blocks, each with queries, values and keys of a quarter of the heads."""
     q, values = heads // 4 * qk, heads // 4 * v
     outer = (4, 2 * q + values)
     return {
@@ -73,17 +73,18 @@ Fused = Union[str, Callable[[Any], str], None]
 
 @dataclass(frozen=True)
 class BlockRule:
-    """A row: what holds for the blocks whose class name matches.
+    """A rule: facts about the blocks whose class name matches.
 
     Attributes:
-        match: regular expression for the whole class name of a block.
-        fused: layout of a fused q, k, v (or k, v) projection, one of ``LAYOUTS`` or a function from
-            the block to one.
-        projections: role to child path, where the names mislead.
-        skip: leave such modules out: they hold no softmax attention over projections.
-        weight_read_directly: whether the projections' weights are read directly and their forward is
-            not called, or a function from the block to that; found from the source where it is at hand.
-        refuse: why such a block is not supported.
+        match: a regular expression for the whole class name of a block.
+        fused: the layout of a fused q, k, v (or k, v) projection: one of ``LAYOUTS``, or a function
+            from the block to one.
+        projections: a mapping from role to child path, if the names mislead.
+        skip: whether to skip such modules, because they hold no softmax attention over projections.
+        weight_read_directly: whether the block reads the projections' weights directly, without calling
+            their forward; or a function from the block to that. By default lortalib reads the block's
+            source to find out.
+        refuse: the reason why such a block is not supported.
 
     Example:
         >>> BlockRule(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
@@ -102,7 +103,7 @@ class BlockRule:
         return re.compile(self.match)
 
     def fits(self, module: object) -> bool:
-        """Whether the row speaks of this module."""
+        """Return True if the rule applies to this module."""
         return bool(self._pattern.fullmatch(type(module).__name__))
 
 
@@ -129,13 +130,13 @@ RULES: tuple[BlockRule, ...] = (
     BlockRule(r"CodeGen\w*Attention", fused="four_blocks_qvk"),
     BlockRule(r"\w*VQ\w*AttnBlock", skip=True),  # convolutions inside an image tokeniser
     BlockRule(r"Florence2VisionChannelAttention", skip=True),  # between channels, not tokens
-    BlockRule(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # no softmax over keys
+    BlockRule(r"SwiftFormerEfficientAdditiveAttention", skip=True),  # has no softmax over keys
     BlockRule(r"AriaCrossAttention", skip=True),  # its projections feed an inner MultiheadAttention
     BlockRule(
         r"DiffLlama\w*Attention",
         refuse="its value heads are paired and subtracted, so heads of v and o are not those of q",
     ),
-    BlockRule(r"EsmFold2RowAttentionPooling", skip=True),  # scores without queries and keys
+    BlockRule(r"EsmFold2RowAttentionPooling", skip=True),  # its scores have no queries and keys
     BlockRule(r"AXK2Attention", projections={"q_b": "q_gate_proj"}),
     BlockRule(r"NeoMMEAttention", projections={"o": "output_projection.o_proj"}),
 )

@@ -1,9 +1,9 @@
-"""Where a model keeps its attention projections: from a model to a list of sites, as data.
+"""Finds the attention projections of a model and lists them as sites, which are data.
 
-Rules, not a list of models. A projection's role is read from its name, a block is a module that holds
-projections with the roles q, k and v, and widths decide what names leave open (the output projection
-must read heads * head_dim). Nothing is patched here, and no weight is read: meta devices will do.
-What rules cannot know is a row in ``rules``.
+It works by rules, without a list of models. The name of a projection gives its role, a block is a module
+with projections of the roles q, k and v, and widths decide what names leave open (the output projection
+must read heads * head_dim). Nothing in the model is changed, and no weight is read, so a model on the
+meta device will do. Facts that no rule can find are rows in ``rules``.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from .wrappers import unwrapped
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose attention projections were not, or not all, found."""
+    """Raised for a model whose attention projections were not found, or not all of them."""
 
 
 class NoAttentionError(UnsupportedModelError):
-    """A model in which no attention was found."""
+    """Raised for a model in which no attention was found."""
 
 
 def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> SiteList:
-    """Every attention projection of a transformers model.
+    """Find every attention projection of a transformers model.
 
     Args:
         model: any transformers model; also on the meta device.
-        rules: rows that say what the rules cannot read off, for remote-code models; they go before
-            the library's own.
+        rules: rows with facts that lortalib cannot find itself, for remote-code models; they take
+            precedence over its own.
 
     Returns:
-        Sites ordered by stack, layer and role; printed, the list is a table by stack.
+        The sites, ordered by stack, layer and role. The list prints as a table by stack.
 
     Raises:
         NoAttentionError: no attention projection was found; it is an `UnsupportedModelError`.
-        UnsupportedModelError: a block that looks like attention was not understood; the message names the
-            blocks and what they hold.
+        UnsupportedModelError: a block that looks like attention was not understood; the message names
+            the block and what it contains.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -64,9 +64,9 @@ def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> S
 
 
 def understood_sites(model: nn.Module) -> SiteList:
-    """The projections of those attention blocks that are understood, however many are not.
+    """Find the projections of all attention blocks that are understood, even if others are not.
 
-    For callers that say themselves which modules they want, such as PEFT.
+    This is for callers that name the modules they want, such as PEFT.
     """
     found, refused = _read(model, RULES)
     return _listed(model, {k: v for k, v in found.items() if k.partition(" ")[0] not in refused})
@@ -75,7 +75,7 @@ def understood_sites(model: nn.Module) -> SiteList:
 def _read(
     model: nn.Module, rules: Sequence[BlockRule]
 ) -> tuple[dict[str, list[Site]], dict[str, str]]:
-    """Sites by name of their block, and why by path of the blocks that were not understood."""
+    """Return the sites by the name of their block, and the reason by path for each block not understood."""
     modules = dict(model.named_modules())
     found: dict[str, list[Site]] = {}
     refused: dict[str, str] = {}
@@ -96,10 +96,10 @@ def _listed(model: nn.Module, found: dict[str, list[Site]]) -> SiteList:
 
 
 def check_model(model: object) -> nn.Module:
-    """The model, out of its wrappers.
+    """Return the model without its wrappers.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: it is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -110,10 +110,10 @@ def check_model(model: object) -> nn.Module:
 
 
 def mlp_sites(model: nn.Module) -> SiteList:
-    """Every MLP projection that is recognised: gate, up (readers) and down (writers).
+    """Find every MLP projection that is recognised: gate, up (readers) and down (writers).
 
     Experts packed as 3-D parameters are sites with ``experts`` set; shared experts and MLPs in lists
-    are ordinary ones. Their stacks carry the names of the towers that they stand in.
+    are ordinary sites. Their stacks are named after the towers that contain them.
 
     Raises:
         UnsupportedModelError: no MLP was found.

@@ -1,4 +1,4 @@
-"""Names the stacks of a model, numbers their layers and joins sites that hold one weight."""
+"""Names the stacks of a model, numbers their layers, and joins sites that share one weight."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SiteList(list[Site]):
 
 
 def bare_prefix(model: nn.Module) -> str:
-    """The path of the bare model inside one with a head, so that both have the same stacks."""
+    """Return the path of the bare model inside one with a head, so that both have the same stack names."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and hasattr(model, prefix) else ""
 
@@ -70,7 +70,7 @@ _CONTAINERS = frozenset(
 
 
 def join_tied(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> dict[str, list[Site]]:
-    """Let modules that hold the same parameter be one site: what is tied in the base stays tied."""
+    """Join modules that hold the same parameter to one site, so that tied weights stay tied."""
     first: dict[tuple[int, str, FeatureRows | None], tuple[str, int]] = {}
     tied: dict[str, list[Site]] = {name: [] for name in found}
     for name, members in found.items():
@@ -92,12 +92,12 @@ def join_tied(found: dict[str, list[Site]], modules: dict[str, nn.Module]) -> di
 
 @dataclass
 class Stack:
-    """Blocks whose paths differ in numbers only."""
+    """A stack: blocks whose paths differ in numbers only."""
 
     names: list[str] = field(default_factory=list)
 
     def layers(self) -> dict[str, int]:
-        """Layer of each block: its number, or its position where several numbers vary."""
+        """Number each block: the number in its path, or its position if several numbers vary."""
         index = {
             name: [int(part) for part in name.partition(" ")[0].split(".") if part.isdigit()]
             for name in self.names
@@ -110,7 +110,7 @@ class Stack:
 
 
 def number_layers(found: dict[str, list[Site]], prefix: str) -> list[Site]:
-    """Give every site its stack and its layer."""
+    """Set the stack and the layer of every site."""
     stacks: dict[str, Stack] = defaultdict(Stack)
     for name in found:
         pattern = re.sub(r"(?<![^.])\d+(?![^. ])", "*", name.removeprefix(prefix))
@@ -128,7 +128,7 @@ def number_layers(found: dict[str, list[Site]], prefix: str) -> list[Site]:
 
 
 def _stack_names(patterns: list[str]) -> dict[str, str]:
-    """Short names: a path without numbers and, where that stays unique, the usual containers."""
+    """Make short names: paths without numbers and, if that stays unique, without the usual containers."""
 
     def words(pattern: str, drop: frozenset[str]) -> str:
         kept = [word for word in re.split(r"[. ]", pattern) if word not in ("*", "", *drop)]

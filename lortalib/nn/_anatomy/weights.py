@@ -1,5 +1,4 @@
-"""How a module stores a weight: its widths, its original where it is parametrized, and where the update of
-a site lies in it."""
+"""Reads how a module stores a weight: its widths, its original if parametrized, the rows of each site."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from .site import Site
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, which stores its weight (in, out)."""
+    """Return True for transformers' Conv1D, which stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def is_projection(module: nn.Module) -> bool:
-    """A linear map of known widths: nn.Linear, a quantised stand-in, or transformers' Conv1D."""
+    """Return True for a linear map of known widths: nn.Linear, a quantised one, or transformers' Conv1D."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
     widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -29,7 +28,7 @@ def is_projection(module: nn.Module) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a projection module."""
+    """Return the (in, out) features of a projection module."""
     if is_conv1d(module):
         n_in, n_out = module.get_parameter("weight").shape
         return int(n_in), int(n_out)
@@ -37,8 +36,9 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def original_weight(module: nn.Module, name: str) -> Any:
-    """A weight as it is stored: the original, where it is parametrized and has one original; without what
-    an adapter adds when it is read."""
+    """Return a weight as it is stored, without the update that an adapter adds when it is read.
+
+    If the weight is parametrized and has one original, that is returned."""
     if is_parametrized(module, name):
         parametrization = module.parametrizations[name]  # type: ignore[index, union-attr]
         if hasattr(parametrization, "original"):
@@ -49,7 +49,7 @@ def original_weight(module: nn.Module, name: str) -> Any:
 
 
 def original_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters by name, the original of each that is parametrized."""
+    """Return a module's own parameters by name; for a parametrized one, its original."""
     own = dict(module.named_parameters(recurse=False))
     if is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
@@ -60,17 +60,17 @@ def original_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def site_weight(model: nn.Module, site: Site) -> Any:
-    """The weight of a site's module as it is stored."""
+    """Return the weight of a site's module, as it is stored."""
     return original_weight(model.get_submodule(site.path), site.parameter)
 
 
 def as_stored(dense: Tensor, site: Site) -> Tensor:
-    """The update of one site in the shape in which its module's whole weight is stored; rows of other
+    """Bring the update of one site to the shape of its module's whole stored weight; rows of other
     sites are zero.
 
     Args:
-        dense: (head*out, in), or (expert, head*out, in) for packed experts.
-        site: where it belongs.
+        dense: the update as (head*out, in), or (expert, head*out, in) for packed experts.
+        site: the site.
     """
     if site.rows is not None:
         whole = dense.new_zeros(*dense.shape[:-2], site.fused or 0, site.width)
@@ -79,12 +79,12 @@ def as_stored(dense: Tensor, site: Site) -> Tensor:
 
 
 def through_weight(weight: Tensor, stream: Tensor, site: Site) -> Tensor:
-    """The change of a weight, as stored, whose module reads or writes the stream changed by a matrix.
+    """Compute how a stored weight changes if its module reads or writes a stream multiplied by a matrix.
 
     Args:
-        weight: the base's, as stored.
+        weight: the weight of the base, as stored.
         stream: M (width, width), with ``x + M x`` in place of x; with a leading axis for packed experts.
-        site: where.
+        site: the site of the weight.
     """
     if site.writer == site.transposed:  # the stream is the last axis of the stored weight
         return weight @ (stream.mT if site.writer else stream)
@@ -93,9 +93,9 @@ def through_weight(weight: Tensor, stream: Tensor, site: Site) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def children_read_directly(cls: Any) -> frozenset[str]:
-    """Children whose weight the class's own code reads as a tensor, so that hooks would be passed by.
+    """Find children whose weight the class's own code reads as a tensor, so that no forward hook would run.
 
-    ``self.q_proj.weight.dtype`` does not count: nothing is computed with it.
+    ``self.q_proj.weight.dtype`` does not count, because nothing is computed with it.
     """
     names: set[str] = set()
     for base in cls.__mro__:

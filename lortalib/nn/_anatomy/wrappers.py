@@ -1,10 +1,10 @@
-"""Looks through wrappers around a model, whose names would otherwise become part of every path."""
+"""Removes the wrappers around a model, whose names would otherwise be part of every path."""
 
 from __future__ import annotations
 
 from torch import nn
 
-#: Class of a wrapper, by name (its package need not be here), and the path to what it wraps.
+#: The class name of each wrapper (its package may not be installed), and the path to the model in it.
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "DataParallel": "module",
@@ -13,7 +13,7 @@ _WRAPPERS = {
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile, DataParallel or DistributedDataParallel, or of several.
+    """Return the model inside torch.compile, DataParallel or DistributedDataParallel, or several of them.
 
     Args:
         model: a model, wrapped or not.

@@ -1,4 +1,4 @@
-"""Many adapters of one shape on one model, a different one for every row of a batch."""
+"""Stores many adapters of one shape on one model, so that every row of a batch can use its own."""
 
 from .bank import Bank
 from .make import bank

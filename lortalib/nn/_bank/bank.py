@@ -1,4 +1,4 @@
-"""A store of many adapters on one model, of which every row of a batch can use its own."""
+"""Defines the store of many adapters on one model, from which every row of a batch can use its own."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .store import Store
 
 
 class Bank:
-    """Stores many adapters of one shape beside a model of which every row can use its own.
+    """Stores many adapters of one shape on a model, so that every row of a batch can use its own.
 
-    Each parameter of the tensor networks has one more leg, ``adapter``; the rows of a batch gather
-    theirs, and the updates of all rows are batched products, whatever the number of adapters. Made by
-    `lortalib.nn.bank`.
+    Each parameter of the tensor networks has one more leg, ``adapter``. The rows of a batch gather
+    their slices, and the updates of all rows are batched products, however many adapters there are.
+    `lortalib.nn.bank` makes a bank.
 
-    Tensors that are given or returned are those before the scaling by `alpha`, which is applied in
-    the forward: ``bank["y"] = bank["x"]`` makes equal rows. An `Adapter`, its folder and another bank
-    bring their own scaling: their first tensors are stored times it and divided by `alpha`.
+    Tensors go in and come out without the scaling by `alpha`, which the forward applies:
+    ``bank["y"] = bank["x"]`` makes two equal adapters. An `Adapter`, its folder and another bank have
+    a scaling of their own, which is converted to this bank's.
 
-    Adapters can be added, replaced and removed at any time and by several threads: a batch under way
-    keeps what it gathered. A call that raises, also for an interrupt, leaves the bank as it was.
+    Several threads can add, replace and remove adapters at any time: a running batch keeps the tensors
+    that it gathered. A call that raises, also because of an interrupt, leaves the bank unchanged.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Bank:
         self._handles: list[Handle] = []
         attach_rows(model, self._current, self._handles)
 
-    # What is in it
+    # Contents
 
     def __len__(self) -> int:
         return len(self._store)
@@ -66,34 +66,34 @@ class Bank:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Which sites share which network."""
+        """The groups of sites that share a network."""
         return self._plan.groups
 
     @property
     def alpha(self) -> float:
-        """The factor of every tensor in the update."""
+        """The factor by which the forward multiplies every tensor."""
         return self._plan.config.scaling
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the parameters are kept."""
+        """The dtype of the stored parameters."""
         return self._store.dtype
 
     @property
     def capacity(self) -> int:
-        """How many adapters there is room for.
+        """The number of adapters that there is room for.
 
-        It doubles when it is used up; while the tensors are copied, old and new are both in memory.
+        It doubles when the room is used up; while tensors are copied, old and new ones are in memory.
         """
         return self._store.capacity
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapters that are stored."""
+        """The number of bytes of the stored adapters."""
         return self._store.nbytes
 
     def count(self, trainable_only: bool = True) -> int:
-        """How many parameters one adapter has; one that several networks share counts once.
+        """Count the parameters of one adapter; a parameter that several networks share counts once.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
@@ -108,21 +108,21 @@ class Bank:
             f"({lines})"
         )
 
-    # In and out
+    # Adding and reading
 
     def add(self, name: Hashable, source: Source) -> None:
-        """Store an adapter, in the place of one of that name if there is one.
+        """Store an adapter; one with the same name is replaced.
 
         Args:
             name: any hashable name but None.
-            source: an `Adapter` (on any model of this shape), a folder that one was saved to, or for
-                each group by name its tensors, in the order of the line and before the scaling by
-                `alpha`.
+            source: an `Adapter` (on any model of this shape), a folder that one was saved to, or a
+                mapping from the name of each group to its tensors, in the order of the line and
+                without the scaling by `alpha`.
 
         Raises:
-            ValueError: the source has other groups, legs or shapes than the bank, modules that train
-                beside it, or values that are not finite in the bank's dtype.
-            TypeError: the source is nothing of these.
+            ValueError: the source has other groups, legs or shapes than the bank, has trained modules,
+                or has values that are not finite in the bank's dtype.
+            TypeError: a source of another type.
             FileNotFoundError: a file of the folder is missing.
             AdapterFileError: a file is damaged, or its adapter does not fit the model.
 
@@ -141,11 +141,11 @@ class Bank:
         self.update({name: source})
 
     def update(self, sources: Mapping[Hashable, Source] | Bank) -> None:
-        """Store several adapters, in the places of those of their names: all, or none if one is refused.
+        """Store several adapters; those with the same names are replaced. If one is refused, none is stored.
 
         Args:
-            sources: what `add` takes, by name; or another bank of this shape, whose adapters keep the
-                updates that they make there.
+            sources: a mapping from names to sources, as `add` takes them; or another bank of this shape,
+                whose adapters make the same updates in this bank.
 
         Raises:
             ValueError, TypeError, FileNotFoundError, AdapterFileError: as for `add`.
@@ -176,8 +176,8 @@ class Bank:
 
         Args:
             names: names that are not in the bank yet.
-            tensors: for each group by name its tensors, in the order of the line and before the scaling
-                by `alpha`, each of shape (adapters, ...) with a leading axis as long as ``names``.
+            tensors: a mapping from the name of each group to its tensors, in the order of the line and
+                without the scaling by `alpha`, each with a leading axis as long as ``names``.
 
         Raises:
             ValueError: a name that is None, twice, or in the bank; other groups or shapes than the
@@ -204,9 +204,9 @@ class Bank:
         self.add(name, source)
 
     def __getitem__(self, name: Hashable) -> dict[str, list[Tensor]]:
-        """Copies of the tensors of an adapter, for each group by name; zeros for None.
+        """Copy the tensors of an adapter, by the name of the group; None gives zeros.
 
-        They are in the order of the line and before the scaling by `alpha`, as `add` takes them.
+        They are in the order of the line and without the scaling by `alpha`, as `add` takes them.
 
         Raises:
             KeyError: the name is not in the bank.
@@ -218,26 +218,26 @@ class Bank:
         self._store.drop(name)
 
     def remove(self) -> None:
-        """Take the bank off its model, which is then as it was before; may be called again."""
+        """Take the bank off its model, which is restored; calling this again does nothing."""
         detach(self._handles)
 
-    # In use
+    # Use
 
     @contextmanager
     def using(self, names: Iterable[Hashable]) -> Iterator[Bank]:
-        """Within this context every row of a batch uses the adapter named for it.
+        """Let every row of a batch use the adapter named for it, within this context.
 
-        Works with generate(), whose copies of a row (beams, several sequences) use the row's adapter.
-        Each thread and each asynchronous task has a choice of its own. Adapters that are replaced
-        meanwhile take effect in the next context.
+        It works with generate(), whose copies of a row (beams, several sequences) use the row's adapter.
+        The selection is local to the thread or asynchronous task that enters the context. Adapters that
+        are replaced meanwhile take effect in the next context.
 
         Args:
             names: a name for each row, or None for rows without an adapter.
 
         Raises:
             KeyError: a name that is not in the bank.
-            ValueError: no rows; and from the model's forward, a batch that these rows do not divide.
-            TypeError: one text in the place of several names.
+            ValueError: no names; in the model's forward, a batch that is not a multiple of their number.
+            TypeError: one text in place of several names.
             RuntimeError: the bank was removed from its model.
 
         Example:

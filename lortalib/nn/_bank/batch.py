@@ -1,4 +1,4 @@
-"""Holds what the rows of a batch gathered from a bank, for the hooks of the model."""
+"""Holds the tensors that the rows of a batch gathered from a bank, for the hooks of the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .._group import Group
 
 
 class BatchTensors:
-    """Holds the tensors that the rows of one context gathered, and the pairs made of them.
+    """The tensors that the rows of one context gathered, and the low-rank pairs made from them.
 
     Args:
-        tensors: for each group by name its tensors, each with a leading axis of rows.
-        size: how many rows.
+        tensors: a mapping from the name of each group to its tensors, each with a leading axis of rows.
+        size: the number of rows.
     """
 
     def __init__(self, tensors: Mapping[str, Sequence[Tensor]], size: int) -> None:
@@ -32,15 +32,15 @@ class BatchTensors:
         self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
     def pair(self, slot: Slot, dtype: torch.dtype, device: torch.device) -> Pair:
-        """The pair of one module: first (rows, p, features read), second (rows, p, features written).
+        """Return the pair of one module: A (rows, p, features read) and B (rows, p, features written).
 
         Args:
-            slot: the module's place.
-            dtype: of the result.
-            device: of the result.
+            slot: the slot of the module.
+            dtype: the dtype of the result.
+            device: the device of the result.
         """
         source, number, layer = slot
-        if is_tracing():  # a tensor made in a trace or a transform is not to outlive it
+        if is_tracing():  # a tensor from a trace or a transform must not outlive it
             made = self._contract(source, dtype, device, layer)
             return Pair(*(made[k][0].select(-3, matrix) for k, matrix in source.place(number)))
         key = source.group.name, dtype, device
@@ -50,7 +50,7 @@ class BatchTensors:
         sides = []
         for k, matrix in source.place(number):
             at = *key, k, matrix, layer if len(made[k]) > 1 else 0
-            # The very same tensor for all modules that have one A, so that x is read once for them.
+            # All modules with the same A get the same tensor, so that x is multiplied by it once.
             if at not in self._matrices:
                 self._matrices.setdefault(at, made[k][at[-1]].select(-3, matrix))
             sides.append(self._matrices[at])
@@ -63,11 +63,11 @@ class BatchTensors:
         device: torch.device,
         layer: int | None = None,
     ) -> list[Tensor]:
-        """The matrices of all layers or one, in the wider of the dtypes of the bank and the model."""
+        """Contract the matrices of all layers or of one, in the wider of the dtypes of bank and model."""
         tensors = self._tensors[source.group.name]
         stored = tensors[0].dtype
         wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
-        with torch.inference_mode(False):  # they serve later forwards in any mode
+        with torch.inference_mode(False):  # later forwards use them in any mode
             tensors = [tensor.to(device, wide) for tensor in tensors]
             if layer is not None:
                 network = NetworkView(source.network.legs, tensors, source.network.modes)
@@ -77,24 +77,24 @@ class BatchTensors:
             return [tensor.to(dtype).contiguous() for tensor in source.contract(tensors)]
 
     def begin(self, running: object, batch: int | None) -> None:
-        """Note how many rows the batch of a forward has.
+        """Record the number of rows in the batch of a forward.
 
         Args:
             running: the forward.
-            batch: the number, or None where it is not known.
+            batch: the number of rows; None if it is not known.
         """
         self._batch = running, batch
 
     def check(self, x: Tensor, path: str, running: object) -> None:
-        """Hold the input of a projection against the rows.
+        """Check that the input of a projection has the rows of the batch.
 
         Args:
             x: the input.
-            path: of the projection, for the message.
-            running: the forward under way.
+            path: the path of the projection, for the error message.
+            running: the running forward.
 
         Raises:
-            ValueError: the leading axis of x is not that of the batch, or the rows do not divide it.
+            ValueError: the leading axis of x is not the batch, or is not a multiple of the number of rows.
         """
         known, batch = self._batch
         if batch is None or known is not running:
@@ -112,28 +112,28 @@ class BatchTensors:
 
 
 class CurrentBatch:
-    """Tells the hooks of a bank what the rows of this thread or asynchronous task gathered.
+    """Gives the hooks of a bank the tensors that the rows of this thread or asynchronous task gathered.
 
     Args:
-        sources: what makes the pairs, one for each group.
+        sources: the pair source of each group.
 
     Attributes:
-        sources: as given.
-        scope: the forward under way.
+        sources: the argument.
+        scope: the running forward.
     """
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = sources
-        self.scope = ForwardScope(())  # the pairs belong to a context and not to one forward
+        self.scope = ForwardScope(())  # the pairs belong to a context, not to one forward
         self._variable: ContextVar[BatchTensors | None] = ContextVar("batch", default=None)
 
     def get(self) -> BatchTensors | None:
-        """What the rows gathered; None outside of `use`."""
+        """Return the gathered tensors; None outside of `use`."""
         return self._variable.get()
 
     @contextmanager
     def use(self, batch: BatchTensors) -> Iterator[None]:
-        """Let the rows of forwards within this context use these tensors."""
+        """Let forwards within this context use these tensors."""
         token = self._variable.set(batch)
         try:
             yield
@@ -148,11 +148,11 @@ class CurrentBatch:
 
 
 def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
-    """What makes the pairs of the rows of a batch: the network with one more mode, their adapters.
+    """Make the pair source for the rows of a batch: the network with one more mode, the adapters.
 
     Args:
         group: the sites that share the network.
-        network: one adapter's, of which only legs and sizes are used.
+        network: the network of one adapter; only its legs and sizes are used.
         alpha: the factor of the tensor in the update.
     """
     mode = "adapter"

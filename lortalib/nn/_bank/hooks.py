@@ -1,4 +1,4 @@
-"""The hooks of a bank: they read how many rows a forward has, and add the update of each row."""
+"""Defines the hooks of a bank, which read the number of rows of a forward and add each row's update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .._forward import (
 )
 from .batch import CurrentBatch
 
-#: Attention classes that compute with time before batch: their rows are not those of the batch.
+#: Attention classes that put time before batch: their first axis is not the batch.
 _TIME_FIRST = frozenset(
     (
         "LEDEncoderSelfAttention",
@@ -32,7 +32,7 @@ _TIME_FIRST = frozenset(
     )
 )
 
-#: Arguments of transformers whose first axis is the batch, the most telling first.
+#: Arguments of transformers models whose first axis is the batch, the most reliable first.
 _BATCH_ARGUMENTS = (
     "input_ids",
     "inputs_embeds",
@@ -45,10 +45,10 @@ _BATCH_ARGUMENTS = (
 
 
 class BatchSizeHook:
-    """Reads from the arguments of the model how many rows its forward has; a forward pre-hook.
+    """A forward pre-hook that reads the number of rows from the arguments of the model.
 
     Args:
-        current: what the rows gathered.
+        current: the gathered tensors of the current context.
         model: the model, whose signature orders the arguments.
     """
 
@@ -62,14 +62,14 @@ class BatchSizeHook:
         ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Torch's forward pre-hook with keyword arguments."""
+        """Record the number of rows; torch calls this with the arguments of the forward."""
         batch = self._current.get()
         if batch is not None:
             sizes = self._sizes(args, kwargs)
             batch.begin(self._current.scope.running, _batch_size(sizes, batch.size))
 
     def _sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-        """Leading sizes of the tensors of two axes or more, in the order of the signature."""
+        """Return the leading sizes of all tensors with two or more axes, in the order of the signature."""
         given = {**dict(zip(self._positional, args)), **kwargs}
         named = [(name, given[name]) for name in self._names if name in given]
         rest = [(name, value) for name, value in kwargs.items() if name not in self._names]
@@ -82,7 +82,7 @@ class BatchSizeHook:
 
 
 def _batch_size(sizes: Mapping[str, int], rows: int) -> int | None:
-    """The size of the batch: that of a telling argument, else the first that the rows divide."""
+    """Find the batch size: that of a reliable argument, else the first multiple of the number of rows."""
     for name in _BATCH_ARGUMENTS:
         if name in sizes:
             return sizes[name]
@@ -91,11 +91,11 @@ def _batch_size(sizes: Mapping[str, int], rows: int) -> int | None:
 
 
 class RowUpdate:
-    """Adds at a module to every row the update of the row's own adapter.
+    """Adds the update of its own adapter to every row of a module's output.
 
     Args:
-        current: what the rows gathered.
-        path: of the module, for messages.
+        current: the gathered tensors of the current context.
+        path: the path of the module, for error messages.
         sites: the sites of the module.
     """
 
@@ -107,16 +107,16 @@ class RowUpdate:
 
     @property
     def is_on(self) -> bool:
-        """Whether the rows of the forward under way have gathered anything."""
+        """Whether the rows of the running forward gathered any tensors."""
         return self._current.get() is not None
 
     def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
         """Add the updates of the rows.
 
         Args:
-            x: what they read, (rows, ..., features).
-            y: what they are added to.
-            may_write: whether nobody else uses y, so that it can be added to in place.
+            x: the input of the module, (rows, ..., features).
+            y: the output of the module.
+            may_write: whether nothing else uses y, so that the update can be added in place.
 
         Raises:
             ValueError: x does not have the rows of the batch.
@@ -134,12 +134,12 @@ class RowUpdate:
 
 
 def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) -> None:
-    """Let every module that a bank updates add the updates of its rows.
+    """Put hooks on every module that a bank updates, so that the rows' updates are added.
 
     Args:
         model: the model.
-        current: what the rows gathered.
-        handles: gets what takes each hook off again. Where this fails, nothing is left on the model.
+        current: the gathered tensors of the current context.
+        handles: a list that gets the handle of each hook. If this fails, no hook stays on the model.
     """
     groups = [source.group for source in current.sources]
     updates = [
@@ -151,7 +151,7 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
     try:
         for handle in watch_forwards(model, current.scope, groups):
             handles.append(handle)
-        # Behind the hook that begins a forward: the size belongs to that forward.
+        # After the hook that begins a forward, because the size belongs to that forward.
         size = BatchSizeHook(current, model)
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
         for module, update in updates:

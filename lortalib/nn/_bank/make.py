@@ -32,29 +32,28 @@ def bank(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Bank:
-    """Make a store of many adapters of one shape on a model, for batches in which rows differ.
+    """Make a store of many adapters of one shape on a model, so that every row of a batch can use its own.
 
     Args:
-        model: the model; nothing of it is replaced. Hooks are on it until ``bank.remove()``.
+        model: the model; no part of it is replaced. It has hooks until ``bank.remove()``.
         decomposition, rank, targets, layers, gqa, acts_on, rules: as for `apply`.
-        capacity: how many adapters to make room for; the room doubles when it is used up.
-        alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` brings its
-            own scaling.
+        capacity: the number of adapters to make room for; the room doubles when it is used up.
+        alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` has its own
+            scaling.
         share_residual: as for `apply`; every network then stores the shared factor.
-        dtype: in which the parameters are kept: float64, float32, bfloat16, float16, float8_e5m2 or
-            float8_e4m3fn. Pairs are computed in the wider of it and the model's dtype.
-        device: where they are kept, by default with the model's weights (in main memory where these
-            have no values yet). What a batch gathers moves to the model, so a bank can lie in main
-            memory beside a model on a GPU.
+        dtype: the dtype of the stored parameters: float64, float32, bfloat16, float16, float8_e5m2 or
+            float8_e4m3fn. Pairs are computed in the wider of this dtype and the model's.
+        device: the device of the stored parameters; by default that of the model's weights (main memory
+            if these are on the meta device). Gathered tensors move to the model, so a bank can stay in
+            main memory while the model is on a GPU.
 
     Returns:
         The empty `Bank`.
 
     Raises:
-        UnsupportedModelError: the model's attention was not, or not wholly, found.
-        ValueError: a bad argument; or projections that the rows of a batch cannot share: packed
-            experts, weights read directly, and attention that puts time before batch. The model is
-            then as it was.
+        UnsupportedModelError: the model's attention was not found, or not all of it.
+        ValueError: a bad argument; or projections for which rows cannot differ: packed experts, weights
+            read directly, and attention that puts time before batch. The model stays unchanged.
 
     Example:
         >>> import torch, lortalib
@@ -85,7 +84,7 @@ def bank(
         acts_on=acts_on,
         share_residual=share_residual,
         rules=rules,
-        device="meta",  # of the networks only legs and sizes are used
+        device="meta",  # only the legs and sizes of the networks are used
     )
     for site in planned.sites:
         check_rows(model, site)

@@ -1,4 +1,4 @@
-"""Reads what a bank is given (adapters, folders, tensors) into tensors that it can store."""
+"""Reads the sources of a bank (adapters, folders, tensors) into tensors that it can store."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
 
-#: What `Bank.add` takes: an adapter, its folder, or for each group its tensors in the order of the line.
+#: A source for `Bank.add`: an adapter, its folder, or the tensors of each group in the order of the line.
 Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
 
-#: For each group by name its tensors, each with a leading axis of adapters.
+#: A mapping from the name of each group to its tensors, each with a leading axis of adapters.
 Stacked = dict[str, list[Tensor]]
 
 
@@ -27,11 +27,11 @@ class SourceReader:
     """Reads sources into tensors of the shape, dtype and device of one bank; changes nothing.
 
     Args:
-        model: the bank's model, which adapters from files are fitted to.
+        model: the bank's model, to which adapters from files are fitted.
         plan: the groups and networks of one adapter, and the bank's alpha.
         rules: as for `bank`.
-        dtype: of the bank's tensors.
-        device: of the bank's tensors.
+        dtype: the dtype of the bank's tensors.
+        device: the device of the bank's tensors.
     """
 
     def __init__(
@@ -59,14 +59,15 @@ class SourceReader:
 
         Args:
             name: its name in the bank.
-            source: an adapter, its folder, or tensors before the scaling by alpha.
+            source: an adapter, its folder, or tensors without the scaling by alpha.
 
         Returns:
-            For each group by name its tensors, before the scaling by alpha, with a leading axis of 1.
+            A mapping from the name of each group to its tensors, without the scaling by alpha, with a
+            leading axis of 1.
 
         Raises:
-            ValueError: the name is None; or the source does not fit, or cannot be stored.
-            TypeError: no source.
+            ValueError: the name is None, or the source does not fit or cannot be stored.
+            TypeError: a source of another type.
         """
         check_name(name)
         if isinstance(source, (str, PathLike)):
@@ -87,7 +88,7 @@ class SourceReader:
         """Read several adapters; see `read`.
 
         Returns:
-            For each group by name its tensors, each with a leading axis of adapters in their order.
+            A mapping from the name of each group to its tensors, each with a leading axis of adapters.
         """
         read = [self.read(name, source) for name, source in sources.items()]
         if len(read) == 1:
@@ -100,15 +101,15 @@ class SourceReader:
     def read_stacked(
         self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]
     ) -> Stacked:
-        """Read many adapters that are stacked already.
+        """Read many adapters whose tensors are already stacked.
 
         Args:
             names: their names in the bank.
-            tensors: for each group by name its tensors before the scaling by alpha, each with a leading
-                axis as long as ``names``.
+            tensors: a mapping from the name of each group to its tensors without the scaling by alpha,
+                each with a leading axis as long as ``names``.
 
         Raises:
-            ValueError: a name is None; or the tensors do not fit, or cannot be stored.
+            ValueError: a name is None, or the tensors do not fit or cannot be stored.
         """
         for name in names:
             check_name(name)
@@ -118,19 +119,19 @@ class SourceReader:
     def scaled(
         self, tensors: Mapping[str, Sequence[Tensor]], scaling: float
     ) -> dict[str, list[Tensor]]:
-        """The tensors for which the bank's alpha makes the update that ``scaling`` made of these."""
+        """Rescale tensors, so that the bank's alpha gives the update that ``scaling`` gave."""
         factor = scaling / self._alpha
         if factor == 1:
             return {group: list(values) for group, values in tensors.items()}
         return {group: [_wide(first) * factor, *rest] for group, (first, *rest) in tensors.items()}
 
     def check_alike(self, label: str, groups: Sequence[Group], legs: Mapping[str, Legs]) -> None:
-        """Refuse an adapter or a bank whose tensors mean something else than this bank's.
+        """Refuse an adapter or a bank whose tensors have another meaning than this bank's.
 
         Args:
-            label: what is refused, for the message.
+            label: a noun for the source, for the error message.
             groups: its groups.
-            legs: the legs of its networks by name of the group.
+            legs: the legs of its networks, by the name of the group.
 
         Raises:
             ValueError: its groups update other projections, or its networks have other legs.
@@ -191,7 +192,7 @@ class SourceReader:
                     )
 
     def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:
-        """The tensors in the bank's dtype and on its device."""
+        """Bring the tensors to the bank's dtype and device."""
         with torch.no_grad():
             for group, values in tensors.items():
                 for value in values:
@@ -208,7 +209,7 @@ class SourceReader:
         if not wide.numel():
             return
         low, high = (bound.item() for bound in wide.aminmax())
-        if -largest <= low and high <= largest:  # false for NaN
+        if -largest <= low and high <= largest:  # false for NaN too
             return
         fits = (wide.reshape(len(wide), -1).double().abs() <= largest).all(1)
         name = names[int(fits.logical_not().nonzero()[0])]
@@ -229,11 +230,11 @@ def check_name(name: Hashable) -> None:
 
 
 def _meaning(group: Group) -> tuple[object, ...]:
-    """What is equal for groups whose tensors of one shape make the same updates."""
+    """Describe a group such that two descriptions are equal if equal tensors make equal updates."""
     keys = [site.key for site in group.sites]
     return group.heads, group.layers, group.roles, group.on_stream, keys
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor in a dtype that its values can be computed with."""
+    """Convert a tensor to a dtype that torch can compute with."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

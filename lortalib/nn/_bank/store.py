@@ -1,4 +1,4 @@
-"""Keeps the tensors of many adapters, stacked: every adapter has a place on their leading axis."""
+"""Keeps the stacked tensors of many adapters; each adapter has a place on the leading axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Floating point types that have a zero and a sign.
+#: The floating-point dtypes that have a zero and a sign.
 _DTYPES = (
     torch.float64,
     torch.float32,
@@ -24,14 +24,14 @@ class Store:
     """Keeps the tensors of many adapters of one shape, each adapter under a name.
 
     Every tensor has a leading axis of places; place 0 holds zeros, the adapter that does nothing.
-    A lock guards all changes. New values go to places that nobody reads and get their names last, so a
-    call that raises, also for an interrupt, leaves the store as it was.
+    A lock protects all changes. New values are written to places that nobody reads and are named last, so
+    a call that raises, also because of an interrupt, leaves the store unchanged.
 
     Args:
-        shapes: for each group by name, the shapes of the tensors of one adapter.
-        capacity: how many adapters to make room for.
-        dtype: of the tensors.
-        device: of the tensors.
+        shapes: a mapping from the name of each group to the shapes of one adapter's tensors.
+        capacity: the number of adapters to make room for.
+        dtype: the dtype of the tensors.
+        device: the device of the tensors.
 
     Raises:
         ValueError: a dtype that cannot hold parameters, or the device meta, which holds no values.
@@ -55,7 +55,7 @@ class Store:
         self._shapes = dict(shapes)
         self._lock = threading.Lock()
         self._places: dict[Hashable, int] = {}
-        self._free: list[int] = []  # places below the used end that have no name
+        self._free: list[int] = []  # places below the used end that are free
         self._used = 1
         self._stacks = self._allocate(capacity + 1)
         for stack in self._tensors():
@@ -74,27 +74,27 @@ class Store:
         return name in self._places
 
     def __iter__(self) -> Iterator[Hashable]:
-        return iter(list(self._places))  # a copy: other threads may add meanwhile
+        return iter(list(self._places))  # a copy, because other threads may add names meanwhile
 
     @property
     def capacity(self) -> int:
-        """How many adapters there is room for."""
+        """The number of adapters that there is room for."""
         return len(self._tensors()[0]) - 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapters that are stored."""
+        """The number of bytes of the stored adapters."""
         return len(self) * sum(stack[0].numel() * stack.itemsize for stack in self._tensors())
 
     def gather(self, names: Sequence[Hashable]) -> dict[str, list[Tensor]]:
         """Copy the tensors of these adapters, in this order.
 
         Args:
-            names: their names; None gives zeros, and a name may be there several times.
+            names: their names; None gives zeros, and a name may be repeated.
 
         Returns:
-            For each group by name its tensors, each with a leading axis as long as ``names``. They are
-            no inference tensors, whatever the mode.
+            A mapping from the name of each group to its tensors, each with a leading axis as long as
+            ``names``. They are never inference tensors, also in inference mode.
 
         Raises:
             KeyError: a name that is not in the store.
@@ -118,11 +118,12 @@ class Store:
 
         Args:
             names: their names, each once.
-            tensors: for each group by name its tensors, each with a leading axis as long as ``names``.
-            may_replace: whether a name that is there already gets the new tensors.
+            tensors: a mapping from the name of each group to its tensors, each with a leading axis as
+                long as ``names``.
+            may_replace: whether an adapter with the same name is replaced.
 
         Raises:
-            ValueError: a name is there already and may not be replaced.
+            ValueError: a name is in use and may not be replaced.
         """
         if not names:
             return
@@ -154,7 +155,7 @@ class Store:
                 raise
 
     def drop(self, name: Hashable) -> None:
-        """Forget an adapter; its place is given to the next that is stored.
+        """Remove an adapter; the next one that is stored gets its place.
 
         Raises:
             KeyError: the name is not in the store.
@@ -178,9 +179,9 @@ class Store:
         return [stack for stacks in self._stacks.values() for stack in stacks]
 
     def _allocate(self, places: int) -> dict[str, list[Tensor]]:
-        """Stacks of so many places, without values."""
-        with torch.inference_mode(False):  # they outlive the mode in which they are made
-            # Pages of an empty tensor take memory when they are first written.
+        """Allocate stacks with so many places, without values."""
+        with torch.inference_mode(False):  # the stacks outlive the mode in which they are made
+            # Pages of an empty tensor take memory only when they are first written.
             return {
                 group: [
                     torch.empty((places, *shape), dtype=self.dtype, device=self.device)
@@ -190,7 +191,7 @@ class Store:
             }
 
     def _with_room(self, places: int) -> dict[str, list[Tensor]]:
-        """The stacks if they have so many places, else copies with at least twice as many."""
+        """Return the stacks if they have so many places, else copies with at least twice as many."""
         room = self.capacity + 1
         if places <= room:
             return self._stacks

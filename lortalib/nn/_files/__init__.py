@@ -1,4 +1,4 @@
-"""Adapters and LoRAs on disk."""
+"""Saves adapters and LoRAs to disk, and reads them back."""
 
 from .adapter import load, read, read_adapter, read_description, save
 from .export_lora import export_lora

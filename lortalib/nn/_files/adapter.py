@@ -1,6 +1,6 @@
-"""Saves adapters, and reads them back onto a model or onto none.
+"""Saves adapters, and reads them back, onto a model or without one.
 
-A site is stored by (stack, layer, role) and its sizes; its module path is only a hint, since
+A site is stored by (stack, layer, role) and its sizes. Its module path is only a hint, because
 transformers renames paths between versions.
 """
 
@@ -31,22 +31,21 @@ from .weights import SavedModules, shared_weights
 
 
 def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
-    """Write an adapter into the one file of a folder; see `Adapter.save`.
+    """Write an adapter to a folder, as one file; see `Adapter.save`.
 
-    What a reader would refuse is refused here, before anything is written. Where the model is divided
-    over processes (FSDP2), every process has to call it.
+    Anything that a reader would refuse is refused here, before the first byte is written. If the model
+    is sharded over processes (FSDP2), every process has to call this function.
 
     Args:
         adapter: an adapter on a model.
-        folder: made where it is not there.
+        folder: the folder; it is made if it does not exist.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: the folder cannot be written. The file that was there is then as it was.
-        ValueError: a factor, or a value of a module that trained with it, is on the meta device, or is
-            NaN or infinite.
+        OSError: the folder cannot be written. A file that was there stays unchanged.
+        ValueError: a factor, or a value of a trained module, is on the meta device, NaN or infinite.
         RuntimeError: the adapter was removed from its model.
 
     Example:
@@ -98,7 +97,7 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
 def _save_group(
     group: Group, network: Network, owned: dict[int, str], tensors: dict[str, Tensor]
 ) -> SavedGroup:
-    """What the file says of one group; its tensors are added to ``tensors``."""
+    """Describe one group for the file; add its tensors to ``tensors``."""
     saved = SavedGroup(
         name=group.name,
         legs=str(network.legs),
@@ -126,14 +125,14 @@ def _numbers(tensor: Tensor, what: str) -> Tensor:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], outcome: str) -> None:
-    """Refuse to write what no reader takes back.
+    """Refuse to write tensors that no reader would accept.
 
     Args:
-        tensors: by name.
-        outcome: what did not happen.
+        tensors: tensors by name.
+        outcome: the end of the error message, which says what was not done.
 
     Raises:
-        ValueError: a number that is NaN or infinite, or of a type that no file holds.
+        ValueError: NaN or infinity, or a dtype that no file holds.
     """
     for name, tensor in tensors.items():
         dtype_name(name, tensor)
@@ -150,10 +149,10 @@ def _text(value: Any) -> str | None:
 
 
 def fingerprint(sites: Iterable[Site]) -> str:
-    """A digest of the identities and weight shapes of sites: equal where adapters fit alike.
+    """Compute a digest of the identities and weight shapes of sites.
 
     Args:
-        sites: of an adapter.
+        sites: the sites of an adapter.
     """
     shapes = sorted((*site.key, *site.weight_shape) for site in sites)
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
@@ -172,10 +171,10 @@ def load(
 
     Args:
         model: a model of the same shape as the one the adapter was trained on.
-        folder: what `Adapter.save` wrote, or the path of the file in it.
-        name: name on the model; the saved one by default.
-        active: whether it takes part in the forward at once.
-        freeze: whether all else of the model stops requiring gradients.
+        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
+        name: the adapter's name on the model; by default the saved one.
+        active: whether the adapter takes part in the forward at once.
+        freeze: whether all other parameters of the model stop requiring gradients.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Returns:
@@ -184,7 +183,7 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         AdapterFileError: the file is damaged, or the adapter does not fit the model; the message says
-            what differs. The model is then as it was.
+            what differs. The model stays unchanged.
         ValueError: the name is in use.
 
     Example:
@@ -213,7 +212,7 @@ def read_adapter(
     name: str | None = None,
     rules: Rules = (),
 ) -> Adapter:
-    """The adapter of a folder, fitted to a model but not put on it; see `load`.
+    """Read the adapter of a folder and fit it to a model, without putting it on; see `load`.
 
     Args:
         model, folder, name, rules: as for `load`.
@@ -240,13 +239,13 @@ def read_adapter(
 
 
 def read(folder: str | PathLike[str]) -> Adapter:
-    """The adapter of a folder as it was saved, on no model.
+    """Read the adapter of a folder as it was saved, without a model.
 
-    Its sites are those of the model that it was trained on; tensors, pairs, norms and `export_lora` work
-    as on a model.
+    Its sites are those of the model that it was trained on. Its tensors, low-rank pairs and norms, and
+    `export_lora`, work as they do on a model.
 
     Args:
-        folder: what `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
 
     Returns:
         The `Adapter`, on the CPU.
@@ -275,13 +274,13 @@ def read(folder: str | PathLike[str]) -> Adapter:
 
 
 def read_description(folder: str | PathLike[str]) -> dict[str, Any]:
-    """What a saved adapter says of itself, once its whole file was found to be sound.
+    """Read the description of a saved adapter, after its whole file was checked.
 
     Args:
-        folder: what `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
 
     Returns:
-        The fields that docs/files.md lists, as the present format version calls them.
+        The fields that docs/files.md lists, under their names in the present format version.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""Checks that the parts of a description agree with each other, and its tensors with them."""
+"""Checks that the parts of a description agree with each other and with the tensors of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .records import read_record, short
 from .schema import Description, SavedGroup, values_of
 from .tensors import TRAINABLE, TensorSpec
 
-#: Bounds far beyond any adapter, so that a stranger's file costs neither time nor memory.
+#: Limits far above any real adapter, so that an untrusted file cannot use up time or memory.
 MOST_SITES = 100_000
 MOST_GROUPS = 2_000
 MOST_TRAINED_MODULES = 1_000
@@ -28,11 +28,11 @@ _BASE_MODEL = ("class", "model_type", "name", "shape_fingerprint")
 
 
 def check_description(value: Any) -> Description:
-    """The description that a JSON value holds, checked.
+    """Read the description from a JSON value, and check it.
 
     Raises:
-        ValueError: a value that is missing, unknown, of the wrong type, out of bounds, or that does not
-            fit the others.
+        ValueError: a field that is missing, unknown, of the wrong type, out of bounds, or in conflict
+            with another.
     """
     if isinstance(value, dict):
         _check_lengths(value.get("groups"))
@@ -49,7 +49,7 @@ def check_description(value: Any) -> Description:
 
 
 def _check_lengths(groups: Any) -> None:
-    """Bound what costs time before it is read."""
+    """Check the lengths of all lists first, because reading them takes time."""
     if not isinstance(groups, list) or not 0 < len(groups) <= MOST_GROUPS:
         raise ValueError(f"field 'groups' is no list of 1 to {MOST_GROUPS:,} groups")
     listed = [group.get("sites") for group in groups if isinstance(group, dict)]
@@ -64,7 +64,7 @@ def _check_config(config: AdapterConfig) -> None:
         raise ValueError(f"dropout is {config.dropout}")
     if config.gqa not in ("pool", "split"):
         raise ValueError(f"gqa is {short(config.gqa)}")
-    # With the start of LoRTA the scaling is alpha/r; with all others it is alpha.
+    # With LoRTA's start the scaling is alpha/r; with all other starts it is alpha.
     ratio = config.alpha / config.scaling if config.scaling else math.inf
     parts = max(1, round(ratio)) if config.init == "lorta" and math.isfinite(ratio) else 1
     if not math.isclose(ratio, parts, rel_tol=1e-6):
@@ -155,7 +155,7 @@ def _check_site(site: Site) -> None:
 
 
 def _check_shared_input(groups: Iterable[SavedGroup]) -> None:
-    """Hold ``share_residual`` against the tensors that are shared, by the rule that shares them."""
+    """Check that the tensors shared are those that the rule of ``share_residual`` gives."""
     owners: dict[str, nn.Parameter] = {}
     networks: dict[str, Network] = {}
     for saved in groups:
@@ -194,16 +194,16 @@ def _check_trained(description: Description) -> None:
 
 
 def _owners(path: str) -> Iterable[str]:
-    """The paths of the modules that a module is in."""
+    """Return the paths of the modules that contain a module."""
     words = path.split(".")
     return (".".join(words[:k]) for k in range(1, len(words)))
 
 
 def check_tensors(description: Description, specs: Mapping[str, TensorSpec]) -> None:
-    """Hold what a header says of the tensors against the description; no number is read.
+    """Check the header's names, shapes and dtypes against the description, without reading a tensor.
 
     Raises:
-        ValueError: a tensor that is missing or unknown, or has another shape or type than it must have.
+        ValueError: a tensor that is missing or unknown, or has the wrong shape or dtype.
     """
     known = {name for each in values_of(description, specs).values() for name in each.values()}
     for saved in description.groups:

@@ -1,4 +1,4 @@
-"""Writes an adapter of any format as the files of a LoRA of PEFT, exactly."""
+"""Writes an adapter of any format exactly, as the files of a LoRA of PEFT."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ..._version import __version__
 from .._adapter import Adapter
+from .._sharded import divide_again
 from .._trained_modules import Values
 from .adapter import check_numbers
 from .folder import put_files, write_text
@@ -42,12 +43,13 @@ def export_lora(
 ) -> Path:
     """Write an adapter as a standard LoRA of PEFT, exactly: from the cut, without an SVD.
 
-    The file is the plainest there is, for every consumer: one rank for all modules (smaller ones are
-    filled with zeros), ``lora_alpha == r`` with all scaling in the numbers, no patterns, no bias.
+    The file is as plain as possible, so that every program can read it: one rank for all modules
+    (smaller ones are filled with zeros), ``lora_alpha == r`` with all scaling in the tensors, no rank or
+    alpha patterns, no bias.
 
     Args:
         adapter: an adapter; it need not be active.
-        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` are written.
+        folder: the folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
         model: the model it belongs to, for the names in the configuration; by default the one that
             carries it.
         trained_modules: values of modules that were trained as a whole, by path and name; by default
@@ -60,7 +62,7 @@ def export_lora(
     Raises:
         ValueError: a weight that LoRA has no pair for (see `lora_pairs`), a module trained as a whole
             whose weight is another module's too, or a number that is NaN or infinite.
-        OSError: the folder cannot be written. Files that were there are then as they were.
+        OSError: the folder cannot be written. Files that were there stay unchanged.
 
     Example:
         >>> import tempfile, lortalib
@@ -73,6 +75,8 @@ def export_lora(
     """
     if model is None and adapter.is_on_model:
         model = adapter.model
+    if model is not None:
+        divide_again(model)
     if trained_modules is None:
         _check_shared(adapter, model)
         own = adapter.trained_modules
@@ -115,7 +119,7 @@ def export_lora(
 
 
 def _check_shared(adapter: Adapter, model: nn.Module | None) -> None:
-    """Refuse a trained module whose weight is another module's too: PEFT would train a copy of it."""
+    """Refuse a trained module whose weight another module shares: PEFT would train a copy of it."""
     trained = adapter.trained_modules
     shared: SharedWeights | None = trained.shared if isinstance(trained, SavedModules) else None
     if model is not None:
@@ -137,12 +141,12 @@ def _check_shared(adapter: Adapter, model: nn.Module | None) -> None:
 
 
 def _fill(pair: Tensor, rank: int) -> Tensor:
-    """Rows of zeros up to the rank."""
+    """Append rows of zeros up to the rank."""
     return pad(pair, (0, 0, 0, rank - len(pair)))
 
 
 def _task(model: nn.Module | None) -> str | None:
-    """PEFT's name of what the model is for."""
+    """Return PEFT's name for the task of the model."""
     if model is None:
         return None
     name = type(model).__name__
@@ -153,7 +157,7 @@ def _task(model: nn.Module | None) -> str | None:
 
 
 def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
-    """The last words of the paths if they name nothing else in the model, else the paths."""
+    """Return the last words of the paths if they name no other module of the model, else the paths."""
     if model is not None:
         words = {path.rpartition(".")[2] for path in paths}
         named = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in words}
@@ -163,7 +167,7 @@ def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Both files; the weights carry a digest of themselves and of what the configuration makes of them."""
+    """Write both files. The weights carry a digest of themselves and of the fields that scale them."""
     text = json.dumps(config, indent=2) + "\n"
     metadata = {
         "format": "pt",

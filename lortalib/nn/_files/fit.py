@@ -1,4 +1,4 @@
-"""Finds the projections of a model that a saved adapter updates, or says what differs."""
+"""Finds the projections of a model that a saved adapter updates; if it does not fit, says what differs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Rules = BlockRule | Sequence[BlockRule]
 
 
 def fit_groups(model: nn.Module, saved: SavedAdapter, rules: Rules) -> list[Group]:
-    """The groups of a saved adapter with the sites of a model, which are held against the saved ones.
+    """Make the groups of a saved adapter with the sites of a model, compared with the saved sites.
 
     Args:
         model: the model.
-        saved: the adapter.
+        saved: the saved adapter.
         rules: rows that explain a remote-code model.
 
     Raises:
@@ -68,19 +68,19 @@ def fit_groups(model: nn.Module, saved: SavedAdapter, rules: Rules) -> list[Grou
 
 
 def _parts(sites: Iterable[Site]) -> list[Site]:
-    """Sites on the stream by each of the roles that they are made of."""
+    """Split sites on the stream by the roles that they consist of."""
     return [replace(site, role=role) for site in sites for role in site.role.split("+")]
 
 
 def _candidates(model: nn.Module, asked: list[Site], rules: Rules) -> list[Site]:
-    """The sites of the model, of the kinds that the file speaks of."""
+    """Find the sites of the model, of the kinds that the file contains."""
     plain = [site for site in asked if site.role not in ROLES or _is_linear(site.stack)]
     roles = {site.role for site in asked if site.role in ROLES and not _is_linear(site.stack)}
     modules = {path: m for path, m in model.named_modules() if is_projection(m)}
     chosen = {site.path: modules[site.path] for site in plain if site.path in modules}
     found = linear_sites(chosen, {path: widths(module) for path, module in chosen.items()})
     lost = {site.key for site in plain} - {site.key for site in found}
-    # A model may have a stack of attention that is called as the stacks of other linear maps are.
+    # A stack of attention can have a name that begins as those of linear maps do.
     roles |= {role for _, _, role in lost} & set(ROLES)
     try:
         if roles & set(ROLES) - set(MLP_ROLES):
@@ -98,7 +98,7 @@ def _is_linear(stack: str) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """Features that a linear map reads, and those that it writes.
+    """Return the numbers of features that a linear map reads and writes.
 
     Example:
         >>> widths(nn.Linear(3, 4))
@@ -146,7 +146,7 @@ def _sizes(site: Site) -> tuple[int, ...]:
 
 
 def _check_trained(model: nn.Module, saved: SavedAdapter) -> None:
-    """Hold the modules that trained as a whole against those of the model."""
+    """Check that the model has the modules that were trained as a whole."""
     description, file = saved.description, saved.file
     modules = dict(model.named_modules())
     for path, names in values_of(description, saved.names).items():
@@ -179,7 +179,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _check_apart(model: nn.Module, path: str, chosen: Iterable[Site]) -> None:
-    """Refuse a trained module that holds nothing to train, or a weight that takes an update."""
+    """Refuse a trained module without parameters, or with a weight that an adapter updates."""
     if not any(True for _ in model.get_submodule(path).parameters()):
         raise AdapterFileError(
             f"the module {path!r}, trained with the adapter, has no parameters here"

@@ -1,4 +1,4 @@
-"""Finds the files of an adapter in a folder, and puts new ones in their place in one step."""
+"""Finds the files of an adapter in a folder, and replaces them in one step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-#: The file of an adapter.
+#: The name of an adapter's file.
 TENSORS = "adapter.safetensors"
-#: The second file that format version 1 had.
+#: The name of the second file, which format version 1 had.
 DESCRIPTION = "adapter.json"
-#: No text that describes an adapter is longer, in bytes.
+#: The largest size of a text that describes an adapter, in bytes.
 LONGEST_TEXT = 16 * 2**20
 
 _ASIDE = ".saving-"
@@ -24,17 +24,17 @@ _SECONDS_UNTIL_LEFT = 3600
 
 
 class AdapterFileError(ValueError):
-    """Says that a folder holds no sound adapter, or one that does not fit the model."""
+    """Raised for a folder with a damaged adapter, or with one that does not fit the model."""
 
 
 def adapter_file(folder: str | os.PathLike[str]) -> Path:
-    """The path of the adapter's file.
+    """Find the path of the adapter's file.
 
     Args:
         folder: a folder that `Adapter.save` wrote, or the path of its file.
 
     Raises:
-        FileNotFoundError: there is no such file; the message says what is there instead.
+        FileNotFoundError: there is no such file; the message says what the folder contains.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -54,10 +54,10 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """The contents of a JSON file, as `parse_json` reads them.
+    """Read a JSON file as `parse_json` does.
 
     Raises:
-        AdapterFileError: it is too long, no UTF-8, or no strict JSON.
+        AdapterFileError: the file is too long, not UTF-8, or not strict JSON.
     """
     try:
         with file.open("rb") as opened:
@@ -67,15 +67,15 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(text: str, longest: int = LONGEST_TEXT) -> Any:
-    """The value that a JSON text says; stricter than Python's reader.
+    """Parse a JSON text, more strictly than Python's own reader.
 
     Args:
         text: the text.
-        longest: how many bytes it may have.
+        longest: the largest number of bytes.
 
     Raises:
-        ValueError: a text that is too long, nested too deep or no JSON, a key that stands twice, NaN or
-            infinity, half of a surrogate pair.
+        ValueError: a text that is too long, nested too deep or not JSON; a repeated key, NaN or
+            infinity, or half of a surrogate pair.
 
     Example:
         >>> parse_json('{"a": [1, 2.5]}')
@@ -92,7 +92,7 @@ def parse_json(text: str, longest: int = LONGEST_TEXT) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be printed
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be printed
     return value
 
 
@@ -110,17 +110,18 @@ def _no_constant(name: str) -> None:
 
 
 def put_files(folder: Path, files: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    """Write files aside, then rename them into a folder.
+    """Write files under temporary names, then rename them into a folder.
 
-    One file appears in one step: whoever reads beside it, and whoever is killed, has the old one or the
-    new one. Of several, the old ones are put back whatever is raised between the renames.
+    A rename replaces a file in one step, so another reader, or this process after being killed, finds
+    either the old or the new file. With several files, an error between the renames puts the old ones
+    back.
 
     Args:
-        folder: made where it is not there.
-        files: what writes each file, by its name; renamed in this order.
+        folder: the folder; it is made if it does not exist.
+        files: the function that writes each file, by file name; renamed in this order.
 
     Raises:
-        OSError: the folder cannot be written. Files that were there are then as they were.
+        OSError: the folder cannot be written. Files that were there stay unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(folder)
@@ -133,7 +134,7 @@ def put_files(folder: Path, files: Mapping[str, Callable[[BinaryIO], None]]) -> 
                 opened.flush()
                 os.fsync(
                     opened.fileno()
-                )  # else a crash could leave an empty file under the new name
+                )  # otherwise a crash could leave an empty file under the new name
         _swap(aside, folder, list(files))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -146,7 +147,7 @@ def write_text(file: BinaryIO, text: str) -> None:
 
 
 def _swap(aside: Path, folder: Path, names: Iterable[str]) -> None:
-    """Rename new files into place; where there are several, the old ones come back on any error."""
+    """Rename new files into place; if there are several, any error puts the old ones back."""
     names = list(names)
     if len(names) == 1:
         os.replace(aside / names[0], folder / names[0])
@@ -169,12 +170,12 @@ def _swap(aside: Path, folder: Path, names: Iterable[str]) -> None:
 def _keep(file: Path, copy: Path) -> None:
     try:
         os.link(file, copy)
-    except OSError:  # a file system without hard links
+    except OSError:  # this file system has no hard links
         shutil.copy2(file, copy)
 
 
 def _sync(folder: Path) -> None:
-    """Let the rename reach the disk, where folders can be opened (not on Windows)."""
+    """Flush the rename to disk, if the system can open folders (Windows cannot)."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -184,7 +185,7 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Remove what saves that were killed left, once it is too old to be of one that still runs."""
+    """Remove temporary files of killed saves, once they are too old to belong to a running save."""
     for path in folder.glob(f"{_ASIDE}*"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > _SECONDS_UNTIL_LEFT:
@@ -192,7 +193,7 @@ def _remove_left_overs(folder: Path) -> None:
 
 
 def remove_old_description(folder: Path) -> None:
-    """Remove the ``adapter.json`` of format version 1, once a file of a later version took its place."""
+    """Remove the ``adapter.json`` of format version 1 after a file of a later version replaced it."""
     file = folder / DESCRIPTION
     with suppress(OSError, AdapterFileError):
         found = read_json(file) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""An existing LoRA as a network of legs: everything that works on an adapter then works on it."""
+"""Turns an existing LoRA into an adapter, so that everything that works on adapters works on it."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def load_lora(
 ) -> Adapter:
     """Put an existing LoRA of PEFT on a model, exactly, as an adapter of the format ``lora``.
 
-    Its numbers become the parameters ``layer matrix in r`` and ``layer matrix head out r`` of one
-    network for each size of projections, so it can be trained on, merged, decomposed, exported and
-    saved as any other adapter. Scaling, rank and alpha patterns are in the numbers.
+    Its matrices become the parameters ``layer matrix in r`` and ``layer matrix head out r`` of one
+    network for each size of projection. It can then be trained, merged, decomposed, exported and saved
+    like any other adapter. Scaling, rank patterns and alpha patterns are multiplied in.
 
     Args:
         model: the model that the LoRA was trained on.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        name: name of the adapter on the model.
-        active: whether it takes part in the forward at once.
-        freeze: whether all else of the model stops requiring gradients.
+        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: the adapter's name on the model.
+        active: whether the adapter takes part in the forward at once.
+        freeze: whether all other parameters of the model stop requiring gradients.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Returns:
@@ -60,9 +60,9 @@ def load_lora(
 
     Raises:
         FileNotFoundError: a file is missing.
-        AdapterFileError: a damaged file, one of another method, a variant that is no sum of low-rank
-            pairs (DoRA, biases, embeddings, convolutions), modules that the model does not have, or
-            values for one of several modules that hold one weight. The model is then as it was.
+        AdapterFileError: a damaged file, another method, a variant that is more than low-rank pairs
+            (DoRA, biases, embeddings, convolutions), modules that the model does not have, or values for
+            one of several modules that share one weight. The model stays unchanged.
         ValueError: the name is in use.
 
     Example:
@@ -116,7 +116,7 @@ def _sites(
     pairs: Mapping[str, LowRank],
     rules: Rules,
 ) -> list[Site]:
-    """The sites of the adapted modules."""
+    """Make the sites of the adapted modules."""
     known: list[Site] = []
     for find in (lambda: sites(model, rules=rules), lambda: mlp_sites(model)):
         try:
@@ -130,7 +130,7 @@ def _sites(
     own, others = [], {}
     for path in pairs:
         found = parts[path]
-        # Parts of a fused projection that leave features out would lose those of the pair.
+        # Sites that do not cover a fused projection would lose the pair's update of the other features.
         if found and sum(site.features for site in found) == (found[0].fused or found[0].features):
             own += found
         else:
@@ -143,7 +143,7 @@ def _sites(
 def _network(
     group: Group, pairs: Mapping[str, LowRank], modules: Mapping[str, nn.Module]
 ) -> Network:
-    """The network of a group, with zeros where a layer lacks a matrix or a pair is of lower rank."""
+    """Make the network of a group; a missing matrix, or the missing ranks of a pair, are zeros."""
     rank = max(len(pairs[site.path].a) for site in group.sites)
     legs = get_format("lora").legs(group.shape)
     sizes = {**group.shape, "r": rank}
@@ -152,7 +152,7 @@ def _network(
         a, b = pairs[site.path]
         if site.rows is not None:
             b = b[site.rows.index()]
-        if site.writer:  # the tensor holds the update with the residual stream as its `in`
+        if site.writer:  # in the tensor, `in` of the update is the residual stream
             a, b = b.mT, a.mT
         at = group.layers.index(site.layer), group.roles.index(site.role)
         tensors[0][at][:, : len(a)] = a.mT

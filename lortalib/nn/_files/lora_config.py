@@ -1,4 +1,4 @@
-"""The configuration of a LoRA of PEFT: what a pair is scaled by, and what cannot be read as pairs."""
+"""Reads the configuration of a LoRA of PEFT: the scaling of each pair, and variants that are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .records import short
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-#: What makes the update of a module something else than the product of its pair, and why.
+#: Fields that make an update something other than the product of its pair, with the reason.
 _REFUSED = {
     "use_dora": "DoRA rescales whole weights",
     "lora_bias": "it trains biases",
@@ -30,10 +30,10 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA draws random numbers",
     "use_bdlora": "BD-LoRA stores its pairs in blocks",
 }
-#: Starts that take something off the base's weights when PEFT loads them.
+#: Starts that subtract something from the base's weights when PEFT loads them.
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _MOST_ENTRIES = 10_000
-#: What the numbers of the pairs depend on; names of models may be edited.
+#: The fields on which the pairs depend. Others, such as the names of models, may be edited.
 _SEALED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "rank_pattern",
     "alpha_pattern", "target_modules", "modules_to_save",
@@ -41,18 +41,18 @@ _SEALED = (
 
 
 def lora_config(folder: str | PathLike[str]) -> dict[str, Any]:
-    """The configuration of a LoRA's folder, checked.
+    """Read the configuration of a LoRA's folder, and check it.
 
     Args:
-        folder: what `export_lora` or PEFT wrote.
+        folder: a folder that `export_lora` or PEFT wrote.
 
     Returns:
         The fields of ``adapter_config.json``; ``"r"`` is the rank.
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: it is damaged, of another method, or of a LoRA that is more than low-rank
-            pairs.
+        AdapterFileError: the file is damaged, of another method, or of a LoRA that is more than
+            low-rank pairs.
 
     Example:
         >>> import tempfile, lortalib
@@ -106,7 +106,7 @@ def _check(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is {short(patterns)}, no object of at most {_MOST_ENTRIES:,}")
         for name, value in (patterns or {}).items():
             _number(f"{key} of {short(name)}", value)
-    Scaling(config)  # which refuses regular expressions
+    Scaling(config)  # it refuses regular expressions
     names = config.get("modules_to_save")
     listed = [names] if isinstance(names, str) else names
     if names is not None and not (
@@ -124,10 +124,10 @@ def _number(what: str, value: Any) -> float:
 
 
 class Scaling:
-    """What PEFT multiplies the product of each module's pair by: ``Scaling(config)(path, rank)``.
+    """The factor by which PEFT multiplies the pair of each module: ``Scaling(config)(path, rank)``.
 
     Args:
-        config: as `lora_config` returns it.
+        config: a configuration that `lora_config` returned.
 
     Example:
         >>> scaling = Scaling({"lora_alpha": 4, "alpha_pattern": {"v_proj": 6}})
@@ -142,24 +142,24 @@ class Scaling:
         self._patterns = [(_Name(pattern), float(value)) for pattern, value in patterns.items()]
 
     def __call__(self, path: str, rank: int) -> float:
-        """The scaling of one module; the first name that fits counts, as in PEFT.
+        """Compute the scaling of one module; as in PEFT, the first pattern that fits counts.
 
         Args:
-            path: of the module.
-            rank: of its pair.
+            path: the path of the module.
+            rank: the rank of its pair.
         """
         alpha = next((value for name, value in self._patterns if name.fits(path)), self._alpha)
         return alpha / (math.sqrt(rank) if self._root else rank)
 
 
 class _Name:
-    """A name in ``alpha_pattern``, which PEFT takes as a regular expression.
+    """A key of ``alpha_pattern``, which PEFT reads as a regular expression.
 
-    One out of a stranger's file can take for ever, so only names without its signs are read; a dot fits
-    any character, as there.
+    A regular expression from an untrusted file can run for ever, so only plain names are accepted. A dot
+    fits any character, as in PEFT.
 
     Raises:
-        ValueError: other signs of regular expressions.
+        ValueError: other special characters of regular expressions.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -173,7 +173,7 @@ class _Name:
         self._letters = ["" if each == "." else each[-1] for each in found]
 
     def fits(self, path: str) -> bool:
-        """Whether it is the name of this module or, behind a dot, the end of it."""
+        """Return True if the key is this module's path, or its end after a dot."""
         start = len(path) - len(self._letters)
         if start < 0 or (start and (self._whole or path[start - 1] != ".")):
             return False
@@ -181,19 +181,19 @@ class _Name:
 
 
 def saved_modules(config: Mapping[str, Any]) -> list[str]:
-    """Names of the modules that were trained as a whole.
+    """Return the names of the modules that were trained as a whole.
 
     Args:
-        config: as `lora_config` returns it.
+        config: a configuration that `lora_config` returned.
     """
     names = config.get("modules_to_save") or []
     return [names] if isinstance(names, str) else list(names)
 
 
 def sealed_text(config: Mapping[str, Any]) -> str:
-    """The fields that the numbers depend on, as a text that a digest can be made of.
+    """Write the fields on which the pairs depend as one text, for a digest.
 
     Args:
-        config: of a LoRA.
+        config: the configuration of a LoRA.
     """
     return json.dumps({key: config.get(key) for key in _SEALED}, sort_keys=True)

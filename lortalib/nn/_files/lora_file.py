@@ -1,4 +1,4 @@
-"""Reads the files of a LoRA of PEFT: the pairs of its modules, and the values beside them."""
+"""Reads the files of a LoRA of PEFT: the pairs of its modules, and all other tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .folder import AdapterFileError
 from .lora_config import CONFIG, WEIGHTS, Scaling, lora_config, sealed_text
 from .tensors import TRAINABLE, TensorFile, TensorSpec, digest, first_not_finite, open_tensors
 
-#: The entry of the metadata that holds the digest of the weights and of what they are scaled by.
+#: The metadata key of the digest of the weights and of the fields that scale them.
 SEAL = "lortalib_sha256"
 
 _PREFIX = "base_model.model."
@@ -25,11 +25,11 @@ _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
 class LowRank(NamedTuple):
-    """The pair of one module, ``dW = b @ a``.
+    """The low-rank pair of one module, ``dW = b @ a``.
 
     Attributes:
         a: (r, features read).
-        b: (features written, r), with the scaling in it.
+        b: (features written, r), with the scaling multiplied in.
     """
 
     a: Tensor
@@ -41,10 +41,9 @@ class LoraFile:
     """A LoRA whose configuration and header were read; see `open_lora`.
 
     Attributes:
-        config: as `lora_config` returns it.
+        config: the configuration that `lora_config` returned.
         shapes: (features written, features read) of each adapted module, by its path.
-        others: what the header says of the tensors that are no sides of pairs, by their name in the
-            model.
+        others: dtype and shape of each tensor that belongs to no pair, by its name in the model.
     """
 
     config: Mapping[str, Any]
@@ -55,10 +54,10 @@ class LoraFile:
     _keys: Mapping[str, str]
 
     def read(self) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-        """The pairs by path of their module, and the other tensors by their name in the model.
+        """Read the pairs by the path of their module, and the other tensors by their name in the model.
 
         Raises:
-            AdapterFileError: numbers that are not finite, or not those that `export_lora` wrote.
+            AdapterFileError: NaN or infinity, or values that are not those that `export_lora` wrote.
         """
         path, tensors = self._file.path, self._file.read()
         seal = self._file.metadata.get(SEAL)
@@ -83,14 +82,14 @@ class LoraFile:
 
 @contextmanager
 def open_lora(folder: str | PathLike[str]) -> Iterator[LoraFile]:
-    """Open a LoRA; its configuration and the header of its weights are read and checked.
+    """Open a LoRA: read and check its configuration and the header of its weights.
 
     Args:
-        folder: what `export_lora` or PEFT wrote.
+        folder: a folder that `export_lora` or PEFT wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
-        AdapterFileError: a file is damaged, or holds something else than low-rank pairs.
+        AdapterFileError: a file is damaged, or contains something other than low-rank pairs.
     """
     config = lora_config(folder)
     path = Path(folder, WEIGHTS)
@@ -107,7 +106,7 @@ def open_lora(folder: str | PathLike[str]) -> Iterator[LoraFile]:
 
 
 def _sorted_keys(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The tensors that are sides of pairs, by module and side, and all others by name in the model."""
+    """Sort the keys: those of pairs by module and side, all others by their name in the model."""
     sides: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
     for key, spec in file.specs.items():
@@ -137,7 +136,7 @@ def _sorted_keys(file: TensorFile) -> tuple[dict[str, dict[str, str]], dict[str,
 
 
 def _shape(file: TensorFile, name: str, sides: Mapping[str, str]) -> tuple[int, int]:
-    """The (features written, features read) of one pair."""
+    """Return (features written, features read) of one pair."""
     a, b = (file.specs[sides[side]].shape if side in sides else (0, 0) for side in "AB")
     if not 0 < a[0] == b[1]:
         raise AdapterFileError(f"the pair of {name} in {file.path} is not whole")

@@ -20,20 +20,20 @@ def check_modules(
     adapted: Iterable[str],
     specs: Mapping[str, TensorSpec],
 ) -> list[str]:
-    """Hold the tensors beside the pairs of a LoRA against a model; no number is read.
+    """Check the tensors of a LoRA that belong to no pair against a model; no tensor is read.
 
     Args:
         model: the model.
-        names: of the saved modules, or the ends of their paths.
-        adapted: paths of the modules that have a pair.
-        specs: what the file says of each tensor, by its name in the model.
+        names: the paths of the saved modules, or the ends of the paths.
+        adapted: the paths of the modules that have a pair.
+        specs: dtype and shape of each tensor, by its name in the model.
 
     Returns:
         The paths of the saved modules.
 
     Raises:
-        AdapterFileError: a tensor that no module has or one of another shape, a saved module that holds
-            nothing to train or a module with a pair.
+        AdapterFileError: a tensor that no module has, or of another shape; a saved module without
+            parameters, or that contains a module with a pair.
     """
     own, wanted, left = model.state_dict(), set(names), set(specs)
     found = {path: module for path, module in model.named_modules() if _is_named(path, wanted)}
@@ -61,16 +61,17 @@ def check_modules(
 def take_modules(
     model: nn.Module, paths: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> TrainedModules:
-    """The modules that a LoRA saved as a whole, with its values.
+    """Collect the modules that a LoRA saved as a whole, with their saved values.
 
     Args:
         model: the model.
-        paths: as `check_modules` returns them.
-        tensors: the values beside the pairs, by their name in the model.
+        paths: the paths that `check_modules` returned.
+        tensors: the tensors that belong to no pair, by their name in the model.
 
     Raises:
-        AdapterFileError: other values than the model's own for what is no saved module (PEFT writes the
-            embedding beside a LoRA on it), or for one of several modules that have one weight.
+        AdapterFileError: values that differ from the model's for a module that was not saved as a whole
+            (PEFT writes the embedding together with a LoRA on it), or for one of several modules that
+            share one weight.
     """
     values: Values = {
         path: {own: tensors[f"{path}.{own}"] for own in model.get_submodule(path).state_dict()}
@@ -89,7 +90,7 @@ def take_modules(
 
 
 def _check_ties(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Refuse values for one of several modules that hold one weight: PEFT gives it a weight of its own."""
+    """Refuse values for one of several modules that share one weight: PEFT gives it a separate weight."""
     holders: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -105,12 +106,12 @@ def _check_ties(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _equal(known: Tensor, value: Tensor) -> bool:
-    """Whether a value is what the model has, in the model's type; on the meta device nobody knows."""
+    """Return True if a value equals the model's, in the model's dtype; on the meta device any value does."""
     return known.is_meta or torch.equal(plain(known), value.to(known.dtype))
 
 
 def _is_named(path: str, names: set[str]) -> bool:
-    """Whether one of the names is a module's path or, behind a dot, the end of it."""
+    """Return True if one of the names is a module's path, or its end after a dot."""
     words = path.split(".")
     ends = {".".join(words[k:]) for k in range(len(words))}
     return not names.isdisjoint(ends) and words[0] != ATTRIBUTE

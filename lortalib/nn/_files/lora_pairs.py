@@ -1,4 +1,4 @@
-"""Makes the low-rank pair of every module that an adapter updates, as LoRA writes it."""
+"""Makes the low-rank pair of every module that an adapter updates, in the form that LoRA stores."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ from .._forward import ModuleUpdate, Place, by_module
 from .._trained_modules import TrainedModules
 from .tensors import plain
 
-#: What PEFT calls the output projection of torch's own attention, which it wraps with it.
+#: PEFT's name for the output projection of torch's own attention, which it wraps together with it.
 OUTPUT = "base_layer.out_proj"
 
 
 def lora_pairs(
     adapter: Adapter, model: nn.Module | None = None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The update of every module as LoRA writes it.
+    """Compute the update of every module as a low-rank pair.
 
     Args:
-        adapter: an adapter, also one that is on no model.
-        model: whose weights a tensor on the stream acts through, where the adapter is on none; nothing
-            may be merged into them.
+        adapter: an adapter, also one without a model.
+        model: the model whose weights a tensor on the stream acts through, if the adapter is on none;
+            nothing may be merged into them.
 
     Yields:
-        Name of the module, A (p, features read) and B (features written, p), both float32:
-        ``B @ A`` is the whole change of its weight, as torch.nn.Linear stores one. p is the rank of
-        the cut; where the parts of a fused projection read through maps of their own, the sum of
-        theirs.
+        The name of the module, A (p, features read) and B (features written, p), both float32.
+        ``B @ A`` is the whole change of its weight, as torch.nn.Linear stores it. p is the rank of the
+        cut; if the parts of a fused projection have different A, it is the sum of their ranks.
 
     Raises:
         ValueError: weights that LoRA has no pair for (packed experts, weights read directly), factors
-            without numbers, or a tensor on the stream without a model.
+            on the meta device, or a tensor on the stream without a model.
     """
     _check(adapter)
     weights = _weights(adapter, model)
@@ -63,7 +62,7 @@ def lora_pairs(
 
 
 def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tensor]:
-    """What finds the weight of the base at a site."""
+    """Return a function that finds the base's weight at a site."""
     if adapter.is_on_model:
         return adapter.base_weight
     if model is not None:
@@ -77,7 +76,7 @@ def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tens
 
 
 def _gathered(adapter: Adapter) -> Adapter:
-    """The adapter, or one with whole factors where they are divided over processes (FSDP2)."""
+    """Return the adapter; if its factors are sharded over processes (FSDP2), one with whole factors."""
     if not any(hasattr(tensor, "full_tensor") for tensor in adapter.networks.parameters()):
         return adapter
     networks = {}
@@ -89,7 +88,7 @@ def _gathered(adapter: Adapter) -> Adapter:
 
 
 def _check(adapter: Adapter) -> None:
-    """Refuse weights for which no LoRA file says the same to all who read it."""
+    """Refuse weights for which programs read a LoRA file in different ways."""
     around = _attentions(adapter)
     for site in adapter.sites:
         owner, _, last = site.path.rpartition(".")
@@ -108,5 +107,5 @@ def _check(adapter: Adapter) -> None:
 
 
 def _attentions(adapter: Adapter) -> dict[str, None]:
-    """Paths of the modules of torch.nn.MultiheadAttention whose q, k, v are adapted."""
+    """Return the paths of torch.nn.MultiheadAttention modules whose q, k, v are adapted."""
     return dict.fromkeys(s.path for s in adapter.sites if s.parameter == "in_proj_weight")

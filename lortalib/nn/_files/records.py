@@ -1,4 +1,4 @@
-"""Reads a dataclass from a JSON value, with every field and its type checked."""
+"""Reads dataclasses from JSON values, and checks every field and its type."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Record = TypeVar("Record")
 
 
 def read_record(cls: type[Record], value: Any) -> Record:
-    """The dataclass that a JSON object describes.
+    """Make the dataclass that a JSON object describes.
 
-    A field that is missing has its default, so a field that a later version adds, with a default, makes
-    no old file damaged. A field that the class does not have is refused: it would be ignored.
+    A missing field gets its default, so old files stay valid if a later version adds a field with a
+    default. A field that the class does not have is refused, because it would be ignored.
 
     Args:
-        cls: a dataclass of numbers, texts, truth values, tuples (lists in JSON), dictionaries and such
-            dataclasses.
-        value: what was read from JSON.
+        cls: a dataclass of numbers, texts, truth values, tuples (lists in JSON), dictionaries and other
+            such dataclasses.
+        value: the parsed JSON value.
 
     Raises:
-        ValueError: no object, a field that is unknown, one without a default that is missing, a value
-            of another type.
+        ValueError: a value that is not an object, an unknown field, a missing field without a default,
+            or a value of another type.
 
     Example:
         >>> from dataclasses import dataclass
@@ -61,14 +61,14 @@ def read_record(cls: type[Record], value: Any) -> Record:
 
 
 def read_value(hint: Any, value: Any) -> Any:
-    """The value of a declared type that a JSON value describes; see `read_record`.
+    """Make the value of a declared type that a JSON value describes; see `read_record`.
 
     Args:
-        hint: the type.
-        value: what was read from JSON.
+        hint: the declared type.
+        value: the parsed JSON value.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: a value of another type.
     """
     try:
         return _read(hint, value)
@@ -77,7 +77,7 @@ def read_value(hint: Any, value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """The beginning of a value as Python writes it, for an error's text."""
+    """Return the beginning of a value as Python writes it, for an error message."""
     return _SHORT.repr(value)
 
 
@@ -87,7 +87,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 @lru_cache(maxsize=32)
 def _fields_of(cls: Any) -> dict[str, tuple[Any, bool]]:
-    """The type of each field, and whether it has no default."""
+    """Return the type of each field, and whether the field is required."""
     hints = get_type_hints(cls)
     return {
         field.name: (
@@ -99,11 +99,11 @@ def _fields_of(cls: Any) -> dict[str, tuple[Any, bool]]:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """A value of a declared type.
+    """Make a value of a declared type.
 
     Raises:
-        TypeError: it is of another type.
-        ValueError: a record in it is refused.
+        TypeError: a value of another type.
+        ValueError: a record inside it is refused.
     """
     if hint is str or hint is bool:
         if type(value) is not hint:

@@ -1,4 +1,4 @@
-"""Opens the file of an adapter, of any format version: what it says, then its numbers."""
+"""Opens the file of an adapter, of any format version: first its description, later its tensors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _METADATA = {"format", _TEXT, _DIGEST}
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What the file of an adapter holds, checked as far as that goes without its numbers.
+    """An opened adapter file, checked except for the values of its tensors.
 
     Attributes:
         file: the tensors, not yet read.
-        value: the description as read from JSON, brought to the present version.
-        description: the same, checked.
+        value: the description as parsed from JSON, upgraded to the present version.
+        description: the same, checked and as a dataclass.
         names: the name in the file of each tensor, by its present name.
     """
 
@@ -38,11 +38,10 @@ class SavedAdapter:
     names: Mapping[str, str]
 
     def read(self) -> dict[str, Tensor]:
-        """Every tensor by its present name, checked against the digest and to be finite.
+        """Read every tensor by its present name; check the digest, and that all values are finite.
 
         Raises:
-            AdapterFileError: a number or a word of the file is not as it was written, or a number is
-                not finite.
+            AdapterFileError: the file was changed after it was written, or holds NaN or infinity.
         """
         tensors, metadata = self.file.read(), self.file.metadata
         if _TEXT in metadata and digest(metadata[_TEXT], tensors) != metadata[_DIGEST]:
@@ -58,14 +57,14 @@ class SavedAdapter:
 
 @contextmanager
 def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
-    """Open a saved adapter; its header is read and checked, its numbers when they are asked for.
+    """Open a saved adapter: read and check its header. Its tensors are read on request.
 
     Args:
-        folder: what `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: it is damaged, or of a newer format version.
+        AdapterFileError: the file is damaged, or of a newer format version.
     """
     path = adapter_file(folder)
     with open_tensors(path) as file:
@@ -85,7 +84,7 @@ def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
 
 
 def _description_of(file: TensorFile) -> dict[str, Any]:
-    """What a file says of its adapter, from its metadata; in version 1, from the file beside it."""
+    """Read the description from a file's metadata; in version 1, from ``adapter.json``."""
     if not file.metadata.keys() - {"format"}:
         beside = file.path.with_name(DESCRIPTION)
         if not beside.is_file():
@@ -103,7 +102,8 @@ def _description_of(file: TensorFile) -> dict[str, Any]:
 
 
 def _of_version(where: str, value: Any, beside: bool) -> dict[str, Any]:
-    """A description, if its version is one that keeps it there: version 1 beside the file, others in it."""
+    """Return the description if it stands where its version keeps it: in version 1 in ``adapter.json``, in
+    later ones in the file."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{where} does not describe a lortalib adapter")
     version = value.get("format_version")
@@ -113,23 +113,23 @@ def _of_version(where: str, value: Any, beside: bool) -> dict[str, Any]:
 
 
 def write_saved(file: BinaryIO, text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write the one file of an adapter.
+    """Write the file of an adapter.
 
     Args:
-        file: opened for writing.
+        file: a file opened for writing.
         text: the description.
-        tensors: by name.
+        tensors: the tensors by name.
     """
     metadata = {"format": "pt", _TEXT: text, _DIGEST: digest(text, tensors)}
     write_tensors(file, tensors, metadata)
 
 
 def make_networks(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Network]:
-    """The networks by name of their group; a parameter that several share is one in all of them.
+    """Make the networks, by the name of their group; a shared parameter is one object in all of them.
 
     Args:
-        description: of the file.
-        tensors: by their present names.
+        description: the description in the file.
+        tensors: the tensors by their present names.
     """
     networks: dict[str, Network] = {}
     owners: dict[str, nn.Parameter] = {}
@@ -145,11 +145,11 @@ def make_networks(description: Description, tensors: Mapping[str, Tensor]) -> di
 def values_in(
     description: Description, tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The values of the modules that trained as a whole, by path and name in it.
+    """Collect the values of the modules that were trained as a whole, by path and name in the module.
 
     Args:
-        description: of the file.
-        tensors: by their present names.
+        description: the description in the file.
+        tensors: the tensors by their present names.
     """
     return {
         path: {own: tensors[key] for own, key in names.items()}

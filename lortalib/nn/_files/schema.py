@@ -1,4 +1,4 @@
-"""Declares what the file of an adapter says of it: the fields of format version 2."""
+"""Declares the description of an adapter in its file: the fields of format version 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._group import Group
 FORMAT = "lortalib adapter"
 FORMAT_VERSION = 2
 
-#: Bounds far beyond any adapter, so that a stranger's file costs neither time nor memory.
+#: Limits far above any real adapter, so that an untrusted file cannot use up time or memory.
 MOST_PARAMETERS = 64
 MOST_LEGS = 52
 LONGEST_LINE = 10_000
@@ -26,18 +26,18 @@ _PREFIX = "trained_modules."
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """One group as its file describes it.
+    """The description of one group in a file.
 
     Attributes:
-        name: of the group and its network.
+        name: the name of the group and its network.
         legs: the line of its network.
-        modes: size of each mode, in the order of the axes.
-        ranks: size of each bond.
-        parameters: name of each parameter of the line, in its order.
-        layers: layer of the model for each position of the mode ``layer``.
-        roles: role for each position of the mode ``matrix``.
+        modes: the size of each mode, in the order of the axes.
+        ranks: the size of each bond.
+        parameters: the name of each parameter, in the order of the line.
+        layers: the layer of the model for each position of the mode ``layer``.
+        roles: the role for each position of the mode ``matrix``.
         sites: the projections.
-        shared: for a parameter that another network has too, the tensor of the file that it is.
+        shared: for each parameter that another network also uses, the name of its tensor in the file.
     """
 
     name: str
@@ -52,7 +52,7 @@ class SavedGroup:
 
     @cached_property
     def line(self) -> Legs:
-        """The line, read."""
+        """The parsed line of legs."""
         return parse_line(self.legs)
 
     @property
@@ -62,34 +62,34 @@ class SavedGroup:
         return Group(self.name, heads, self.sites, self.layers, self.roles, on_stream)
 
     def keys_in_file(self) -> list[str]:
-        """The tensor of the file that each parameter of the line is."""
+        """Return the name in the file of each parameter of the line."""
         return [self.shared.get(own, self.key_of(own)) for own in self.parameters]
 
     def key_of(self, own: str) -> str:
-        """The tensor of the file that would be a parameter of this network alone."""
+        """Return the name in the file that a parameter has if only this network uses it."""
         return f"networks.{self.name}.{own}"
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each parameter of the line."""
+        """Return the shape of each parameter of the line."""
         sizes = {**self.modes, **self.ranks}
         return [tuple(sizes[leg] for leg in term.legs) for term in self.line.terms]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the file of an adapter says of it.
+    """The description of an adapter in its file.
 
     Attributes:
         format: `FORMAT`.
         format_version: `FORMAT_VERSION`.
-        lortalib_version: of the library that wrote it.
-        name: of the adapter.
-        config: how it was asked for.
-        trained_modules: paths of the modules that trained as a whole.
-        base_model: class, model_type, name of the model, and shape_fingerprint of the sites.
-        groups: which sites share which network.
-        shared_weights: for each trained module, the weights of other modules of the model that are the
-            very same tensor; None where that is not known.
+        lortalib_version: the version of the library that wrote it.
+        name: the name of the adapter.
+        config: the arguments with which the adapter was made.
+        trained_modules: the paths of the modules that were trained as a whole.
+        base_model: class, model_type and name of the model, and shape_fingerprint of the sites.
+        groups: the groups of sites that share a network.
+        shared_weights: for each trained module, the weights of other modules that are the same tensor as
+            one of its own; None if that is not known.
     """
 
     format: str
@@ -103,19 +103,20 @@ class Description:
     shared_weights: dict[str, tuple[str, ...]] | None = None
 
     def text(self) -> str:
-        """The description as it stands in the file."""
+        """Write the description as it stands in the file."""
         return json.dumps(asdict(self), allow_nan=False)
 
     def sites(self) -> Iterable[Site]:
-        """Every projection that is updated."""
+        """List every projection that is updated."""
         return (site for group in self.groups for site in group.sites)
 
 
 def parse_line(text: str) -> Legs:
-    """Read a stranger's line of legs, bounded first.
+    """Parse a line of legs from an untrusted file; its length is checked first.
 
     Raises:
-        ValueError: too long, too many parameters or legs; `LegsError`, no line.
+        ValueError: a line that is too long or has too many parameters or legs; `LegsError`, a subclass,
+            for an ill-formed line.
     """
     if len(text) > LONGEST_LINE or text.count(",") >= MOST_PARAMETERS:
         raise ValueError(
@@ -129,16 +130,16 @@ def parse_line(text: str) -> Legs:
 
 
 def trained_key(path: str, name: str) -> str:
-    """The tensor of the file that is one value of a trained module."""
+    """Return the name in the file of one value of a trained module."""
     return f"{_PREFIX}{path}:{name}"
 
 
 def values_of(description: Description, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """For each trained module, the tensors of the file that are its values, by their name in it.
+    """Find, for each trained module, the tensors in the file that are its values, by name in the module.
 
     Args:
-        description: of the file.
-        names: of all tensors of the file.
+        description: the description in the file.
+        names: the names of all tensors in the file.
     """
     found: dict[str, dict[str, str]] = {path: {} for path in description.trained_modules}
     for name in names:

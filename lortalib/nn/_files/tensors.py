@@ -1,4 +1,4 @@
-"""Reads and writes the tensors of a safetensors file: the header first, bounded, the numbers later."""
+"""Reads and writes safetensors files: first the header, whose size is limited, later the tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .folder import LONGEST_TEXT, AdapterFileError, parse_json
 from .records import read_record, read_value, short
 
-#: Names of the types of numbers that a file may hold.
+#: The names of the dtypes that a file may hold.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -35,7 +35,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-#: Those of numbers that can train.
+#: The dtypes that can be trained.
 TRAINABLE = ("F64", "F32", "F16", "BF16")
 
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -46,11 +46,11 @@ _MOST_AXES = 64
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the header of a file says of one tensor.
+    """The description of one tensor in the header of a file.
 
     Attributes:
-        dtype: name of the type of its numbers, such as ``"F32"``.
-        shape: its sizes.
+        dtype: the name of its dtype, such as ``"F32"``.
+        shape: its shape.
     """
 
     dtype: str
@@ -60,13 +60,13 @@ class TensorSpec:
 class TensorFile:
     """A safetensors file whose header was read; see `open_tensors`.
 
-    All is read through one open file: safetensors' own reader opens the path a second time for the
-    numbers, and could take them from a file that another process has put there meanwhile.
+    Header and tensors are read through one open file. safetensors' own reader opens the path a second
+    time for the tensors, and could read them from a file that another process put there meanwhile.
 
     Attributes:
-        path: where it is.
+        path: the path of the file.
         metadata: texts by key.
-        specs: what the header says of each tensor, by name.
+        specs: dtype and shape of each tensor, by name.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -90,10 +90,10 @@ class TensorFile:
         self._starts = {name: 8 + size + each.data_offsets[0] for name, each in entries.items()}
 
     def read(self) -> dict[str, Tensor]:
-        """Every tensor by name, on the CPU, in memory of its own.
+        """Read every tensor by name, on the CPU, into its own memory.
 
         Raises:
-            AdapterFileError: a type that is not one of `DTYPES`, or the file was cut short meanwhile.
+            AdapterFileError: a dtype that is not one of `DTYPES`, or the file was cut short meanwhile.
         """
         self.check_types()
         found = {}
@@ -106,10 +106,10 @@ class TensorFile:
         return found
 
     def check_types(self) -> None:
-        """Refuse numbers of a type that cannot be checked or trained, such as float8.
+        """Refuse dtypes that cannot be checked or trained, such as float8.
 
         Raises:
-            AdapterFileError: a type that is not one of `DTYPES`.
+            AdapterFileError: a dtype that is not one of `DTYPES`.
         """
         for name, spec in self.specs.items():
             if spec.dtype not in _BY_NAME:
@@ -121,7 +121,7 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in the header of a file; its place is counted from the end of the header."""
+    """One tensor in the header of a file; its position is counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -129,10 +129,10 @@ class _Entry:
 
 
 def _end_of(entries: Mapping[str, _Entry]) -> int:
-    """Where the last tensor ends; each must begin where the one before it does.
+    """Find the end of the last tensor; each tensor must begin where the one before it ends.
 
     Raises:
-        ValueError: a gap, an overlap, or a size that does not follow from shape and type.
+        ValueError: a gap, an overlap, or a size that does not follow from shape and dtype.
     """
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -148,13 +148,13 @@ def _end_of(entries: Mapping[str, _Entry]) -> int:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a safetensors file; only its header is read.
+    """Open a safetensors file, and read its header only.
 
     Args:
-        path: the file.
+        path: the path of the file.
 
     Raises:
-        AdapterFileError: it is damaged or cut short, or its header is longer than any adapter's.
+        AdapterFileError: the file is damaged or cut short, or its header is too long for an adapter's.
 
     Example:
         >>> import tempfile
@@ -174,13 +174,13 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as they go into a file: whole, on the CPU, in memory of their own.
+    """Copy a tensor for a file: whole, on the CPU, in its own memory.
 
     Args:
-        tensor: any; one that is divided over processes is gathered, on every process.
+        tensor: any tensor; one that is sharded over processes is gathered, on every process.
     """
     tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # divided over processes by FSDP2
+    if hasattr(tensor, "full_tensor"):  # a DTensor, sharded by FSDP2
         tensor = tensor.full_tensor()
     return tensor.cpu().contiguous()
 
@@ -188,17 +188,17 @@ def plain(tensor: Tensor) -> Tensor:
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; the same tensors and texts always give the same bytes.
+    """Write a safetensors file; equal tensors and texts always give equal bytes.
 
     safetensors itself writes the texts in an order that changes from call to call.
 
     Args:
-        file: opened for writing.
-        tensors: by name, as `plain` makes them.
+        file: a file opened for writing.
+        tensors: tensors by name, as `plain` makes them.
         metadata: texts by key.
 
     Raises:
-        ValueError: a type of numbers that is not one of `DTYPES`.
+        ValueError: a dtype that is not one of `DTYPES`.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -218,14 +218,14 @@ def write_tensors(
 
 
 def dtype_name(name: str, tensor: Tensor) -> str:
-    """The name of a tensor's type of numbers.
+    """Return the name of a tensor's dtype.
 
     Args:
-        name: of the tensor, for the error.
+        name: the name of the tensor, for the error message.
         tensor: the tensor.
 
     Raises:
-        ValueError: a type that is not one of `DTYPES`.
+        ValueError: a dtype that is not one of `DTYPES`.
     """
     if tensor.dtype not in DTYPES:
         raise ValueError(
@@ -236,11 +236,11 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """A SHA-256 over a text and all tensors: names, types, shapes and numbers.
+    """Compute a SHA-256 over a text and all tensors: names, dtypes, shapes and values.
 
     Args:
-        text: what describes them.
-        tensors: by name, as `plain` makes them; their order does not matter.
+        text: the description of the tensors.
+        tensors: tensors by name, as `plain` makes them; their order does not matter.
 
     Example:
         >>> digest("x", {"a": torch.ones(2)}) == digest("x", {"a": torch.ones(1, 2)})
@@ -259,10 +259,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity.
+    """Return the name of the first tensor that holds NaN or infinity.
 
     Args:
-        tensors: by name, of `DTYPES`.
+        tensors: tensors by name, of `DTYPES`.
 
     Example:
         >>> first_not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})

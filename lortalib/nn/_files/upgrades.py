@@ -1,4 +1,4 @@
-"""Brings the description of an older format version to the present one."""
+"""Upgrades the description of an older format version to the present version."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Parts = tuple[dict[str, Any], dict[str, Entry]]
 
 
 class NewerFormatError(ValueError):
-    """Says that a file is of a format version that this library does not know yet."""
+    """Raised for a file of a newer format version than this library knows."""
 
 
 def upgrade(description: dict[str, Any], tensors: Mapping[str, Entry]) -> Parts[Entry]:
-    """The description as the present version would say it, and the tensors by their present names.
+    """Upgrade a description to the present version, and rename the tensors to their present names.
 
     Args:
-        description: what a file says, unchecked but for its ``format``.
-        tensors: anything by the names of the file's tensors.
+        description: the description in a file, unchecked except for its ``format``.
+        tensors: a mapping whose keys are the names of the file's tensors.
 
     Raises:
-        NewerFormatError: a version that is newer.
-        ValueError: a version that is unknown, or a description that is damaged.
+        NewerFormatError: a newer version.
+        ValueError: an unknown version, or a damaged description.
 
     Example:
         >>> old = {"format_version": 1, "settings": {"alpha": 1.0}}
@@ -52,11 +52,11 @@ def upgrade(description: dict[str, Any], tensors: Mapping[str, Entry]) -> Parts[
 def upgrade_1_to_2(
     description: dict[str, Any], tensors: dict[str, Entry]
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Version 1 kept its description in ``adapter.json``, and used other names.
+    """Upgrade version 1, which kept its description in ``adapter.json`` and used other names.
 
     Args:
-        description: of version 1.
-        tensors: anything by the names of the file's tensors.
+        description: a description of version 1.
+        tensors: a mapping whose keys are the names of the file's tensors.
 
     Raises:
         ValueError: a line of legs that cannot be read.
@@ -91,7 +91,7 @@ def _upgrade_group(group: Any, known: Mapping[str, set[str]]) -> Any:
 
 
 def _parameter_names(line: str, known: set[str]) -> list[str]:
-    """Names of the parameters of a line: their legs, with ``_`` behind where that was taken."""
+    """Name the parameters of a line: their legs, followed by ``_`` if the name is taken."""
     names: list[str] = []
     for term in parse_line(line).terms:
         name = "_".join(term.legs)
@@ -101,11 +101,11 @@ def _parameter_names(line: str, known: set[str]) -> list[str]:
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """A JSON object with other keys; anything else as it is."""
+    """Rename the keys of a JSON object; return any other value as it is."""
     if not isinstance(value, dict):
         return value
     return {names.get(key, key): each for key, each in value.items()}
 
 
-#: What brings a description from each older version to the next, with its tensors.
+#: For each older version, the function that upgrades a description and its tensors to the next one.
 UPGRADES: dict[int, Callable[..., Any]] = {1: upgrade_1_to_2}

@@ -1,4 +1,4 @@
-"""Tells which modules of a model hold one and the same weight, as heads that are tied to an embedding."""
+"""Finds the modules of a model that share one weight, such as a head tied to an embedding."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 from .._anatomy import ATTRIBUTE
 from .._trained_modules import TrainedModules, Values
 
-#: For the path of a module, weights of other modules that are the very same tensor as one of its own.
+#: For the path of a module, weights of other modules that are the same tensor as one of its own.
 SharedWeights = Mapping[str, tuple[str, ...]]
 
 
 def shared_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these modules, the weights elsewhere in the model that are one of its own.
+    """Find, for each of these modules, weights elsewhere in the model that are the same tensor as its own.
 
     Args:
         model: the model.
-        paths: paths of modules in it. What lies within one of them is not elsewhere.
+        paths: paths of modules in it. Weights inside such a module do not count as elsewhere.
 
     Example:
         >>> model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
@@ -42,12 +42,12 @@ def shared_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[st
 
 
 class SavedModules(TrainedModules):
-    """Modules that trained as a whole, out of a file that tells what else held their weights.
+    """Modules that were trained as a whole, read from a file that records shared weights.
 
     Args:
-        values: the adapter's own values by path of the module and name in it.
-        shared: for each module, the weights of other modules that were one of its own; None where the
-            file does not tell.
+        values: the adapter's own values, by path of the module and name in it.
+        shared: for each module, the weights of other modules that were the same tensor as its own; None
+            if the file does not say.
     """
 
     def __init__(self, values: Values, shared: SharedWeights | None) -> None:

@@ -1,4 +1,4 @@
-"""Runs a model to check a plan or an adapter."""
+"""Runs a model to check a plan of sites, or the effect of an adapter."""
 
 from .effect import check_effect
 from .report import Report, verify

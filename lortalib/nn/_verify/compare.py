@@ -1,4 +1,4 @@
-"""One attention call beside the plan: whose heads it has, and what is not as planned."""
+"""Compares one attention call with the plan: whose heads take part, and which are not as planned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ WORDS = {"q": "queries", "k": "keys", "v": "values", "o": "output"}
 _LATENT = {"q": "q_a", "k": "kv_a", "v": "kv_a"}
 
 
-#: A feature whose gradient is this much smaller than the largest has none.
+#: Gradients smaller than the largest by this factor count as zero.
 _FLOOR = 1e-7
 
 
-#: Heads are coupled, not confused, where one has so many times the energy of any other.
+#: Heads are coupled, not confused, if the planned one has this many times the energy of any other.
 _DOMINANCE = 4
 
 
@@ -31,15 +31,15 @@ Block = tuple[str, int]
 
 @dataclass
 class CallFindings:
-    """What one call says of the plan.
+    """Findings of one attention call about the plan.
 
     Attributes:
-        block: stack and layer whose projections take part in the call.
-        planned: query heads of the block.
-        heads: query head of each traced unit, -1 where that could not be told.
-        states: for each role and head of it ``"agreed"``, ``"coupled"`` or ``"wrong"``.
-        missed: what takes part and is not planned.
-        wrong: what is not as planned.
+        block: stack and layer of the projections that take part in the call.
+        planned: the number of query heads of the block.
+        heads: the query head of each traced unit; -1 if it could not be found.
+        states: for each (role, head) ``"agreed"``, ``"coupled"`` or ``"wrong"``.
+        missed: projections that take part and are not planned.
+        wrong: a sentence for each disagreement with the plan.
     """
 
     block: Block
@@ -50,14 +50,14 @@ class CallFindings:
     wrong: list[str] = field(default_factory=list)
 
     def refute(self, site: Site | None, reason: str) -> None:
-        """Note that every head of a site is wrong, and why."""
+        """Record that every head of a site is wrong, with the reason."""
         self.wrong.append(reason)
         if site:
             self.states |= {(site.role, head): "wrong" for head in range(site.heads)}
 
 
 class PlannedBlocks:
-    """Planned sites by block and by the weight they lie in."""
+    """The planned sites, by their block and by their weight."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.blocks: dict[Block, dict[str, Site]] = defaultdict(dict)
@@ -67,7 +67,7 @@ class PlannedBlocks:
             self.owners[weight_name(site)].append(site)
 
     def compare(self, trace: Trace) -> CallFindings | None:
-        """Compare a trace with the block it belongs to; None if no planned site takes part."""
+        """Compare a trace with the block that it belongs to; None if no planned site takes part."""
         block = self._block_of(trace)
         if block is None:
             return None
@@ -78,7 +78,7 @@ class PlannedBlocks:
         return match
 
     def _block_of(self, trace: Trace) -> Block | None:
-        """The block of which most sites take part; in doubt the one whose output projection does."""
+        """Find the block with the most sites in the call; among equals, the one whose output reads it."""
         fed = {name for role in trace.sources.values() for name in role}
         if not fed:
             return None
@@ -91,10 +91,10 @@ class PlannedBlocks:
         return max(votes, key=votes.__getitem__, default=None)
 
     def _read(self, role: str, fed: Mapping[str, Tensor], match: CallFindings) -> list[_Reading]:
-        """Which heads of which sites feed the queries, keys or values; first those of the block."""
+        """Find which heads of which sites feed the queries, keys or values; sites of the block come first."""
         word, own = WORDS[role], self.blocks[match.block].get(role)
         if not fed:
-            if not own:  # else another call of the block can be fed by it, as in VITS
+            if not own:  # else it can feed another call of the block, as in VITS
                 match.missed.append(f"its {word} come from no planned projection")
             return []
         lit = {name: _nonzero(signal).any(0) for name, signal in fed.items()}
@@ -106,8 +106,8 @@ class PlannedBlocks:
         ]
         if own and not _feeds(own, lit):
             match.refute(own, f"its {word} do not come from {_name(own)}")
-        # Without a site of its own, a block can take another layer's, or its keys as values. With one,
-        # the scores of two blocks can be added, as in LiLT.
+        # If the block has no planned site for this role, accept a site of another layer (or its keys, for
+        # values). If it has one, accept further sites: some models add the scores of two blocks (LiLT).
         keys = self.blocks[match.block].get("k") if role == "v" and not own else None
         sites = [own, *others] if own else others or ([keys] if keys else [])
         latents = [self.blocks[s.stack, s.layer].get(_LATENT[role]) for s in sites]
@@ -126,13 +126,13 @@ class PlannedBlocks:
             if not _feeds(site, lit):
                 match.refute(own, f"its {word} do not come from {_name(site)}")
         if own and (role, 0) in match.states:
-            return []  # what is there was refuted
+            return []  # every site found was refuted
         return [
             _Reading.of(site, fed[weight_name(site)], match) for site in sites if _feeds(site, lit)
         ]
 
     def _read_output(self, sinks: Mapping[str, Tensor], match: CallFindings) -> list[_Reading]:
-        """Which heads of the output projection read the call; two blocks can have one in common."""
+        """Find which heads of the output projection read the call; two blocks can share one projection."""
         own = self.blocks[match.block].get("o")
         writers = {s.path: s for block in self.blocks.values() for s in block.values() if s.writer}
         sites = [own] if own else [writers[path] for path in sinks]
@@ -147,11 +147,11 @@ class PlannedBlocks:
         return [_Reading.of(site, sinks[site.path], match) for site in sites]
 
     def _owners(self, name: str, lit: Tensor) -> list[Site]:
-        """The sites that some of a projection's features are planned as."""
+        """Find the planned sites of some of a projection's features."""
         return [site for site in self.owners[name] if lit[features(site)].any()]
 
     def _describe(self, name: str, lit: Tensor) -> str:
-        """A projection's features, and what they are planned as."""
+        """Describe a projection's features and the sites that they are planned as."""
         roles = [f"{site.role} of layer {site.layer}" for site in self._owners(name, lit)]
         where = f"features {_ranges(lit.nonzero().flatten().tolist())} of {name.rpartition('.')[0]}"
         return f"{where}, planned as {' and '.join(roles) or 'nothing'}"
@@ -159,7 +159,7 @@ class PlannedBlocks:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Which head of a site each traced unit has; -1 for a unit that depends on none, as padding does."""
+    """The head of a site that each traced unit depends on; -1 for a unit without one, such as padding."""
 
     site: Site
     heads: list[int]
@@ -168,13 +168,13 @@ class _Reading:
 
     @classmethod
     def of(cls, site: Site, signal: Tensor, match: CallFindings) -> _Reading:
-        """Read the heads off a signal (units, features of the module)."""
+        """Find the heads from a signal (units, features of the module)."""
         shape = site.heads, site.head_dim
         lit = _nonzero(signal)[:, features(site)].unflatten(1, shape)
         relative = signal / signal.amax(1, keepdim=True).clamp(min=torch.finfo(signal.dtype).tiny)
         energy = relative[:, features(site)].unflatten(1, shape).square().sum(2)
         best, heads = energy.max(1)
-        # Numbers of low precision can cancel to zero here and there, but not in half of a head.
+        # In low precision, single numbers can cancel to zero, but not those of half a head.
         filled = lit[range(len(heads)), heads].double().mean(1) > 0.5
         alone = lit.any(2).sum(1) == 1
         second = energy.scatter(1, heads[:, None], 0).amax(1)
@@ -193,7 +193,7 @@ class _Reading:
 
 
 def _compare_heads(readings: Mapping[str, list[_Reading]], match: CallFindings) -> None:
-    """Compare the heads of keys, values and output with those of the queries."""
+    """Compare the heads of keys, values and output with the heads of the queries."""
     base = next(iter((*readings["q"], *readings["o"])), None)
     if base is None:
         return
@@ -218,7 +218,7 @@ def _compare_heads(readings: Mapping[str, list[_Reading]], match: CallFindings) 
 
 
 def _confused(base: _Reading, reading: _Reading) -> tuple[int, int, int] | None:
-    """The first query head that meets another head than planned: (query head, met, planned)."""
+    """Find the first query head that meets another head than planned, as (query head, met, planned)."""
     group = max(1, base.site.heads // reading.site.heads)
     for query, head in zip(base.heads, reading.heads):
         if query >= 0 and head >= 0 and head != query // group:
@@ -227,17 +227,17 @@ def _confused(base: _Reading, reading: _Reading) -> tuple[int, int, int] | None:
 
 
 def features(site: Site) -> Tensor:
-    """Indices of a site's features in its module, in the order (head, component)."""
+    """Return the indices of a site's features in its module, in the order (head, component)."""
     return site.rows.index() if site.rows else torch.arange(site.features)
 
 
 def _nonzero(signal: Tensor) -> Tensor:
-    """Which features have a gradient, (units, features)."""
+    """Return which features have a gradient, as (units, features)."""
     return signal > _FLOOR * signal.amax(1, keepdim=True)
 
 
 def _feeds(site: Site, lit: Mapping[str, Tensor]) -> bool:
-    """Whether some feature of a site is lit."""
+    """Return True if some feature of a site has a gradient."""
     return weight_name(site) in lit and bool(lit[weight_name(site)][features(site)].any())
 
 
@@ -246,7 +246,7 @@ def _name(site: Site) -> str:
 
 
 def _ranges(index: Sequence[int]) -> str:
-    """``0-3, 8`` for 0, 1, 2, 3, 8; at most four ranges."""
+    """Write numbers as ranges: ``0-3, 8`` for 0, 1, 2, 3, 8; at most four ranges."""
     starts = [k for n, k in enumerate(index) if n == 0 or index[n - 1] != k - 1]
     ends = [k for n, k in enumerate(index) if n + 1 == len(index) or index[n + 1] != k + 1]
     words = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends)]

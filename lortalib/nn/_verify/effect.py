@@ -1,4 +1,4 @@
-"""Does an adapter act? Each of its networks in turn is perturbed, and the model's output watched."""
+"""Checks that an adapter has an effect: perturbs each of its networks and compares the model's output."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from ...decomp import Network
 from .._adapter import Adapter
 from .running import arguments, evaluating
 
-#: Sizes of the perturbation, tried in turn: low precision rounds small ones away.
+#: Sizes of the perturbation, tried in turn, because low precision rounds small ones away.
 _SIZES = (0.01, 1.0, 100.0)
 
 
 def check_effect(
     adapter: Adapter, example_inputs: Any, *, tolerance: float = 0.0
 ) -> dict[str, bool]:
-    """Check that every network of an adapter changes what the model computes.
+    """Check that every network of an adapter changes the output of the model.
 
-    In each network in turn the parameter that starts at zero is moved at random, a little at first,
-    then further; the model runs in evaluation mode, without gradients, with the same random numbers
-    each time. Afterwards every bit of the model and of the adapter is what it was.
+    In each network in turn, the parameter that starts at zero is moved at random, first by a small
+    amount, then further. The model runs in evaluation mode, without gradients, with the same random
+    numbers each time. Afterwards, model and adapter are restored bit for bit.
 
     Args:
         adapter: an active adapter, not merged.
-        example_inputs: what the model is called with: a mapping of keyword arguments, a tuple or list
-            of positional ones, or a single one.
-        tolerance: how much an entry of the output has to change to count.
+        example_inputs: the inputs of the model: a mapping of keyword arguments, a tuple or list of
+            positional ones, or a single one.
+        tolerance: the smallest change of an output entry that counts.
 
     Returns:
-        For each group, by name, whether some tensor of the output changed. Where one did not, its
-        share is lost on the way (or these inputs do not reach it, as an image does not reach a
-        text tower): do not train such an adapter.
+        For each group, by name, whether some tensor of the output changed. If not, the update of this
+        group is lost on its way (or these inputs do not reach it, as an image does not reach a text
+        tower): do not train such an adapter.
 
     Raises:
         ValueError: the adapter is merged or not active, so that its networks take no part.
-        Exception: whatever the model's own forward raises.
+        Exception: any error of the model's own forward.
 
     Example:
         >>> import lortalib, torch
@@ -69,7 +69,7 @@ def check_effect(
 
 
 def _perturbed(model: nn.Module, network: Network, size: float, inputs: Any) -> list[Tensor]:
-    """Outputs while one parameter of the network is moved."""
+    """Return the outputs while one parameter of the network is moved."""
     parameter = network.tensors[network.legs.zero]
     kept = parameter.detach().clone()
     generator = torch.Generator().manual_seed(0)
@@ -82,14 +82,14 @@ def _perturbed(model: nn.Module, network: Network, size: float, inputs: Any) -> 
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Copies of all floating tensors in the output, under fixed random numbers."""
+    """Run the model with fixed random numbers; copy all floating-point tensors of its output."""
     torch.manual_seed(0)
     args, kwargs = arguments(inputs)
     return [tensor.clone() for tensor in _floating(model(*args, **kwargs), set())]
 
 
 def _floating(tree: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Floating tensors in nested containers and in the attributes of other objects, such as caches."""
+    """Find floating-point tensors in nested containers and in attributes of other objects, such as caches."""
     if isinstance(tree, Tensor):
         if tree.is_floating_point():
             yield tree
@@ -118,7 +118,7 @@ def _differ(before: list[Tensor], after: list[Tensor], tolerance: float) -> bool
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference; 0 where both are the same infinity or NaN, infinite where one is."""
+    """Return the largest difference: 0 if both are the same infinity or NaN, infinite if only one is."""
     wide = torch.promote_types(one.dtype, torch.float32)
     one, other = one.to(wide), other.to(wide)
     same = (one == other) | (one.isnan() & other.isnan())

@@ -1,5 +1,5 @@
-"""What attention calls are made of: from queries, keys and values back to projections, and from the
-output on to the projection that reads it, head by head."""
+"""Follows the heads of an attention call: back from queries, keys and values to their projections, and
+from the output on to the projection that reads it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .._anatomy import Site
 from .recorder import AttentionCall, AttentionRecorder
 from .running import arguments, evaluating, frozen, with_plain_attention
 
-#: The most numbers in a gradient of the attention weights that are computed at once.
+#: The largest number of gradient entries of attention weights that are computed at once.
 _MOST_NUMBERS = 2**26
 
 
 @dataclass(eq=False)
 class Forward:
-    """One forward, taken apart.
+    """The record of one forward.
 
     Attributes:
         calls: the attention calls, in order.
-        leaves: for each projection that reads the residual stream, by `weight_name`, a zero added to each of
-            its output features.
-        flows: for each call the paths of the projections that read its output, with a pair of
-            tensors that tells which of their input features depend on which head.
-        written: paths of the output projections that were called.
+        leaves: for each projection that reads the residual stream, by `weight_name`, a zero that was added
+            to each of its output features.
+        flows: for each call, the paths of the projections that read its output, each with a pair of
+            tensors from which follows which input feature depends on which head.
+        written: the paths of the output projections that were called.
     """
 
     calls: list[AttentionCall]
@@ -42,13 +42,13 @@ class Forward:
 
 @dataclass(eq=False)
 class Trace:
-    """What some heads of one call are fed by, and what they feed.
+    """The features that feed some heads of one call, and the features that these heads feed.
 
     Attributes:
-        sources: for ``"q"``, ``"k"`` and ``"v"``, and for each leaf that feeds them, how strongly each
-            feature feeds each traced head: (n, features), not negative.
-        sinks: for each output projection, by path, how strongly each head feeds each of its input
-            features: (n, features).
+        sources: for ``"q"``, ``"k"`` and ``"v"`` and for each leaf behind them, the strength with which
+            each feature feeds each traced head: (n, features), not negative.
+        sinks: for each output projection, by path, the strength with which each head feeds each of
+            its input features: (n, features).
     """
 
     sources: dict[str, dict[str, Tensor]]
@@ -56,21 +56,21 @@ class Trace:
 
 
 def weight_name(site: Site) -> str:
-    """Name of the weight of a site; sites of one fused projection have one in common."""
+    """Return the name of the weight of a site; sites of one fused projection share it."""
     return f"{site.path}.{site.parameter}"
 
 
 def record_forward(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forward:
-    """One forward of the live model, tapped. The model is afterwards what it was before.
+    """Run one forward of the live model and record it. The model is unchanged afterwards.
 
     Args:
         model: the model.
-        inputs: what it is called with: keyword arguments in a mapping, positional ones in a tuple or
-            list, or a single one.
-        sites: projections to watch.
+        inputs: its inputs: a mapping of keyword arguments, a tuple or list of positional ones, or a
+            single one.
+        sites: the projections to watch.
 
     Raises:
-        Exception: whatever the model's own forward raises.
+        Exception: any error of the model's own forward.
     """
     leaves: dict[str, Tensor] = {}
     written: list[tuple[str, Tensor]] = []
@@ -113,10 +113,10 @@ def trace_heads(forward: Forward, number: int, units: Tensor, queries: Tensor) -
     """Follow some heads of a call to the projections.
 
     Args:
-        forward: what `record_forward` returned.
-        number: which call.
+        forward: the record that `record_forward` returned.
+        number: the number of the call.
         units: (n,), the units of the call to follow.
-        queries: (n, queries), how strongly through each query.
+        queries: (n, queries), the weight of each query.
 
     Raises:
         RuntimeError: torch cannot differentiate what the model did.
@@ -144,27 +144,27 @@ def trace_heads(forward: Forward, number: int, units: Tensor, queries: Tensor) -
 
 
 def whole_units(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
-    """The first units, through all of their queries: arguments of `trace`."""
+    """Choose the first units with all of their queries, as arguments of `trace_heads`."""
     n_units, n_queries = call.gate.shape
     return torch.arange(min(n_units, most)), _random(n_queries).expand(min(n_units, most), -1)
 
 
 def single_queries(call: AttentionCall, most: int) -> tuple[Tensor, Tensor]:
-    """Every unit through every query by itself, as heads can hide among the queries."""
+    """Choose every unit with every single query, because a model can store heads among the queries."""
     n_units, n_queries = call.gate.shape
     pairs = torch.cartesian_prod(torch.arange(n_queries), torch.arange(n_units))[:most]
     return pairs[:, 1], torch.eye(n_queries)[pairs[:, 0]]
 
 
 class AddLeafHook:
-    """A forward hook that adds a leaf to the output features of a projection, times a random number
-    for each token: what is the same for all keys would not change a softmax."""
+    """A forward hook that adds a leaf to the output features of a projection, times a random number for
+    each token: without it, a change that is equal for all keys would leave the softmax as it is."""
 
     def __init__(self, name: str, leaves: dict[str, Tensor]) -> None:
         self.name, self.leaves = name, leaves
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # a quantised projection that returns its scale too
+        if isinstance(output, tuple):  # a quantised projection also returns its scale
             return (self(module, args, output[0]), *output[1:])
         if self.name not in self.leaves:
             self.leaves[self.name] = _zeros(output, output.shape[-1])
@@ -187,7 +187,7 @@ class CaptureInputHook:
 
 
 def _stored(module: nn.Module, site: Site) -> tuple[str, Tensor]:
-    """Name and value of the parameter behind a site's weight."""
+    """Return the name and the value of the parameter that stores a site's weight."""
     name = site.parameter
     if parametrize.is_parametrized(module, name):
         name = f"parametrizations.{name}.original"
@@ -195,7 +195,7 @@ def _stored(module: nn.Module, site: Site) -> tuple[str, Tensor]:
 
 
 def _with_leaf(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """A leaf for each output feature, and the weight to which it is joined."""
+    """Make a leaf for each output feature, and the weight with the leaf added to it."""
     out, reads = (1, 0) if transposed else (0, 1)
     zeros = _zeros(weight, weight.shape[out])
     rank_one = torch.outer(zeros, torch.randn_like(zeros[:1].expand(weight.shape[reads])))
@@ -204,7 +204,7 @@ def _with_leaf(weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _zeros(like: Tensor, size: int) -> Tensor:
-    """Of single precision at least, so that sums over tokens do not cancel by rounding."""
+    """Make zeros of at least single precision, so that sums over tokens do not cancel by rounding."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.zeros(size, dtype=dtype, device=like.device, requires_grad=True)
 
@@ -212,8 +212,10 @@ def _zeros(like: Tensor, size: int) -> Tensor:
 def _flows(
     calls: Sequence[AttentionCall], written: Iterable[tuple[str, Tensor]]
 ) -> list[list[tuple[str, Tensor, Tensor]]]:
-    """For each call who reads it. The gradient of ``<probe, x>`` with respect to the gates is linear in
-    the probe; differentiated once more, it gives the features of x that each gate reaches."""
+    """Find for each call the projections that read it.
+
+    The gradient of ``<probe, x>`` with respect to the gates is linear in the probe; differentiated once
+    more, it gives the features of x that each gate reaches."""
     flows: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in calls]
     gates = [call.gate for call in calls]
     for path, x in written:
@@ -230,7 +232,7 @@ def _flows(
 
 
 def _operands(call: AttentionCall) -> list[tuple[Tensor, str]]:
-    """What the scores were made of, each with the role ``"q"`` or ``"k"``."""
+    """List the operands of the scores, each with its role ``"q"`` or ``"k"``."""
     operands: dict[int, tuple[Tensor, str]] = {}
     for pair in call.pairs:
         one, other = pair.one, pair.other
@@ -242,10 +244,10 @@ def _operands(call: AttentionCall) -> list[tuple[Tensor, str]]:
 
 
 def _is_flipped(call: AttentionCall, one: Tensor, other: Tensor) -> bool:
-    """Whether the second operand holds the queries.
+    """Return True if the second operand holds the queries.
 
-    Two queries have different vectors in the operand of queries, and the same in that of keys; a
-    single query has one vector there, and as many there as it attends to.
+    Two queries have different vectors in the operand of queries, and the same in that of keys. A single
+    query has one vector in the operand of queries, and in that of keys one for each token it attends to.
     """
     chosen = [tensor for tensor in (one, other) if tensor.requires_grad]
     if not chosen or not call.weights.requires_grad:
@@ -264,20 +266,20 @@ def _is_flipped(call: AttentionCall, one: Tensor, other: Tensor) -> bool:
 
 
 class BatchedGradients:
-    """Gradients, so many at once where torch can do that."""
+    """Computes many gradients at once if torch can, else one after another."""
 
     def __init__(self, at_once: int, leaves: Mapping[str, Tensor]) -> None:
         self.at_once, self.leaves = at_once, leaves
 
     def to_leaves(self, tensor: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """|gradient| of each leaf that the tensor depends on, (n, features)."""
+        """Compute |gradient| of each leaf that the tensor depends on, as (n, features)."""
         found = self.gradients(tensor, list(self.leaves.values()), seeds)
         return {name: g.abs() for name, g in zip(self.leaves, found) if g is not None and g.any()}
 
     def gradients(
         self, output: Tensor, inputs: Sequence[Tensor], seeds: Tensor
     ) -> list[Tensor | None]:
-        """Gradient of each input for each seed: (n, *input.shape) for seeds (n, *output.shape)."""
+        """Compute the gradients (n, *input.shape) of each input for the seeds (n, *output.shape)."""
         if not inputs or not output.requires_grad:
             return [None] * len(inputs)
         parts = [self._some(output, inputs, part) for part in seeds.split(self.at_once)]
@@ -297,13 +299,13 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 
 def _seeds(tensor: Tensor) -> Tensor:
-    """(n, *shape) for a tensor (n, ...): its n parts one at a time, each in a random direction."""
+    """Make seeds (n, *shape) for a tensor (n, ...): one part at a time, each in a random direction."""
     alone = torch.eye(len(tensor)).reshape(len(tensor), len(tensor), *[1] * (tensor.dim() - 1))
     return (alone * _random(*tensor.shape)).to(tensor.device, tensor.dtype)
 
 
 def _random(*shape: int) -> Tensor:
-    """Random numbers that are not small, the same each time."""
+    """Make random numbers that are not small, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     size = torch.rand(shape, generator=generator) + 0.5
     return torch.where(torch.rand(shape, generator=generator) < 0.5, -size, size)

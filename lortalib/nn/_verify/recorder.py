@@ -1,8 +1,8 @@
-"""Which attention calls a forward makes: taps on the arithmetic itself, whatever modules are called.
+"""Records the attention calls of a forward by watching its arithmetic, whatever the modules are named.
 
-An attention call is a product of two activations (the scores), anything elementwise, a softmax,
-anything elementwise, and a product with a third activation (the values). Torch shows every function
-of a forward to a ``TorchFunctionMode``; this one follows scores to their softmax and on to the values.
+An attention call is a product of two activations (the scores), a softmax and a product with a third
+activation (the values), with any elementwise functions in between. Torch passes every function of a
+forward to a ``TorchFunctionMode``; this one follows scores to their softmax and on to the values.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _ADDED = frozenset((torch.baddbmm, torch.addmm, _T.baddbmm, _T.addmm))
 _SOFTMAX = frozenset((torch.softmax, functional.softmax, torch.special.softmax, _T.softmax))
 
 
-#: Functions behind which scores are no scores any more.
+#: Functions whose results are no scores any more.
 _ENDS = frozenset(
     getattr(functional, name)
     for name in ("linear", "conv1d", "conv2d", "conv3d", "layer_norm", "group_norm", "rms_norm")
 )
 
 
-# Torch's own code, in which the inner functions are shown to the mode too.
+# A copy of torch's own code; the mode also sees the functions that it calls.
 _multi_head_attention = FunctionType(
     functional.multi_head_attention_forward.__code__,
     {**vars(functional), "has_torch_function": lambda _: False},
@@ -57,7 +57,7 @@ class ScoreOperands:
 
     Attributes:
         one, other: the operands, in the order of the code.
-        ordered: whether they are known to be queries and keys.
+        ordered: whether they are known to be queries and keys, in this order.
     """
 
     one: Tensor
@@ -67,16 +67,16 @@ class ScoreOperands:
 
 @dataclass(eq=False, frozen=True)
 class AttentionCall:
-    """One product of attention weights with values.
+    """An attention call: one product of attention weights with values.
 
     Attributes:
-        where: path of the innermost module whose code made the call.
-        weights: (units, queries, keys); a unit is one head of one entry of the batch. Connected to
-            the pairs as if the softmax were the identity on its support, so that no gradient is
-            lost where a softmax is saturated.
-        mixed: (units, queries, components), the output; connected to the values only.
-        gate: (units, queries) of ones; what follows the call is connected to them, and only so.
-        pairs: what the scores were made of.
+        where: the path of the innermost module whose code made the call.
+        weights: (units, queries, keys); a unit is one head of one entry of the batch. In the graph,
+            the softmax is the identity wherever a weight is not zero, so that a saturated softmax
+            does not lose the gradient.
+        mixed: (units, queries, components), the output; in the graph it depends on the values only.
+        gate: (units, queries) of ones; the rest of the forward depends on the call through them only.
+        pairs: the operands of the scores.
     """
 
     where: str
@@ -90,8 +90,8 @@ class AttentionRecorder(TorchFunctionMode):
     """A mode that collects the attention calls of a forward and cuts the graph behind each.
 
     Args:
-        names: path of each module, to say where a call was made.
-        writers: weights of output projections that code reads directly, by path. Their inputs are
+        names: the path of each module, to tell where a call was made.
+        writers: the weights of output projections that code reads directly, by path. Their inputs are
             collected in ``written``, and the graph is cut behind them too.
     """
 
@@ -101,7 +101,7 @@ class AttentionRecorder(TorchFunctionMode):
         self.written: list[tuple[str, Tensor]] = []
         self._names = names
         self._writers = {id(weight): path for path, weight in writers.items()}
-        # With each id the tensor itself is kept, so that no id is used twice.
+        # The tensor is kept with its id, so that Python cannot give the id to another tensor.
         self._scores: dict[int, tuple[Tensor, tuple[ScoreOperands, ...]]] = {}
         self._weights: dict[int, tuple[Tensor, tuple[ScoreOperands, ...]]] = {}
 
@@ -112,7 +112,7 @@ class AttentionRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """What torch calls in place of ``func``; traced also where code turns gradients off."""
+        """Run ``func`` in its place, as torch asks; calls are traced even if the code turns gradients off."""
         with torch.enable_grad():
             return self._run(func, args, kwargs or {})
 
@@ -139,7 +139,7 @@ class AttentionRecorder(TorchFunctionMode):
         return out
 
     def _follow(self, inputs: Any, outputs: Any) -> None:
-        """Carry what is known of the inputs over to the outputs."""
+        """Carry the knowledge about the inputs over to the outputs."""
         ids = [id(tensor) for tensor in _tensors(inputs)]
         for known in (self._scores, self._weights):
             pairs = dict.fromkeys(pair for key in ids if key in known for pair in known[key][1])
@@ -168,7 +168,7 @@ class AttentionRecorder(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """scaled_dot_product_attention, written out."""
+        """Compute scaled_dot_product_attention step by step."""
         pair = ScoreOperands(query, key, ordered=True)
         if enable_gqa:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -184,7 +184,7 @@ class AttentionRecorder(TorchFunctionMode):
         return self._call(_Product.matmul(weights, value), False, (pair,))
 
     def _call(self, product: _Product, flipped: bool, pairs: tuple[ScoreOperands, ...]) -> Tensor:
-        """Note the call; its output for what follows."""
+        """Record the call and return its output for the rest of the forward."""
         weights, values = product.left, product.right
         axes, other, out = product.axes
         operands = weights.detach(), values
@@ -228,7 +228,7 @@ class AttentionRecorder(TorchFunctionMode):
 
 
 class _Product(NamedTuple):
-    """A product of two tensors: run(left, right), and a letter for each axis of left, right, out."""
+    """A product of two tensors: run(left, right), with a letter for each axis of left, right and out."""
 
     left: Tensor
     right: Tensor
@@ -239,14 +239,14 @@ class _Product(NamedTuple):
     def matmul(
         cls, left: Tensor, right: Tensor, run: Callable[[Tensor, Tensor], Tensor] = torch.matmul
     ) -> _Product:
-        """A product of matrices of any leading axes."""
+        """Describe a product of matrices with any leading axes."""
         lead = "".join(chr(97 + k) for k in range(max(left.dim(), right.dim()) - 2))
         first, second = (lead[len(lead) + 2 - tensor.dim() :] for tensor in (left, right))
         return cls(left, right, (f"{first}XY", f"{second}YZ", f"{lead}XZ"), run)
 
     @classmethod
     def einsum(cls, equation: str, left: Tensor, right: Tensor) -> _Product:
-        """A product in Einstein's notation."""
+        """Describe a product in Einstein's notation."""
         sides, arrow, out = equation.replace(" ", "").partition("->")
         axes = sides.split(",")
         if not arrow:
@@ -254,7 +254,7 @@ class _Product(NamedTuple):
             out = "".join(("..." if "..." in sides else "", *once))
         dots = [t.dim() - len(a) + 3 for t, a in zip((left, right), axes) if "..." in a]
         lead = "".join(chr(0x3B1 + k) for k in range(max(dots, default=0)))
-        for k, n in enumerate(dots):  # both operands have dots, or only one of them
+        for k, n in enumerate(dots):  # both operands have an ellipsis, or one of them
             which = k if len(dots) == 2 else ["..." in a for a in axes].index(True)
             axes[which] = axes[which].replace("...", lead[len(lead) - n :])
         written = axes[0], axes[1], out.replace("...", lead)
@@ -264,7 +264,7 @@ class _Product(NamedTuple):
     def read(
         cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Product | None:
-        """The product that a function computes, if it is one."""
+        """Describe the product that a function computes; None if it computes none."""
         given = [*_tensors((args, kwargs))]
         if len(given) < 2 or "out" in kwargs or any(tensor.dim() < 2 for tensor in given[-2:]):
             return None
@@ -279,13 +279,13 @@ class _Product(NamedTuple):
         return None
 
     def is_mixture(self, flipped: bool) -> bool:
-        """Whether an axis of the weights is summed over."""
+        """Return True if an axis of the weights is summed over."""
         weights = self.axes[1 if flipped else 0]
         return any(axis not in self.axes[2] for axis in weights)
 
 
 def _straight_through(scores: Tensor, weights: Tensor) -> Tensor:
-    """The weights, bit for bit, with the gradient of the scores wherever a weight is not zero."""
+    """Return the weights, bit for bit, with the gradient of the scores wherever a weight is not zero."""
     finite = torch.where(weights > 0, scores, 0).to(weights.dtype)
     return weights.detach() + (finite - finite.detach())
 
@@ -295,7 +295,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Find every tensor in nested tuples, lists and dicts."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):

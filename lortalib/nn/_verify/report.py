@@ -1,4 +1,4 @@
-"""Does the model compute what its sites say? A check by running it, which looks at no name."""
+"""Checks by running a model that it computes what its sites say; no name plays a part."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from torch import nn
 from .._adapters import adapters
 from .._anatomy import Site, UnsupportedModelError, check_model
 from .._anatomy import sites as find_sites
+from .._offloaded import has_no_numbers
 from .compare import WORDS, CallFindings, PlannedBlocks, features
 from .heads import Forward, record_forward, single_queries, trace_heads, weight_name, whole_units
 
 _ROLES = ("q", "k", "v", "o", "q_a", "kv_a")
 
 
-#: How many single queries are followed where a call as a whole does not fit the plan.
+#: How many single queries are followed if a call as a whole does not fit the plan.
 _MOST_SINGLE = 256
 
 
 @dataclass(frozen=True)
 class StackReport:
-    """What was found of one stack.
+    """The findings about one stack.
 
     Attributes:
-        stack: its name.
-        sites: planned attention projections.
-        calls: attention calls that they take part in.
-        checked: heads checked: one for each layer, role and head.
-        agreed: heads whose features are exactly the planned ones.
-        coupled: heads that depend on the features of other heads too, but most on the planned ones:
-            something between the projection and the heads, such as a norm over the full width,
-            mixes them.
-        unseen: layers for which no call was seen.
-        missed: what takes part in the calls and is not planned, or is planned and was not seen.
-        disagreements: where the plan is wrong, and how.
+        stack: the name of the stack.
+        sites: the number of planned attention projections.
+        calls: the number of attention calls that they take part in.
+        checked: the number of heads checked, one for each layer, role and head.
+        agreed: the number of heads whose features are exactly the planned ones.
+        coupled: the number of heads that also depend on features of other heads, but most on the
+            planned ones: something between the projection and the heads mixes them, such as a norm
+            over the full width.
+        unseen: the layers without any call.
+        missed: projections that take part in calls and are not planned, or are planned and not seen.
+        disagreements: a sentence for each place where the plan is wrong.
     """
 
     stack: str
@@ -54,20 +55,22 @@ class StackReport:
 
     @property
     def confirmed(self) -> bool:
-        """Whether every layer was seen to compute what is planned, and nothing else."""
+        """Whether every layer computed what is planned, and nothing else."""
         return not (self.unseen or self.missed or self.disagreements)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The plan of sites beside what the model computed; printed, a table by stack.
+    """A comparison of the planned sites with the attention that the model computed.
+
+    It prints as a table by stack.
 
     Attributes:
-        model: class of the model.
+        model: the class of the model.
         stacks: one entry for each planned stack.
         unplanned: attention calls that no planned site takes part in.
-        uncalled: paths of planned projections that were not called: they were not needed for these
-            inputs, or their weights are read directly, and the plan does not know (``weight_read_directly``).
+        uncalled: paths of planned projections that were not called: these inputs do not need them, or
+            their weights are read directly and the plan does not say so (``weight_read_directly``).
     """
 
     model: str
@@ -77,21 +80,21 @@ class Report:
 
     @property
     def disagreements(self) -> tuple[str, ...]:
-        """Where the plan is wrong, over all stacks."""
+        """A sentence for each place where the plan is wrong, over all stacks."""
         return tuple(f"{s.stack}: {reason}" for s in self.stacks for reason in s.disagreements)
 
     @property
     def ok(self) -> bool:
-        """No disagreement, and something was seen."""
+        """Whether nothing disagrees with the plan, and something was seen."""
         return not self.disagreements and any(stack.calls for stack in self.stacks)
 
     @property
     def complete(self) -> bool:
-        """Every planned stack was confirmed, and no attention call was missed."""
+        """Whether every planned stack was confirmed and no attention call was missed."""
         return self.ok and not self.unplanned and all(stack.confirmed for stack in self.stacks)
 
     def raise_for_disagreement(self) -> None:
-        """Do nothing if `ok`.
+        """Raise an error unless the report is `ok`.
 
         Raises:
             UnsupportedModelError: the plan is wrong, or nothing was seen that could confirm it.
@@ -126,28 +129,27 @@ class Report:
 
 
 def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | None = None) -> Report:
-    """Check by running the model that its attention projections are what the sites say.
+    """Run the model to check that its attention projections are what the sites say.
 
-    One forward, in which the attention arithmetic itself is watched: products of queries and keys,
-    softmax, products with values, whoever computes them. From each head of each call gradients go
+    One forward is run, and its attention arithmetic is watched: products of queries and keys, softmax,
+    products with values, whichever module computes them. From each head of each call, gradients lead
     back to the features of the projections that feed it, and on to the features that the output
     projection reads. No name of a module plays a part.
 
     Args:
-        model: a live transformers model, on any device. It is left as it was: weights, flags, hooks and
-            the state of the random numbers.
-        example_inputs: what the model is called with: a mapping of keyword arguments, a tuple or list
-            of positional ones, or a single one. Few and short examples will do: two tokens are
-            enough.
-        sites: the plan; ``sites(model)`` by default. Sites of the MLP are not looked at.
+        model: a live transformers model, on any device. It is unchanged afterwards: weights, flags,
+            hooks and the state of the random numbers.
+        example_inputs: the inputs of the model: a mapping of keyword arguments, a tuple or list of
+            positional ones, or a single one. Short inputs will do: two tokens are enough.
+        sites: the plan; ``sites(model)`` by default. Sites of MLPs are ignored.
 
     Returns:
-        A `Report`; print it. ``report.ok`` is true where nothing disagrees.
+        A `Report`, which can be printed. ``report.ok`` is true if nothing disagrees.
 
     Raises:
-        UnsupportedModelError: no plan could be made, or one that does not fit the widths of the model.
+        UnsupportedModelError: no plan can be made, or the plan does not fit the widths of the model.
         ValueError: the model has no weights (meta device).
-        Exception: whatever the model's own forward raises.
+        Exception: any error of the model's own forward.
 
     Example:
         >>> import torch
@@ -160,7 +162,7 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
     """
     model = check_model(model)
     planned = [s for s in (find_sites(model) if sites is None else sites) if s.role in _ROLES]
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if has_no_numbers(model):
         raise ValueError("a model on the meta device cannot be run, so nothing can be verified")
     with torch.enable_grad(), _without_adapters(model):
         forward = record_forward(model, example_inputs, planned)
@@ -169,7 +171,7 @@ def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | Non
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's adapters add nothing: the plan is about the base."""
+    """Turn off the model's adapters within this context, because the plan is about the base."""
     active = [adapter for adapter in adapters(model).values() if adapter.active]
     try:
         for adapter in active:
@@ -186,7 +188,7 @@ def _first(lines: Iterable[str], most: int = 6) -> list[str]:
 
 
 class _Findings:
-    """What the calls of one stack showed."""
+    """The findings of the calls of one stack."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -196,7 +198,7 @@ class _Findings:
         self.wrong: dict[str, None] = {}
 
     def add(self, match: CallFindings) -> None:
-        """Take in one call."""
+        """Add the findings of one call."""
         layer = match.block[1]
         self.calls += 1
         self.layers.add(layer)
@@ -207,7 +209,7 @@ class _Findings:
         self.wrong |= dict.fromkeys(f"layer {layer}: {reason}" for reason in match.wrong)
 
     def report(self, stack: str, sites: Sequence[Site]) -> StackReport:
-        """The findings of all calls."""
+        """Sum up the findings of all calls."""
         for site in sites:
             heads = {(site.layer, site.role, head) for head in range(site.heads)}
             unseen = len(heads - self.states.keys())
@@ -233,7 +235,7 @@ class _Findings:
 
 
 def _check_widths(planned: Sequence[Site], forward: Forward) -> None:
-    """Refuse sites that lie outside of their projections."""
+    """Refuse sites whose features lie outside their projections."""
     widths = {name: len(zeros) for name, zeros in forward.leaves.items()}
     widths |= {f"{path}.weight": probe.shape[-1] for f in forward.flows for path, probe, _ in f}
     for site in planned:

@@ -1,4 +1,4 @@
-"""How a model is run to be looked at: in evaluation, with plain attention, and left as it was."""
+"""Runs a model for a check: in evaluation mode, with plain attention, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; at the end the modes of all modules and the random numbers are as they were."""
+    """Enter evaluation mode; at the end, restore the modes of all modules and the random numbers."""
     training = [module for module in model.modules() if module.training]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients; at the end those do that did."""
+    """Turn off gradients for all parameters; at the end, restore their flags."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -39,7 +39,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def with_plain_attention(model: nn.Module) -> Iterator[None]:
-    """Configs that ask for a kernel that cannot be looked into ask for eager attention instead."""
+    """Switch configs to eager attention if their kernel hides the arithmetic; at the end, restore them."""
     name = "_attn_implementation_internal"
     configs = {id(config): config for config in _configs(model)}.values()
     asked = [(config, getattr(config, name, None)) for config in configs]
@@ -61,7 +61,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: of a mapping, a tuple or list, or anything else."""
+    """Split inputs into positional and keyword arguments: of a mapping, a tuple or list, or one value."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}

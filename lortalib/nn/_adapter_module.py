@@ -1,0 +1,109 @@
+"""An adapter as torch and its engines see it: what they save, load, copy, move and run again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..decomp import Network
+from ._carrier import Host
+from ._forward import ForwardScope, PairSource
+from ._offloaded import bring_back
+from ._recompute import AdapterScope, Remembered, active_in_forward
+from ._shared_parameters import find_aliases, leave_out, put_back, share_again
+from ._trained_modules import TrainedModules
+
+
+class AdapterModule(nn.Module):
+    """The networks of an adapter, and the state of it that a forward looks at.
+
+    Attributes:
+        networks: the networks by name of the group; every trainable parameter, once.
+        scope: the forward under way.
+        remembered: whether it took part in forwards that checkpoints may run again.
+        trained_modules: whole modules that train with it.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        sources: list[PairSource],
+        trained_modules: TrainedModules,
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.trained_modules = trained_modules
+        self.remembered = Remembered()
+        self.active = False
+        self.merged = False
+        scope = AdapterScope(sources)
+        scope.adapter = self
+        self.scope: ForwardScope = scope
+        self._aliases = find_aliases(self.networks)
+        self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part in the model's forward; within a backward that runs a forward again
+        (checkpointing), whether it took part in that one."""
+        now: bool = self.__dict__["active"]
+        return now if torch.compiler.is_compiling() else active_in_forward(self, now)
+
+    @active.setter
+    def active(self, now: bool) -> None:
+        self.__dict__["active"] = now
+
+    def bring_back(self) -> None:
+        """Let what trains stay where it computes, if accelerate offloaded it: the networks, and with
+        gradients the modules that train with them.
+
+        Raises:
+            ValueError: a module that trains with it shares a weight that is offloaded.
+        """
+        for name, network in self.networks.items():
+            own = [alias for alias in self._aliases if alias.startswith(f"{name}.")]
+            bring_back(network, {alias.removeprefix(f"{name}.") for alias in own})
+        share_again(self.networks, self._aliases)
+        if torch.is_grad_enabled() and self._host:
+            self._host[0].bring_back(self)
+
+    # State dicts, in which a parameter of several networks is once
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's state dict; a parameter that several networks share is in it once."""
+        with torch.no_grad():
+            self.bring_back()
+        state = super().state_dict(*args, **kwargs)
+        leave_out(self._aliases, state, f"{kwargs.get('prefix', '')}networks.")
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        put_back(self._aliases, state_dict, f"{prefix}networks.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
+        """A copy on the copy of its model, where that is being copied too; else one on no model."""
+        copied = type(self).__new__(type(self))
+        memo_is_empty = not memo
+        memo[id(self)] = copied
+        state = dict(self.__dict__)
+        if not any(id(host) in memo or id(host.model) in memo for host in self._host):
+            values = self.trained_modules.values(self._host[0].model if self._host else None)
+            state |= {
+                "_host": [],
+                "trained_modules": TrainedModules(self.trained_modules.paths, values),
+            }
+            if memo_is_empty:  # not reached from a module that it updates
+                state |= {"active": False, "merged": False}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        return copied
