@@ -62,8 +62,7 @@ bench-quick: .venv/.bench  ## a glance at each, under 4 minutes; written into ru
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/speed/$$name.py --quick || exit 1; done
 
 gpu:  ## tests and benchmarks on one GPU, nine minutes, in an environment that has torch with CUDA, transformers, peft
-	$(PYTHON) -m pip show -q lortalib || $(PYTHON) -m pip install -q --no-deps -e .
-	$(PYTHON) benchmarks/gpu/run.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu/run.py
 
 coverage: .venv/.test  ## every model type of transformers: writes docs/models-table.md, resumable
 	$(BIN)/python benchmarks/survey/survey.py

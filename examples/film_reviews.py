@@ -5,6 +5,8 @@
 
 Measures the frozen model with a trained head, trains an adapter, evaluates both on held-out text,
 saves the adapter, loads it in a fresh process, merges it, and shows that the logits agree.
+
+It goes through `lortalib.nn` and a loop of its own; nlu.py does the same task through PEFT and a Trainer.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@
 By default all-MiniLM-L6-v2 learns whether a sentence of a film review is for or against. A preset has the
 ranks, learning rates and epochs of the scripts published with LoRTA (arXiv 2410.04060); they were found
 with its start, so it comes along (init_weights="lorta").
+
+The default task is that of film_reviews.py, which goes through `lortalib.nn` and a loop of its own; this
+goes through PEFT and a Trainer.
 """
 
 from __future__ import annotations

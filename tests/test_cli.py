@@ -10,6 +10,7 @@ import sys
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from saved_files import edit
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -332,6 +333,11 @@ def test_check_runs_no_code_that_a_file_names(saved, capsys, tmp_path):
 def test_configurations_of_models_that_say_something_odd(
     saved, changes, fits, capsys, tmp_path, offline
 ):
+    if fits and "architectures" in changes:
+        try:
+            LlamaConfig(**changes)
+        except StrictDataclassFieldValidationError:
+            pytest.skip("this version of transformers itself refuses the value")
     odd = tmp_path / "odd"
     shutil.copytree(saved[0], odd)
     config = json.loads((odd / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,16 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "quality"
 
 @pytest.fixture
 def study(monkeypatch):
+    """The module of the study; other folders of benchmarks have modules of the same names."""
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(str(FOLDER))
     import study
 
-    return study
+    yield study
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 def ran(study, losses, start, seeds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -21,8 +22,11 @@ SHAPES = {
     "1B": (2048, 16, 8192, 32, 8, 32_000),
     "7B": (4096, 32, 11_008, 32, 32, 32_000),
 }
-FLOOR, LORA = "frozen base", "PEFT LoRA r8"
+FLOOR, LORA, MERGED = "frozen base", "PEFT LoRA r8", "lortalib CP r8, merged"
+CP8, CP64 = "lortalib CP r8", "lortalib CP r64"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+#: Tokens that a cache has room for behind the prompt; more than runs follow each other without a rewind.
+ROOM = 16
 Attach = Callable[[nn.Module], nn.Module]
 
 
@@ -36,42 +40,8 @@ def llama(shape: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+        model: nn.Module = LlamaForCausalLM._from_config(config, dtype=dtype)
     return model.requires_grad_(False)
-
-
-def _lortalib(decomposition: str, rank: int, **options: Any) -> Attach:
-    def attach(model: nn.Module) -> nn.Module:
-        lortalib.nn.apply(model, decomposition, rank, init="normal", alpha=1e-3, **options)
-        return model
-
-    return attach
-
-
-def _peft(config: Callable[[], peft.PeftConfig]) -> Attach:
-    def attach(model: nn.Module) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # The module without PeftModel around it, whose own forward is no part of the method.
-            return peft.get_peft_model(model, config()).get_base_model()
-
-    return attach
-
-
-def _input_gradients(model: nn.Module) -> nn.Module:
-    """The floor of training: gradients pass the whole model, and nothing else is done."""
-    model.enable_input_require_grads()  # type: ignore[operator]
-    return model
-
-
-CONTENDERS: dict[str, Attach] = {
-    FLOOR: _input_gradients,
-    "lortalib CP r8": _lortalib("cp", 8),
-    "lortalib CP r64": _lortalib("cp", 64),
-    "lortalib INDSCAL r16, stream": _lortalib("indscal", 16, acts_on="stream"),
-    LORA: _peft(lambda: peft.LoraConfig(r=8, target_modules=PROJECTIONS)),
-    "PEFT VeRA r64": _peft(lambda: peft.VeraConfig(r=64, target_modules=PROJECTIONS)),
-}
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -79,31 +49,77 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
+def _lortalib(decomposition: str, rank: int, **options: Any) -> Attach:
+    def attach(base: nn.Module) -> nn.Module:
+        model = twin(base)
+        lortalib.nn.apply(model, decomposition, rank, init="normal", alpha=1e-3, **options)
+        return model
+
+    return attach
+
+
+def _merged(base: nn.Module) -> nn.Module:
+    model = copy.deepcopy(base)  # merging writes into the weights
+    lortalib.nn.apply(model, "cp", 8, init="normal", alpha=1e-3).merge()
+    return model
+
+
+def _peft(config: Callable[[], peft.PeftConfig]) -> Attach:
+    def attach(base: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The module without PeftModel around it, whose own forward is no part of the method.
+            return peft.get_peft_model(twin(base), config()).get_base_model()
+
+    return attach
+
+
+def _frozen(base: nn.Module) -> nn.Module:
+    """The floor of training: gradients pass the whole model, and nothing else is done."""
+    model = twin(base)
+    model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+CONTENDERS: dict[str, Attach] = {
+    FLOOR: _frozen,
+    CP8: _lortalib("cp", 8),
+    CP64: _lortalib("cp", 64),
+    "lortalib LoTR r8": _lortalib("lotr", 8),
+    "lortalib INDSCAL r16, stream": _lortalib("indscal", 16, acts_on="stream"),
+    MERGED: _merged,
+    LORA: _peft(lambda: peft.LoraConfig(r=8, target_modules=PROJECTIONS)),
+    "PEFT VeRA r64": _peft(lambda: peft.VeraConfig(r=64, target_modules=PROJECTIONS)),
+}
+
+
 def training(model: nn.Module, ids: Tensor) -> Work:
     """A step: forward, backward and Adam; for the floor without Adam."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    capturable = bool(trained) and trained[0].is_cuda
+    capturable = ids.device.type != "cpu"
     optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=capturable) if trained else None
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    def step() -> Any:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    return step
+    return Work(step)
 
 
 def prefill(model: nn.Module, ids: Tensor) -> Work:
     """A forward of whole prompts, without gradients."""
     model.eval()
 
-    def run() -> Tensor:
+    def run() -> Any:
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
-    return run
+    return Work(run)
 
 
 def decoding(model: nn.Module, ids: Tensor, keep_pairs: bool = True) -> Work:
@@ -117,54 +133,80 @@ def decoding(model: nn.Module, ids: Tensor, keep_pairs: bool = True) -> Work:
     model.eval()
     for adapter in lortalib.nn.adapters(model).values() if keep_pairs else ():
         adapter.keep_pairs().__enter__()  # for as long as the process lives
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 8)
+    rows, length = ids.shape
+    config: Any = model.config
+    cache = StaticCache(config=config, max_cache_len=length + ROOM)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token, at = ids[:, :1].clone(), torch.tensor([[ids.shape[1]]], device=ids.device)
+    token = ids[:, :1].clone()
+    at = torch.full((rows, 1), length, device=ids.device)
 
-    def run() -> Tensor:
-        with torch.no_grad():  # the token is written at one place again and again
+    def run() -> Any:
+        with torch.no_grad():
             return model(
                 input_ids=token, position_ids=at, past_key_values=cache, use_cache=True
             ).logits
 
-    return run
+    def rewind() -> None:
+        """Let the next token be written behind the prompt again; a full cache would refuse it."""
+        layers: Any = cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(length)
+
+    return Work(run, rewind)
 
 
-def bank_rows(base: nn.Module, ids: Tensor, adapters: int) -> dict[str, Work]:
-    """A forward in which every row uses an adapter of its own: a bank beside PEFT's mixed batch."""
-    served = twin(base)
-    bank = lortalib.nn.bank(served, "cp", 8, capacity=adapters)
-    shapes = {group: [t.shape for t in tensors] for group, tensors in bank[None].items()}
+WORKS: dict[str, Callable[[nn.Module, Tensor], Work]] = {
+    "training step": training,
+    "prefill": prefill,
+    "decoding": decoding,
+    "decoding, pairs made anew": partial(decoding, keep_pairs=False),
+}
+
+
+def bank_rows(base: nn.Module, prompt: Tensor, adapters: int) -> dict[str, Callable[[], Work]]:
+    """A forward in which every row uses an adapter of its own: a bank beside PEFT's mixed batch.
+
+    Args:
+        base: the model.
+        prompt: (1, tokens), the prompt of every row.
+        adapters: how many adapters, and rows.
+    """
+    ids = prompt.repeat(adapters, 1)
     names = [f"user-{k}" for k in range(adapters)]
-    device = ids.device
-    bank.fill(
-        names,
-        {
-            group: [torch.randn(adapters, *shape, device=device) / 100 for shape in each]
-            for group, each in shapes.items()
-        },
-    )
-    rows = [names[k % adapters] for k in range(len(ids))]
-    mixed = peft.get_peft_model(
-        twin(base), peft.LoraConfig(r=8, target_modules=PROJECTIONS), adapter_name=names[0]
-    )
-    for name in names[1:]:
-        mixed.add_adapter(name, peft.LoraConfig(r=8, target_modules=PROJECTIONS))
-    mixed.eval()
 
-    def by_bank() -> Tensor:
-        with torch.no_grad(), bank.using(rows):
-            return served(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    def by_bank() -> Work:
+        model = twin(base).eval()
+        bank = lortalib.nn.bank(model, "cp", 8, capacity=adapters, device=ids.device)
+        stacks = {
+            group: [torch.randn(adapters, *t.shape, device=ids.device) / 100 for t in tensors]
+            for group, tensors in bank[None].items()
+        }
+        bank.fill(names, stacks)
 
-    def by_peft() -> Tensor:
-        with torch.no_grad():
-            return mixed(
-                input_ids=ids, adapter_names=rows, use_cache=False, logits_to_keep=1
-            ).logits
+        def run() -> Any:
+            with torch.no_grad(), bank.using(names):
+                return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+        return Work(run)
+
+    def by_peft() -> Work:
+        lora = peft.LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False)
+        model = peft.get_peft_model(twin(base), lora, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, lora)
+        model.eval()
+
+        def run() -> Any:
+            with torch.no_grad():
+                return model(
+                    input_ids=ids, adapter_names=names, use_cache=False, logits_to_keep=1
+                ).logits
+
+        return Work(run)
 
     return {
-        FLOOR: prefill(base, ids),
+        FLOOR: lambda: prefill(_frozen(base), ids),
         f"lortalib bank of {adapters}": by_bank,
         f"PEFT mixed batch of {adapters}": by_peft,
     }

@@ -4,20 +4,26 @@
     python benchmarks/gpu/run.py --device cpu --size small    the same code paths anywhere
 
 It needs torch, transformers and peft, and no network: models are random. First the tests that are marked
-``gpu`` run. Then one cell after the other is timed and written to results-<card>.jsonl at once, so a run
-that is cut off keeps what it has; what did not fit into ``--minutes`` is listed as not run. The tables go
-into results-<card>.md.
+``gpu`` run. Then one cell after the other is timed, and the files results-<card>.json and .md are written
+anew after each, so a run that is cut off keeps what it has. What did not fit into ``--minutes``, and what
+failed, is listed with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
+import os
+import platform
 import re
+import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -27,14 +33,21 @@ import cases
 import peft
 import torch
 import transformers
-from cases import CONTENDERS, FLOOR, LORA
+from cases import FLOOR
 from clock import Work, as_graph, in_turn, ratio, wait
+from page import Result, page
+from plan import BANK, COMPILED, GRAPH, Cell, cells
 
 import lortalib
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-Cell = dict[str, Any]
+#: The part of the remaining time that the tests, and the rounds of one cell, may take.
+TESTS_SHARE, ROUNDS_SHARE = 0.25, 0.1
+
+
+class TimeUp(BaseException):
+    """The time is up; no library takes this for an error of its own."""
 
 
 class Run:
@@ -46,74 +59,166 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
+        self.on_gpu = self.device.type != "cpu"
         self.small = options.size == "small"
-        self.end = time.monotonic() + 60 * options.minutes
         self.only = options.only
-        self.cells: list[Cell] = []
-        self.folder = Path(options.out)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.results: list[Result] = []
         self.about = describe(self.device)
-        self.stem = "results-" + re.sub(r"\W+", "-", self.about["card"].lower()).strip("-")
-        (self.folder / f"{self.stem}.jsonl").write_text("")
+        self.end: float = time.monotonic() + 60 * options.minutes
+        card = re.sub(r"\W+", "-", self.about["card"].lower()).strip("-")
+        self.file = Path(options.out) / f"results-{card}"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.base: tuple[str, torch.nn.Module] | None = None
+        self.costs: dict[
+            str, float
+        ] = {}  # seconds that the last contender of a mode took to be ready
+        self.may_stop = False
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self.stop)
+            signal.setitimer(
+                signal.ITIMER_REAL, 60 * options.minutes, 5
+            )  # a library may swallow one
 
-    def note(self, cell: Cell) -> None:
-        """Keep a cell, on the disk too."""
-        self.cells.append(cell)
-        with (self.folder / f"{self.stem}.jsonl").open("a") as file:
-            file.write(json.dumps(cell) + "\n")
-        print(cell, flush=True)
+    def stop(self, *_: object) -> None:
+        """End what is being timed: the time is up."""
+        if self.may_stop:
+            raise TimeUp
 
-    def measure(self, cell: Cell, works: Callable[[], Mapping[str, Work]], share: float) -> None:
-        """Time the works of one cell, or note why not.
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.end - time.monotonic()
 
-        Args:
-            cell: what it is.
-            works: makes the works, which are warm afterwards.
-            share: the part of the time that is left that the rounds may take.
-        """
-        if self.only and self.only not in " ".join(map(str, cell.values())):
-            return None
-        left = self.end - time.monotonic()
-        if left <= 0:
-            return self.note({**cell, "not run": "no time was left"})
+    def note(self, result: Result) -> None:
+        """Keep the result of a cell, on the disk too."""
+        self.results.append(result)
+        whole = {"about": self.about, "results": self.results}
+        for suffix, text in (
+            (".json", json.dumps(whole, indent=1)),
+            (".md", page(self.about, self.results)),
+        ):
+            new = self.file.parent / f"{self.file.name}{suffix}.new"
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, self.file.parent / f"{self.file.name}{suffix}")
+        print(json.dumps(result), flush=True)
+
+    def measure(self, cell: Cell) -> None:
+        """Time one cell, or note why not."""
+        if self.only not in ", ".join(map(str, cell)):
+            return
         try:
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            ready = works()
-            for work in ready.values():
-                work()
-            wait(self.device)
-            rounds, repeats = (2, 1) if self.small else (9, 5)
-            times = in_turn(ready, self.device, rounds, repeats, time.monotonic() + share * left)
-            found: Cell = {
-                "ms": {
-                    name: round(sorted(each)[len(each) // 2], 4) for name, each in times.items()
-                },
-                "ratio": {name: round(ratio(times, name, FLOOR), 4) for name in times},
-            }
-            if self.device.type == "cuda":
-                found["MiB"] = torch.cuda.max_memory_allocated() >> 20
-            self.note({**cell, **found})
+            self.may_stop = True
+            found = self.timed(cell) if self.left > 0 else {"not run": "no time was left"}
+        except TimeUp:
+            found = {"not run": "the time was up before it was done"}
         except Exception as error:  # one cell that fails does not cost the others
-            self.note({**cell, "not run": f"{type(error).__name__}: {str(error)[:300]}"})
+            found = {"not run": message(error)}
         finally:
-            torch.compiler.reset()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return None
+            self.may_stop = False
+        self.note({**cell._asdict(), **found})
+        torch.compiler.reset()
+        self.clean()
+
+    def timed(self, cell: Cell) -> Result:
+        """The times of one cell."""
+        if cell.mode == GRAPH and not self.on_gpu:
+            return {"not run": "CUDA graphs need CUDA"}
+        pool = torch.cuda.graph_pool_handle() if cell.mode == GRAPH else None
+        works: dict[str, Work] = {}
+        memory: dict[str, int] = {}
+        failed: dict[str, str] = {}
+        for name, make in self.makers(cell).items():
+            if self.left < self.costs.get(cell.mode, 0):
+                failed[name] = "there was too little time left to make it ready"
+                continue
+            begin = time.monotonic()
+            try:
+                works[name], memory[name] = self.ready(make, cell.mode, pool)
+            except Exception as error:  # nor does one contender
+                failed[name] = message(error)
+            self.costs[cell.mode] = time.monotonic() - begin
+            self.clean()
+        if FLOOR not in works:
+            return {"not run": failed[FLOOR]}
+        rounds, repeats = (2, 1) if self.small else (9, 5)
+        until = time.monotonic() + ROUNDS_SHARE * self.left
+        times = in_turn(works, self.device, rounds, repeats, until)
+        return {
+            "rounds": len(times[FLOOR]),
+            "ms": {name: round(statistics.median(each), 4) for name, each in times.items()},
+            "ratio": {name: round(ratio(times, name, FLOOR), 4) for name in times},
+            "MiB": memory if self.on_gpu else {},
+            **({"failed": failed} if failed else {}),
+        }
+
+    def makers(self, cell: Cell) -> dict[str, Callable[[], Work]]:
+        """For each contender of a cell what makes its work."""
+        base = self.model(cell.model)
+        vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = torch.randint(vocabulary, (cell.rows, cell.tokens), device=self.device)
+        if cell.work == BANK:
+            return cases.bank_rows(base, ids[:1], cell.rows)
+        return {name: partial(self.make, cell, name, base, ids) for name in cell.contenders()}
+
+    def make(self, cell: Cell, name: str, base: torch.nn.Module, ids: torch.Tensor) -> Work:
+        """The work of one contender."""
+        model = cases.CONTENDERS[name](base)
+        if cell.mode == COMPILED:
+            # Elsewhere compiling takes longer than running; the frames are traced all the same.
+            backend = "inductor" if self.device.type == "cuda" else "aot_eager"
+            model.compile(backend=backend, dynamic=False)
+        return cases.WORKS[cell.work](model, ids)
+
+    def model(self, shape: str) -> torch.nn.Module:
+        """The base; one at a time is in memory."""
+        if self.base is None or self.base[0] != shape:
+            self.base = None
+            self.clean()
+            dtype = torch.bfloat16 if self.on_gpu else torch.float32
+            self.base = shape, cases.llama(shape, self.device, dtype)
+        return self.base[1]
+
+    def ready(self, make: Callable[[], Work], mode: str, pool: Any) -> tuple[Work, int]:
+        """A work that has run, and the MiB that it took."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
+        work = make()
+        for _ in range(2):  # in the second the optimiser has its state
+            work.rewind()
+            work.run()
+        wait(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before if self.on_gpu else 0
+        return (as_graph(work, pool) if mode == GRAPH else work), peak >> 20
+
+    def clean(self) -> None:
+        """Give back memory that nothing uses."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def message(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """The machine and the versions."""
-    cuda = device.type == "cuda"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
+    about = {"card": "cpu", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    if device.type != "cpu":
+        card = torch.cuda.get_device_properties(device)
+        about["card"] = card.name
+        about["memory"] = f"{card.total_memory / 2**30:.0f} GiB"
+        about["driver"] = output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+        about["CUDA"] = str(torch.version.cuda)
     return {
-        "card": torch.cuda.get_device_name(device) if cuda else "cpu",
+        **about,
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "cuda": str(torch.version.cuda) if cuda else "none",
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "Python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
@@ -121,109 +226,54 @@ def describe(device: torch.device) -> dict[str, str]:
     }
 
 
-def tested(device: torch.device) -> Cell:
-    """Run the tests marked ``gpu``, and say how they ended."""
+def output(*command: str) -> str:
+    """The first line that a command prints."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (ended.stdout.strip().splitlines() or ["unknown"])[0]
+
+
+def tested(seconds: float) -> Result:
+    """Run the tests marked ``gpu``, and say how they ended.
+
+    Args:
+        seconds: after which they are ended.
+    """
+    if importlib.util.find_spec("pytest") is None:
+        return {"work": "tests", "not run": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    tail = ended.stdout.strip().splitlines()[-8:]
-    return {"work": "tests", "device": device.type, "exit code": ended.returncode, "end": tail}
-
-
-WORKS: dict[str, Callable[[torch.nn.Module, torch.Tensor], Work]] = {
-    "training step": cases.training,
-    "prefill": cases.prefill,
-    "decoding": cases.decoding,
-    "decoding, pairs made anew": partial(cases.decoding, keep_pairs=False),
-}
-
-
-#: Compiling costs most of the time there is, so fewer are compiled.
-COMPILED = (FLOOR, "lortalib CP r8", LORA)
-
-
-def modes(device: torch.device, shape: str, wanted: list[str]) -> Iterator[str]:
-    """How the works are run, the cheapest first; the largest model is not compiled."""
-    if "eager" in wanted:
-        yield "eager"
-    if "graph" in wanted and device.type == "cuda":
-        yield "CUDA graph"
-    if "compiled" in wanted and shape != "7B":
-        yield "compiled"
-
-
-def prepared(base: torch.nn.Module, ids: torch.Tensor, work: str, mode: str) -> dict[str, Work]:
-    """One work of every contender, ready to be timed."""
-    found = {}
-    for name, attach in CONTENDERS.items():
-        if mode == "compiled" and name not in COMPILED:
-            continue
-        model = attach(cases.twin(base))
-        if mode == "compiled":
-            model.forward = torch.compile(model.forward, dynamic=False)  # type: ignore[method-assign]
-        run = WORKS[work](model, ids)
-        run()
-        found[name] = as_graph(run) if mode == "CUDA graph" else run
-    return found
+    command += ["-k", "not benchmark", "--tb=short"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        ended = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"work": "tests", "not run": f"not done after {seconds:.0f} seconds"}
+    said = (ended.stdout + ended.stderr).strip().splitlines()
+    return {"work": "tests", "exit code": ended.returncode, "end": said[-40:]}
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing begins")
-    parser.add_argument("--only", default="", help="only cells that hold this text")
-    parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compiled"])
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which it ends")
+    parser.add_argument("--only", default="", help="only cells that hold this text: 'eager', '7B'")
     parser.add_argument("--out", default=str(HERE), help="folder of the tables")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
     options = parser.parse_args()
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("no GPU is here; try --device cpu --size small")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU is here; try --device cpu --size small --out runs")
     run = Run(options)
     if not options.no_tests:
-        run.note(tested(run.device))
-    for shape in ("tiny",) if run.small else ("1B", "7B"):
-        dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
-        base = cases.llama(shape, run.device, dtype)
-        words = base.get_input_embeddings().num_embeddings
-        rows, length = (2, 16) if run.small else ((8, 512) if shape == "1B" else (2, 512))
-        ids = torch.randint(words, (rows, length), device=run.device)
-        for mode in modes(run.device, shape, options.modes):
-            for work in WORKS:
-                cell = {"model": shape, "work": work, "mode": mode, "rows": rows, "tokens": length}
-                run.measure(cell, partial(prepared, base, ids, work, mode), 0.1)
-        many = 4 if run.small else 64
-        users = ids[:1, :16].repeat(many, 1)
-        cell = {"model": shape, "work": "rows", "mode": "eager", "rows": many, "tokens": 16}
-        run.measure(cell, partial(cases.bank_rows, base, users, many), 0.1)
-        del base
-    (run.folder / f"{run.stem}.md").write_text(tables(run.about, run.cells))
-
-
-def tables(about: Mapping[str, str], cells: list[Cell]) -> str:
-    """The results as a page."""
-    lines = ["# On a GPU", "", ", ".join(f"{key} {value}" for key, value in about.items()), ""]
-    lines += [
-        "Times of one run in milliseconds, with the ratio to the frozen base in the same round (median "
-        "over the rounds). Above the floor: the part of LoRA's additional time that a contender needs.",
-        "",
-    ]
-    for cell in cells:
-        head = ", ".join(
-            f"{key} {value}" for key, value in cell.items() if not isinstance(value, (dict, list))
-        )
-        lines += [f"## {head}", ""]
-        if "end" in cell:
-            lines += ["```", *cell["end"], "```", ""]
-        if "ms" not in cell:
-            continue
-        lora = cell["ratio"].get(LORA, 1.0) - 1
-        lines += ["| contender | ms | ratio | above the floor, of LoRA's |", "|---|---:|---:|---:|"]
-        for name, value in cell["ms"].items():
-            part = f"{(cell['ratio'][name] - 1) / lora:.2f}" if lora > 0 else ""
-            lines.append(f"| {name} | {value:.3f} | {cell['ratio'][name]:.3f} | {part} |")
-        lines.append("")
-    return "\n".join(lines)
+        run.note(tested(TESTS_SHARE * run.left))
+    for cell in cells(run.small):
+        run.measure(cell)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,14 @@ from lortalib.decomp import Legs, Shape, cp, decompose
 BATCHES = 4
 
 
+def first_batches(task: Task, seed: int) -> Iterator[Any]:
+    """Rows drawn like those of a training, otherwise."""
+    return islice(task.batches(seed + 1000), BATCHES)
+
+
 def align_to_gradient(model: nn.Module, task: Task, seed: int) -> None:
-    """Point the adapter along the gradient of rows drawn like those of a training, otherwise."""
-    rows = islice(task.batches(seed + 1000), BATCHES)
+    """Point the adapter along the gradient of the first batches."""
+    rows = first_batches(task, seed)
     lortalib.nn.align_to_gradient(model, rows, loss=lambda some: loss(model, task, some))
 
 
@@ -33,13 +38,13 @@ def loss(model: nn.Module, task: Task, rows: Any) -> Tensor:
 def gradient(task: Task, seed: int) -> tuple[Tensor, tuple[str, ...]]:
     """The gradient of the loss by T itself, and the names of its axes.
 
-    A network of one parameter that has every mode is T, so its gradient is the tensor of all
-    gradients of weights.
+    `lortalib.nn.align_to_gradient` keeps this tensor to itself and has no directions for CP. A network of
+    one parameter that has every mode is T, so its gradient is the tensor of all gradients of weights.
     """
     model, new = task.fresh(seed)
     line = "layer head matrix in out"
     adapter = lortalib.nn.apply(model, line, 1, train_also=new)
-    for rows in islice(task.batches(seed + 1000), BATCHES):
+    for rows in first_batches(task, seed):
         (loss(model, task, rows) / BATCHES).backward()
     (network,) = adapter.networks.values()
     (parameter,) = network.parameters()

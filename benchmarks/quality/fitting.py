@@ -46,14 +46,14 @@ def trial(
         if groups or head
         else None
     )
-    numbers = sum(p.numel() for _, params in groups for p in params)
+    parameters = sum(p.numel() for _, params in groups for p in params)
     losses = learn(task, model, optimizer, seed) if optimizer else []
     record: dict[str, Any] = {
         "task": task.name,
         "method": method.label,
         "exponent": exponent,
         "seed": seed,
-        "numbers": numbers,
+        "parameters": parameters,
     }
     finite = all(map(math.isfinite, losses))
     record["validation"] = rounded(task, model, "validation") if finite else None

@@ -5,7 +5,6 @@ All adapt the same sites, q, k, v and o of every layer, unless their label says 
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,11 +94,5 @@ class Method:
         )
         if along and self.kind != "cp":
             align_to_gradient(model, task, seed)
-        by_speed: dict[float, list[nn.Parameter]] = {}
-        for network in adapter.networks.values():
-            for name, parameter in network.named_parameters():
-                if parameter.requires_grad:
-                    legs = name.split("_")
-                    speed = math.prod(speeds.get(leg, 1.0) for leg in legs)
-                    by_speed.setdefault(speed, []).append(parameter)
-        return list(by_speed.items())
+        groups = lortalib.nn.parameter_groups(adapter, 1.0, speeds=speeds)
+        return [(group["lr"], group["params"]) for group in groups]

@@ -114,7 +114,7 @@ APART = [
     lorta(BY_MATRIX, 5, label="CP r5: a tensor for each matrix"),
     lorta(BY_MATRIX, 16, label="CP r16: a tensor for each matrix"),
 ]
-#: Ranks that fill a twentieth of LoRA r8's numbers, of formats that were best where they were above it
+#: Ranks that fill a twentieth of LoRA r8's parameters, of formats that were best where they were above it
 #: or far below it.
 FULL = [
     lorta("lotr", 15, -5),
@@ -197,10 +197,10 @@ def text(longest: int) -> str:
         "r42 and, in the longer training, CP r16). Added then, having tried them by hand on the reviews: the",
         "methods with a gradient start but for CP's. Full fine-tuning moved forward. After 52 pairs a tensor",
         "for each matrix, the best of the choices on the reviews, went to the front of all other tasks.",
-        "After 119 pairs: LoTR r16 had been best on the preferences with 1/18.8 of LoRA r8's numbers, and",
+        "After 119 pairs: LoTR r16 had been best on the preferences with 1/18.8 of LoRA r8's parameters, and",
         "LoRA-XS on the peptides with 1/28, so that ranks which fill a twentieth were added at the end; and",
         "a third seed for every method on the two classifiers, whose runs are cheap. After 127 pairs:",
-        "UniLoRA on the other tasks, because on the reviews it did best for its numbers, and beside it a",
+        "UniLoRA on the other tasks, because on the reviews it did best for its parameters, and beside it a",
         "tensor for each matrix of rank 2. These additions, and what went forward after 52 pairs, came of",
         "test scores. Third seeds were run first for the methods then ahead; few others have one.",
         "",

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
     label: str
     library: str
-    numbers: int
+    parameters: int
     scores: tuple[float, ...]
     exponent: int
     swept: int
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 
 def entries(task: Task) -> list[Entry]:
-    """What is known of a task, by numbers."""
+    """What is known of a task, by trainable parameters."""
     methods = {method.label: method for method in METHODS}
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records():
@@ -59,15 +59,15 @@ def entries(task: Task) -> list[Entry]:
         scores = tuple(r["test"][task.metric] for r in scored(own, best).values())
         if scores:
             swept = len({r["exponent"] for r in own if r["seed"] == 0})
-            found.append(Entry(label, method.library, own[0]["numbers"], scores, best, swept))
-    return sorted(found, key=lambda entry: (entry.numbers, entry.label))
+            found.append(Entry(label, method.library, own[0]["parameters"], scores, best, swept))
+    return sorted(found, key=lambda entry: (entry.parameters, entry.label))
 
 
-def share(numbers: int, whole: int) -> str:
-    """How many of `whole` numbers, as 1/21.2 or, above it, as 157 times."""
-    if not numbers:
+def share(own: int, whole: int) -> str:
+    """How many of `whole` parameters, as 1/21.2 or, above it, as 157 times."""
+    if not own:
         return ""
-    return f"1/{whole / numbers:.1f}" if numbers <= whole else f"{numbers / whole:,.1f} times"
+    return f"1/{whole / own:.1f}" if own <= whole else f"{own / whole:,.1f} times"
 
 
 def table(task: Task, found: list[Entry]) -> str:
@@ -82,17 +82,18 @@ def table(task: Task, found: list[Entry]) -> str:
         f"{task.steps} steps of {task.batch} rows; {len(task.divided()['test']):,} test rows; "
         f"{task.metric}, {'higher' if task.better > 0 else 'lower'} is better.",
         "",
-        f"| method | numbers | of LoRA r8's | {task.metric} | lowest to highest | gain / LoRA r8's | rate |",
+        f"| method | trainable parameters | of LoRA r8's | {task.metric} | lowest to highest "
+        "| gain / LoRA r8's | rate |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in found:
-        part = share(entry.numbers, ruler.numbers)
+        part = share(entry.parameters, ruler.parameters)
         gain = (entry.mean - low) / (ruler.mean - low) + 0.0  # never -0 %
         name = f"**{entry.label}**" if entry.library == "lortalib" else entry.label
         rate = "" if entry.label == BASE else f"10^{entry.exponent / 2:g}"
         spread = f"{min(entry.scores):.3f} to {max(entry.scores):.3f} ({len(entry.scores)})"
         lines.append(
-            f"| {name} | {entry.numbers:,} | {part} | {entry.mean:.3f} | {spread} "
+            f"| {name} | {entry.parameters:,} | {part} | {entry.mean:.3f} | {spread} "
             f"| {gain:.0%} | {rate} |"
         )
     if missing:
@@ -101,13 +102,13 @@ def table(task: Task, found: list[Entry]) -> str:
 
 
 def panel(axes: Axes, task: Task, found: list[Entry]) -> None:
-    """Score against numbers of one task."""
+    """Draw the scores of one task against trainable parameters."""
     for library, (colour, marker) in LIBRARIES.items():
         own = [entry for entry in found if entry.library == library]
         for entry in own:
             low, high = min(entry.scores), max(entry.scores)
             axes.errorbar(
-                entry.numbers,
+                entry.parameters,
                 entry.mean,
                 [[entry.mean - low], [high - entry.mean]],
                 color=colour,
@@ -119,7 +120,7 @@ def panel(axes: Axes, task: Task, found: list[Entry]) -> None:
             short = entry.label.removeprefix("PEFT ").removeprefix("lortalib ")
             axes.annotate(
                 short,
-                (entry.numbers, entry.mean),
+                (entry.parameters, entry.mean),
                 (3, 3),
                 textcoords="offset points",
                 fontsize=5.5,

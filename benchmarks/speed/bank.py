@@ -167,7 +167,7 @@ def measure_sizes(sizes: tuple[int, ...], progress: Progress) -> list[dict[str, 
             {
                 "adapters": size,
                 "bytes": held / size,
-                "numbers": bank.count(),
+                "parameters": bank.count(),
                 "fill": filled,
                 "replace": seconds(lambda n=size: bank.add(f"user-{draw.randrange(n)}", one), 50),
                 "gather": seconds(lambda names=chosen: gather(bank, names), 50),
@@ -237,7 +237,7 @@ def size_table(found: list[dict[str, Any]]) -> str:
         [
             (
                 f"{row['adapters']:,}",
-                row["numbers"],
+                row["parameters"],
                 f"{row['bytes']:,.0f}",
                 f"{row['fill']:.1f}",
                 f"{row['replace'] * 1e6:.0f}",

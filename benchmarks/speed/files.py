@@ -57,7 +57,7 @@ def ours(title: str) -> dict[str, Any]:
     adapter.networks.to_empty(device="cpu")
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
-    found: dict[str, Any] = {"numbers": adapter.count()}
+    found: dict[str, Any] = {"parameters": adapter.count()}
     with tempfile.TemporaryDirectory() as folder:
         found["save"] = seconds(lambda: adapter.save(folder))
         found["bytes"] = size(folder)
@@ -85,7 +85,7 @@ def theirs() -> dict[str, Any]:
     before = highest()
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=names))
-    found: dict[str, Any] = {"numbers": wrapped.get_nb_trainable_parameters()[0]}
+    found: dict[str, Any] = {"parameters": wrapped.get_nb_trainable_parameters()[0]}
     with tempfile.TemporaryDirectory() as folder:
         found["save"] = seconds(lambda: wrapped.save_pretrained(folder))
         found["bytes"] = size(folder)
@@ -120,7 +120,7 @@ def row(title: str, found: dict[str, Any]) -> tuple[object, ...]:
         return f"{found[key] / MIB:,.2f}" if key in found else ""
 
     return (
-        title, f"{found['numbers']:,}", milliseconds("save"), milliseconds("load"),
+        title, f"{found['parameters']:,}", milliseconds("save"), milliseconds("load"),
         milliseconds("switch"), mebibytes("bytes"), milliseconds("export"),
         mebibytes("exported bytes"), mebibytes("memory of export"),
     )  # fmt: skip
@@ -141,8 +141,8 @@ def main() -> None:
         progress.say(title)
     found[f"{REAL}, LoRA of PEFT"] = in_a_process("PEFT")
     head = (
-        "model", "numbers", "save, ms", "load, ms", "switch, ms", "file, MiB", "export as LoRA, ms",
-        "exported, MiB", "memory of all, MiB",
+        "model", "trainable parameters", "save, ms", "load, ms", "switch, ms", "file, MiB",
+        "export as LoRA, ms", "exported, MiB", "memory of all, MiB",
     )  # fmt: skip
     parts = [
         f"CP of rank {RANK} on q, k, v, o; medians.",

@@ -27,12 +27,12 @@ from typing import Any
 
 import subjects
 import torch
+from cells import MIDDLE, RANKS, Cell, contenders, fill, ordered, sections
 from measure import MIB, Progress, arguments, table, write
 from subjects import Batch, Subject
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import MIDDLE, RANKS, Cell, contenders, ordered
 
 CELLS = (
     Cell("MiniLM", 8, 64),
@@ -199,18 +199,9 @@ def unseen(entries: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Count all cells and write the tables."""
     options = arguments(__doc__, repetitions=1)
-    progress = Progress()
-    entries = []
-    base: tuple[str, nn.Module] | None = None
-    for cell in QUICK_CELLS if options.quick else CELLS:
-        if base is None or base[0] != cell.model:
-            base = cell.model, subjects.load(cell.model)
-        entries += measure_cell(base[1], cell)
-        progress.say(f"{cell.model}, {cell.tokens} tokens")
+    entries = fill(QUICK_CELLS if options.quick else CELLS, measure_cell, Progress())
     parts = ["Memory of a training step in MiB above the floor; in brackets the floor's own."]
-    for model in dict.fromkeys(entry["model"] for entry in entries):
-        own = [entry for entry in entries if entry["model"] == model]
-        parts += [f"## {model}", table_of(own), unseen(own)]
+    parts += sections(entries, lambda own: [table_of(own), unseen(own)])
     write(__file__, parts, {"cells": entries}, quick=options.quick)
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cells import MIDDLE
 from measure import MIB, QUICK_FOLDER, arguments
 from subjects import LABELS
-from training import MIDDLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ Llama-shaped models on the meta device (no weights), CP of rank 8 on q, k, v, o 
 
 * apply: seconds (median of 5 [smallest, largest]) and growth of the process's resident memory over the
   first one; trainable parameters beside LoRA's.
-* factors: from the few numbers of the tensor every step makes the low-rank pair of every projection,
+* factors: from the few parameters of the tensor every step makes the low-rank pair of every projection,
   which LoRA has as parameters. Operations and bytes written for that, forward and backward, are
   counted from what torch executes, at full size on the meta device, and beside a formula. A small model
   on the CPU, whose factors are really made, checks both.
@@ -68,8 +68,8 @@ class Llama:
         """Components of a head."""
         return self.hidden // self.heads
 
-    def lora_numbers(self, rank: int) -> int:
-        """Trainable numbers of LoRA on q, k, v, o."""
+    def lora_parameters(self, rank: int) -> int:
+        """Trainable parameters of LoRA on q, k, v, o."""
         narrow = self.kv_heads * self.head_dim
         widths = (2 * self.hidden, self.hidden + narrow, self.hidden + narrow, 2 * self.hidden)
         return self.layers * rank * sum(widths)
@@ -92,7 +92,7 @@ SMALL = (
 
 
 def measure_apply(model: nn.Module, times: int) -> dict[str, Any]:
-    """Seconds of `apply`, what the first one added to the process, and the numbers it trains."""
+    """Seconds of `apply`, what the first one added to the process, and the parameters it trains."""
     seconds = []
     growth = 0
     for number in range(times):
@@ -104,7 +104,7 @@ def measure_apply(model: nn.Module, times: int) -> dict[str, Any]:
             growth = resident() - before
         if number < times - 1:
             adapter.remove()
-    return {"seconds": spread(seconds), "growth": growth, "numbers": adapter.count()}
+    return {"seconds": spread(seconds), "growth": growth, "parameters": adapter.count()}
 
 
 # Making the factors
@@ -197,15 +197,15 @@ def measure_llama(llama: Llama, times: int, device: str = "meta") -> dict[str, A
     return {
         "model": llama.title,
         "apply": begin,
-        "lora_numbers": llama.lora_numbers(RANK),
-        "lora_checked": lora_numbers_of(adapter),
+        "lora_parameters": llama.lora_parameters(RANK),
+        "lora_checked": lora_parameters_of(adapter),
         "predicted": predict(llama),
         "counted": count_factors(adapter),
     }
 
 
-def lora_numbers_of(adapter: lortalib.nn.Adapter) -> int:
-    """LoRA's numbers by the sites that lortalib found."""
+def lora_parameters_of(adapter: lortalib.nn.Adapter) -> int:
+    """LoRA's trainable parameters by the sites that lortalib found."""
     return RANK * sum(site.width + site.features for site in adapter.sites)
 
 
@@ -217,14 +217,14 @@ def table_of_apply(entries: Sequence[dict[str, Any]]) -> str:
     rows = []
     for entry in entries:
         begin = entry["apply"]
-        factor = entry["lora_numbers"] / begin["numbers"]
+        factor = entry["lora_parameters"] / begin["parameters"]
         rows.append(
             [
                 entry["model"],
                 begin["seconds"].text(3),
                 f"{begin['growth'] / MIB:.1f}",
                 f"{begin['numbers']:,}",
-                f"{entry['lora_numbers']:,}",
+                f"{entry['lora_parameters']:,}",
                 f"{factor:.0f}",
             ]
         )
@@ -264,7 +264,7 @@ def table_of_state(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         counted = entry["counted"]
         passes = (counted["forward"], counted["backward"])
-        own, lora = entry["apply"]["numbers"] * BYTES, entry["lora_numbers"] * BYTES
+        own, lora = entry["apply"]["parameters"] * BYTES, entry["lora_parameters"] * BYTES
         rows.append(
             [
                 entry["model"],
@@ -292,7 +292,7 @@ def main() -> None:
         entries.append(measure_llama(llama, options.repetitions))
         progress.say(llama.title)
     for entry in [*small, *entries]:
-        if entry["lora_numbers"] != entry["lora_checked"]:
+        if entry["lora_parameters"] != entry["lora_checked"]:
             raise RuntimeError(f"{entry['model']}: other sites than those of q, k, v, o")
     parts = [
         f"CP of rank {RANK} on q, k, v, o of every layer; models on the meta device.",

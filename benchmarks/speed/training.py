@@ -27,6 +27,7 @@ from typing import Any
 
 import subjects
 import torch
+from cells import FLOOR, MIDDLE, Cell, contenders, fill, ordered, sections
 from measure import (
     Progress,
     Spread,
@@ -43,35 +44,6 @@ from measure import (
 from subjects import Batch, Contender, Subject
 from torch import Tensor, nn
 
-RANKS = (4, 16, 64)
-MIDDLE = 16  # rank of VeRA, of dense LoRTA and of the second table
-FLOOR = Contender("floor")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model and a batch.
-
-    Attributes:
-        model: name in `subjects.MODELS`.
-        rows: sequences in the batch.
-        length: tokens of a sequence.
-        share: rounds relative to ``--repetitions``; short steps can have more.
-        ranks: ranks that are compared.
-    """
-
-    model: str
-    rows: int
-    length: int
-    share: float = 1.0
-    ranks: tuple[int, ...] = RANKS
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch."""
-        return self.rows * self.length
-
-
 CELLS = (
     Cell("MiniLM", 8, 64, 3),
     Cell("MiniLM", 8, 128, 1.5, (MIDDLE,)),
@@ -82,16 +54,6 @@ CELLS = (
     Cell("Llama, width 2048, 2 layers", 8, 128, 0.5),
 )
 QUICK_CELLS = (Cell("MiniLM", 8, 64, 1, (MIDDLE,)),)
-
-
-def contenders(ranks: Iterable[int]) -> list[Contender]:
-    """All that are compared, with those of one rank together."""
-    chosen = [FLOOR]
-    for rank in ranks:
-        chosen += [Contender(kind, rank) for kind in ("cp", "lora", "tucker", "tt")]
-        if rank == MIDDLE:
-            chosen += [Contender("vera", rank), Contender("dense", rank)]
-    return chosen
 
 
 def measure_cell(base: nn.Module, cell: Cell, rounds: int) -> list[dict[str, Any]]:
@@ -151,10 +113,13 @@ def table_of(entries: Sequence[dict[str, Any]]) -> str:
     return table(["contender", "rank", *head], rows)
 
 
-def ordered(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries by contender, then rank."""
-    kinds = list(subjects.LABELS)
-    return sorted(entries, key=lambda entry: (kinds.index(entry["kind"]), entry["rank"]))
+def section(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """What the page says of one model."""
+    rounds = ", ".join(
+        f"{number} at {tokens} tokens"
+        for tokens, number in sorted({e["tokens"]: e["rounds"] for e in entries}.items())
+    )
+    return [f"Rounds: {rounds}.", table_of(entries)]
 
 
 def text(value: Spread | None) -> str:
@@ -307,13 +272,11 @@ def main() -> None:
     """Measure all cells and write the tables."""
     options = arguments(__doc__, repetitions=8, quick=2)
     progress = Progress()
-    entries = []
-    base: tuple[str, nn.Module] | None = None
-    for cell in QUICK_CELLS if options.quick else CELLS:
-        if base is None or base[0] != cell.model:
-            base = cell.model, subjects.load(cell.model)
-        entries += measure_cell(base[1], cell, max(2, round(cell.share * options.repetitions)))
-        progress.say(f"{cell.model}, {cell.tokens} tokens")
+
+    def measured(base: nn.Module, cell: Cell) -> list[dict[str, Any]]:
+        return measure_cell(base, cell, max(2, round(cell.share * options.repetitions)))
+
+    entries = fill(QUICK_CELLS if options.quick else CELLS, measured, progress)
     variants = []
     kinds = ("cp", "lora") if options.quick else ("cp", "lora", "tucker", "tt")
     for variant in VARIANTS:
@@ -322,13 +285,7 @@ def main() -> None:
             variants += measure_variant(model, variant, kinds, options.repetitions)
             progress.say(variant.title)
     parts = ["Time of a training step; medians over the rounds [smallest, largest]."]
-    for model in dict.fromkeys(entry["model"] for entry in entries):
-        own = [entry for entry in entries if entry["model"] == model]
-        rounds = ", ".join(
-            f"{number} at {tokens} tokens"
-            for tokens, number in sorted({e["tokens"]: e["rounds"] for e in own}.items())
-        )
-        parts += [f"## {model}", f"Rounds: {rounds}.", table_of(own)]
+    parts += sections(entries, section)
     parts += [
         "## Other ways to train",
         f"Llama of width 576, random weights, rank {MIDDLE}, 512 tokens, {options.repetitions} rounds; "

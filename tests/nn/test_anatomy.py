@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from models import BERT, FAMILIES, Attention, each_family
+from packaging.version import Version
 from torch import nn
 
 from lortalib.nn import UnsupportedModelError, apply, sites
@@ -12,6 +13,8 @@ from lortalib.nn._anatomy.names import role_of
 
 @each_family
 def test_sites_are_those_of_the_config(family):
+    if family.name == "ViT" and Version(transformers.__version__) < Version("5.9"):
+        pytest.skip("older transformers call ViT's layers encoder.layer")
     found = sites(family.model())
     assert list(dict.fromkeys(site.stack for site in found)) == list(family.stacks)
     for stack, sizes in family.stacks.items():

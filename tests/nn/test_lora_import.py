@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lora_files import config_of, edit, loaded_by_peft
 from models import FAMILIES, each_family
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save_file
 from strategies import examples
 
 import lortalib
@@ -206,7 +207,7 @@ def test_a_configuration_of_any_length_costs_no_time(theirs, llama):
 )
 def test_odd_pairs_are_refused(change, message, theirs, llama):
     file = theirs / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = tensors_in(file.read_bytes())
     key = next(key for key in tensors if "lora_A" in key)
     a, b = change(tensors[key], tensors[key.replace("lora_A", "lora_B")])
     changed = {key: a.contiguous(), key.replace("lora_A", "lora_B"): b.contiguous()}
@@ -217,7 +218,7 @@ def test_odd_pairs_are_refused(change, message, theirs, llama):
 
 def test_tensors_beside_the_pairs(theirs, llama):
     file, name = theirs / "adapter_model.safetensors", "base_model.model.lm_head.weight"
-    tensors = load_file(file)
+    tensors = tensors_in(file.read_bytes())
     save_file({**tensors, name: llama.lm_head.weight.data.clone()}, file)  # as PEFT may write it
     load_lora(llama, theirs).remove()
     for value, message in (
@@ -281,7 +282,7 @@ def test_other_models_and_damaged_files_are_refused(llama, tmp_path):
     ):
         load_lora(wide, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = tensors_in(file.read_bytes())
     key = next(iter(tensors))
     save_file({k: v for k, v in tensors.items() if k != key}, file)
     with unchanged(llama), pytest.raises(AdapterFileError, match="is not whole"):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from adapted import close, same_bits
 from torch.func import functional_call
-from updates import dense_tensor, updates
+from updates import updates
 
 HEAD = "lm_head"
 
@@ -67,33 +67,15 @@ def picture_of(adapter):
     networks = copy.deepcopy(dict(adapter.networks))
     return SimpleNamespace(
         groups=adapter.groups,
-        config=adapter.config,
         scaling=adapter.scaling,
         network=lambda group: networks[group.name],
     )
 
 
-def stream_updates(adapter, base):
-    """What an adapter on the stream adds to each weight: W Sᵀ for readers, Sᵀ W for writers."""
-    found = {}
-    for group in adapter.groups:
-        modes = adapter.network(group).modes
-        order = [modes.index(m) for m in ("layer", "matrix", "expert", "in", "out") if m in modes]
-        tensor = dense_tensor(adapter.network(group)).detach().permute(order) * adapter.scaling
-        for site in group.sites:
-            s = tensor[group.layers.index(site.layer), group.roles.index(site.role)].mT
-            name = f"{site.path}.{site.parameter}"
-            weight = base[name].mT if site.transposed else base[name]
-            added = s @ weight if site.writer else weight @ s
-            found[name] = added.mT if site.transposed else added
-    return found
-
-
 def updates_of(adapter, base):
     """What an adapter adds to each weight of a base, by name."""
-    if adapter.config.acts_on == "stream":
-        return stream_updates(adapter, base)
-    return {name: added.detach() for name, added in updates(adapter).items()}
+    plain = SimpleNamespace(get_parameter=base.__getitem__)
+    return {name: added.detach() for name, added in updates(adapter, plain).items()}
 
 
 def sites_of(adapter):

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from random import Random
@@ -19,6 +20,7 @@ from adapted import put, same_bits
 from models import FAMILIES
 from safetensors.torch import load_file
 from saved_files import FILE
+from tqdm import tqdm
 
 from lortalib.cli import main
 from lortalib.nn import AdapterFileError, load_lora, read
@@ -28,6 +30,13 @@ LOADS = int(os.environ.get("LORTALIB_LOADS", "40"))
 LORA = ("adapter_config.json", "adapter_model.safetensors")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(autouse=True)
+def no_lock_is_shared():
+    """By default the lock of tqdm belongs to all processes: one that is killed may never give it back."""
+    tqdm.set_lock(threading.RLock())
+    transformers.logging.disable_progress_bar()
 
 
 def llama():

@@ -21,7 +21,7 @@ from watched_model import BASES, WatchedModel, hooks, names, recipes, seeds
 
 from lortalib import nn
 
-STEPS = int(os.environ.get("LORTALIB_STEPS", "300"))
+STEPS = int(os.environ.get("LORTALIB_STEPS", "160"))
 #: Calls in one sequence.
 LENGTH = 40
 
