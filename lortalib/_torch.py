@@ -91,3 +91,8 @@ def has_saved_tensor_hooks() -> bool:
     """Return True if hooks for saved tensors are set, as by a checkpoint; also where torch cannot tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def is_capturing() -> bool:
+    """Return True while a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

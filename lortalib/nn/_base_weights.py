@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ._anatomy import Site, original_parameters, original_weight
 from ._found_modules import FoundModules
 from ._offloaded import is_on_disk, offloaded_numbers
-from ._sharded import divide_again, divided_like, is_finite
+from ._sharded import divide_again, divided_like, is_divided, is_finite
 
 
 class Merged(Protocol):
@@ -118,10 +118,10 @@ class BaseWeights:
     def _weight(self, site: Site, write: bool = False) -> Tensor:
         module = self._modules.get_submodule(site.path)
         weight = original_weight(module, site.parameter)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        if not isinstance(weight, nn.Parameter) or not _holds_numbers(weight):
             raise ValueError(
-                f"the weight of {site.path} is quantised ({weight.dtype}); it cannot take an update. "
-                "Merge into the unquantised model instead"
+                f"the weight of {site.path} is quantised ({type(weight).__name__}, {weight.dtype}); it "
+                "cannot take an update. Merge into the unquantised model instead"
             )
         if tuple(weight.shape) != site.weight_shape:
             raise ValueError(
@@ -172,6 +172,12 @@ def _memory(weight: Tensor) -> object:
     """What two places that hold one weight have in common. Tensors that accelerate keeps are made anew
     for every place, over one memory."""
     return id(weight) if isinstance(weight, nn.Parameter) else ("memory", weight.data_ptr())
+
+
+def _holds_numbers(weight: Tensor) -> bool:
+    """Whether a weight holds its numbers itself, and is no stand-in such as a quantised tensor of torchao."""
+    own = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ or is_divided(weight)
+    return own and weight.is_floating_point()
 
 
 def weight_name(site: Site) -> str:

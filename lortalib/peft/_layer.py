@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Union, cast
 
 import torch
@@ -18,6 +19,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .._torch import integers, is_tracing
 from ..nn import Adapter, Site
 from ..nn.door import ModuleUpdate, Pair, Place, add_update, may_write_output, without_bias
 from ._sharded import divided_like, whole, whole_adapter
@@ -172,7 +174,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         rows = [used.index(name) if name in used else none for name in names]
         if none in rows:
             firsts, seconds = (pad(side, (0, 0, 0, 0, 0, 1)) for side in (firsts, seconds))
-        index = torch.tensor(rows, device=y.device)
+        index = _row_index(tuple(rows), y.device)
         return add_update(None, x, y, Pair(firsts[index], seconds[index]), 1, 0.0, own)
 
     # In the weight
@@ -299,3 +301,15 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
 class LortaLinear(LortaLayer):
     """The layer, under a name by which PEFT tells that it wraps a linear module ("all-linear")."""
+
+
+def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Make the indices of the rows of a batch; all layers take the very same tensor, as handing numbers to a
+    GPU would wait for it."""
+    return integers(rows, device) if is_tracing() else _known_row_index(rows, device)
+
+
+@lru_cache(maxsize=8)
+def _known_row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it serves later batches in any mode
+        return integers(rows, device)

@@ -81,7 +81,8 @@ def train(model):
 def live(options):
     """What the model computes at every step of the adapter's life."""
     model = base(options.dtype)
-    adapter = put(model, options)
+    adapter, other = put(model, options), lortalib.nn.apply(model, "cp", rank=2, name="other")
+    other.disable()
     model = divide(model, options)
     found = {"start": logits(model)}
     train(model)
@@ -100,6 +101,11 @@ def live(options):
     found["set on"] = logits(model)
     adapter.merge()
     found["merged"] = logits(model)
+    other.merge()
+    found["merged beside another"] = logits(model)
+    other.unmerge()  # which adds up anew what stays merged
+    found["merged, the other out"] = logits(model)
+    other.remove()
     with adapter.disabled():
         found["merged, disabled"] = logits(model)
     found["merged again"] = logits(model)

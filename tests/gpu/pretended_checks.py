@@ -192,7 +192,6 @@ def test_a_mixed_batch_of_peft_has_the_numbers_of_each_adapter():
         assert close(mixed[k], near(output(model, given))[k])
 
 
-@pytest.mark.xfail(raises=Waits, strict=True, reason="each layer copies the numbers of its rows")
 def test_a_mixed_batch_of_peft_waits_for_nothing():
     model = wrapped()
     given = {**step_inputs(DEVICE, model), "adapter_names": ["ann", "bob"]}

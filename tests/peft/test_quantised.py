@@ -7,6 +7,7 @@ from adapted import close, output
 from models import FAMILIES
 from test_method import factors
 
+import lortalib
 from lortalib.peft import LortaConfig
 
 LLAMA = FAMILIES["Llama"]
@@ -51,3 +52,13 @@ def test_a_quantised_base_trains_saves_and_merges(quantised, tmp_path):
     assert close(output(again, inputs), expected, 0.1)
     again.unmerge_adapter()
     assert close(output(again, inputs), expected, 0.02)
+
+
+def test_merging_without_peft_is_refused_and_leaves_the_model(quantised):
+    model, inputs = quantised(), LLAMA.inputs()
+    adapter = lortalib.nn.apply(model, "cp", 2, init="normal")
+    expected = output(model, inputs)
+    with pytest.raises(ValueError, match="is quantised"):
+        adapter.merge()
+    assert not adapter.merged
+    assert torch.equal(output(model, inputs), expected)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ..._torch import is_in_backward
+from ..._torch import is_capturing, is_in_backward
 from .pairs import Pair, PairSource
 
 
@@ -211,7 +211,9 @@ class ForwardScope:
         compare = not (self._keeping or is_in_backward())
         pairs = self._last
         if pairs is None or not pairs.is_current(compare):
-            self._last = pairs = PairSet(self._sources)
+            pairs = PairSet(self._sources)
+            # What a CUDA graph captures holds numbers only once the graph is replayed.
+            self._last = None if is_capturing() else pairs
         return pairs
 
     def end(self, module: nn.Module) -> None:
