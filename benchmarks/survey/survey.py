@@ -16,6 +16,7 @@ was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import re
@@ -57,6 +58,8 @@ CHECKS = {
 MOST_PARAMETERS = 60_000_000
 #: Seconds for one type.
 LIMIT = 60.0
+#: Times that a worker is started before the survey gives up.
+STARTS = 3
 
 
 @dataclass
@@ -268,14 +271,7 @@ class Worker:
     def examine(self, model_type: str, limit: float) -> Row:
         """The row of a type, whatever happens in the process."""
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(
-                target=_serve, args=(theirs, self.meta_only), daemon=True
-            )
-            self.process.start()
-            theirs.close()
-            self.pipe.recv()  # it has started
+            self.start()
         self.pipe.send(model_type)
         row = Row(model_type, plan="crash")
         deadline = time.monotonic() + limit
@@ -295,6 +291,22 @@ class Worker:
         else:
             row.checks = {"built": why}  # the plan stands; a tiny one could not be tried
         return row
+
+    def start(self) -> None:
+        """Start the process; one that dies before it is asked anything says nothing of a type."""
+        context = multiprocessing.get_context("spawn")
+        for _ in range(STARTS):
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(
+                target=_serve, args=(theirs, self.meta_only), daemon=True
+            )
+            self.process.start()
+            theirs.close()
+            with contextlib.suppress(EOFError, ConnectionError):
+                self.pipe.recv()  # it has started
+                return
+            self.stop()
+        raise RuntimeError(f"a worker process died {STARTS} times while it started")
 
     def stop(self) -> None:
         """End the process."""
@@ -443,8 +455,12 @@ def main() -> None:
             with ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
     print("\n".join(totals(list(rows.values()))))
+    missing = [model_type for model_type in types if model_type not in rows]
+    if missing:
+        # A table of some types would look like one of all.
+        raise SystemExit(f"{len(missing)} of {len(types)} types are left; run this again")
     if not partial:
-        write_table([rows[t] for t in types if t in rows])
+        write_table([rows[model_type] for model_type in types])
 
 
 if __name__ == "__main__":

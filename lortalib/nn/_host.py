@@ -19,7 +19,7 @@ from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._found_modules import FoundModules
 from ._sharded import divide_again, is_finite
-from ._stream import check_order
+from ._stream import check_order, check_settled
 from ._trained_modules import TrainedModules
 
 
@@ -200,6 +200,8 @@ class AdapterHost(nn.ModuleDict):
     def remove(self, adapter: Adapter, merged: bool) -> None:
         """See `Adapter.remove`."""
         settled = False
+        if merged:
+            check_settled(adapter, [a for a in self._others(adapter) if a.merged])
         try:
             if merged:
                 self._settle(adapter)

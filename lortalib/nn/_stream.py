@@ -48,7 +48,7 @@ def _whole(name: str, parts: Sequence[Site]) -> Site:
         raise UnsupportedModelError(
             f"{name} has {first.fused} features, of which {features} are asked for "
             f"({', '.join(site.role for site in parts)}). A tensor on the stream changes what the whole "
-            "module reads: add the other parts to targets, leave the module out, or use "
+            "module reads: name all of its parts in targets, leave the module out, or use "
             "acts_on='weights'"
         )
     return replace(
@@ -100,3 +100,23 @@ def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
                     f"{other!r} cannot stand in that weight while {adapter.name!r} is active and not "
                     f"merged. Call disable() on {adapter.name!r} first; merge() makes it take part again"
                 )
+
+
+def check_settled(adapter: OnModel, merged: Iterable[OnModel]) -> None:
+    """Refuse to make an update part of the base under a merged tensor on the stream, which acts through it.
+
+    Args:
+        adapter: whose update would become part of the base.
+        merged: the other adapters that stand in the weights.
+
+    Raises:
+        ValueError: one of them acts on the stream, at a weight of the adapter.
+    """
+    names = {weight_name(site) for site in adapter.sites}
+    for other in merged:
+        if other.config.acts_on == "stream" and names & {weight_name(s) for s in other.sites}:
+            raise ValueError(
+                f"adapter {other.name!r} acts on the stream and is merged into weights of "
+                f"{adapter.name!r}; if those became part of the base, its update would be another. Unmerge "
+                f"or remove {other.name!r} first"
+            )

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/distributed/life_worker.py OUT [--dtype bfloat
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -50,9 +51,10 @@ def base_of(model):
 def divide(model, options):
     narrow = {} if options.dtype == torch.float32 else {"param_dtype": options.dtype}
     policy = MixedPrecisionPolicy(**narrow)
+    options_of_all = {"mp_policy": policy, "reshard_after_forward": options.reshard}
     for layer in base_of(model).model.layers:
-        fully_shard(layer, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy, reshard_after_forward=options.reshard)
+        fully_shard(layer, **options_of_all)
+    return fully_shard(model, **options_of_all)
 
 
 def logits(model):
@@ -81,15 +83,18 @@ def train(model):
 def live(options):
     """What the model computes at every step of the adapter's life."""
     model = base(options.dtype)
-    adapter, other = put(model, options), lortalib.nn.apply(model, "cp", rank=2, name="other")
+    adapter = put(model, options)
+    generator = torch.Generator().manual_seed(2)
+    other = lortalib.nn.apply(model, "cp", rank=2, init="normal", generator=generator, name="other")
     other.disable()
     model = divide(model, options)
     found = {"start": logits(model)}
     train(model)
     found["trained"] = logits(model)
     adapter.save(options.out / "saved")
+    logits(model)  # so that all is gathered when the next call comes
     if not options.share:  # its file could have no pair for the MLP's shared factor
-        adapter.export_lora(options.out / "lora")
+        lortalib.nn.export_lora(adapter, options.out / "lora")
     found["delta"] = adapter.delta(adapter.sites[0]).detach()
     found["norms"] = adapter.norms(adapter.sites[0])
     with adapter.disabled():
@@ -104,6 +109,8 @@ def live(options):
     other.merge()
     found["merged beside another"] = logits(model)
     other.unmerge()  # which adds up anew what stays merged
+    found["unmerged beside the merged"] = logits(model)
+    other.disable()
     found["merged, the other out"] = logits(model)
     other.remove()
     with adapter.disabled():
@@ -119,6 +126,10 @@ def live(options):
     adapter.remove(merged=True)
     found["left in"] = logits(model)
     found["weights, left in"] = gathered(model)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        lortalib.nn.apply(model, "cp", rank=2, name="late")
+    found["heard"] = " ".join(str(each.message) for each in heard)
     return found
 
 
@@ -139,6 +150,7 @@ def live_with_peft(options):
     model.unmerge_adapter()
     found["unmerged"] = logits(model)
     model.base_model.export_lora(options.out / "lora")
+    train(model)  # what was written from is FSDP2's still
     return found
 
 

@@ -67,7 +67,10 @@ def test_switching_it_off_gives_the_base_and_on_what_was_trained(lived):
 def test_merging_computes_the_same_and_unmerging_restores_every_bit(lived):
     found = lived.found
     assert close(found["merged"], found["trained"], tolerance(lived))
-    for state in ("merged again", "merged beside another", "merged, the other out"):
+    both = found["merged beside another"]
+    assert not close(both, found["merged"], 1e-1)
+    assert close(found["unmerged beside the merged"], both, tolerance(lived))
+    for state in ("merged again", "merged, the other out"):
         assert same_bits(found[state], found["merged"]), state
     known = bare(lived).state_dict()
     for name, weight in found["weights, disabled"].items():
@@ -115,6 +118,10 @@ def test_a_saved_adapter_is_divided_and_trains_on(lived):
     found = lived.found
     assert close(found["resumed"], found["trained"])
     assert not close(found["resumed, trained"], found["trained"], 1e-3)
+
+
+def test_an_adapter_that_comes_after_the_division_is_warned_of(lived):
+    assert "put the adapter on before fully_shard" in lived.found["heard"]
 
 
 @pytest.mark.parametrize("arguments", cases("--head", "", quick=["--head"]))

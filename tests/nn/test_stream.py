@@ -268,7 +268,7 @@ def test_the_stream_is_read_once_for_all_readers(monkeypatch):
 
 def test_a_part_of_a_fused_module_is_refused():
     model = base("fused, stored (in, out)")
-    with unchanged(model), pytest.raises(UnsupportedModelError, match="add the other parts"):
+    with unchanged(model), pytest.raises(UnsupportedModelError, match="name all of its parts"):
         on(model, targets="qv")
 
 
@@ -298,3 +298,91 @@ def test_attention_that_reads_its_weights_directly():
         found = model(**inputs)
     assert close(found.image_embeds, expected.image_embeds, 1e-9)
     assert close(found.text_embeds, expected.text_embeds, 1e-9)
+
+
+# --- beside merged weights and other hooks ----------------------------------------------------------
+
+
+def test_a_bank_on_the_stream_refuses_a_merged_weight():
+    model, inputs = base("decoder"), words()
+    bank = lortalib.nn.bank(
+        model, "indscal", 2, targets="all", acts_on="stream", dtype=torch.float64
+    )
+    bank["one"] = on(base("decoder"))
+    adapter = put(model, "cp", targets="all", dtype=torch.float64)
+    adapter.merge()
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="unmerge it first"),
+        bank.using(["one"] * 2),
+    ):
+        output(model, inputs)
+    adapter.unmerge()
+    with bank.using(["one"] * 2):
+        output(model, inputs)
+
+
+def test_what_a_merged_one_acts_through_does_not_become_another_base():
+    model = base("encoder")
+    other = put(model, "cp", targets="all", name="other", dtype=torch.float64)
+    stream = on(model, name="stream")
+    stream.merge()
+    other.merge()
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="'stream' acts on the stream and is merged"),
+    ):
+        other.remove(merged=True)
+    stream.disable()
+    other.remove(merged=True)
+
+
+def test_an_export_with_a_model_takes_its_base_and_says_what_does_not_fit(tmp_path):
+    plain, inputs = base("decoder", torch.float32), words()
+    model = copy.deepcopy(plain)
+    adapter = on(model)
+    expected = output(model, inputs)
+    adapter.save(tmp_path / "own")
+    read = lortalib.nn.read(tmp_path / "own")
+    host = copy.deepcopy(plain)
+    put(host, "cp", targets="all").merge()
+    lortalib.nn.export_lora(read, tmp_path / "lora", host)
+    lora = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "lora").eval()
+    assert close(output(lora, inputs), expected, 1e-4)
+    with pytest.raises(ValueError, match="does not fit BertModel"):
+        lortalib.nn.export_lora(read, tmp_path / "none", base("encoder"))
+
+
+def test_a_writer_that_reads_its_own_output_reads_it_whole():
+    class Twice(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    plain = base("encoder")
+    model = copy.deepcopy(plain)
+    one, two = (
+        on(model, name="one"),
+        put(model, "cp", targets="all", name="two", dtype=torch.float64),
+    )
+    site = next(site for site in one.sites if site.role == "o")
+    module = model.get_submodule(site.path)
+    x = torch.randn(1, 3, site.width, dtype=torch.float64)
+    weight = plain.get_submodule(site.path).weight + one.delta(site) + two.delta(site.path)
+    bias = plain.get_submodule(site.path).bias
+    expected = torch.nn.functional.linear(torch.nn.functional.linear(x, weight, bias), weight, bias)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert close(Twice(module)(x), expected, 1e-10)
+
+
+def test_a_bias_that_is_a_method_is_left_out():
+    from lortalib.nn.door import without_bias
+
+    linear = torch.nn.Linear(3, 4)
+    quantised = type("Linear", (torch.nn.Module,), {"bias": lambda self: linear.bias})()
+    y = torch.ones(2, 4)
+    assert torch.equal(without_bias(quantised, y), y - linear.bias)

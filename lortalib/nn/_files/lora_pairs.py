@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...decomp import Network
 from .._adapter import Adapter
-from .._anatomy import Site
+from .._adapters import host_of
+from .._anatomy import Site, check_model
 from .._base_weights import BaseWeights
 from .._forward import ModuleUpdate, Place, by_module
 from .._trained_modules import TrainedModules
@@ -63,16 +64,23 @@ def lora_pairs(
 
 def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tensor]:
     """Return a function that finds the base's weight at a site."""
-    if adapter.is_on_model:
-        return adapter.base_weight
-    if model is not None:
-        return BaseWeights(model).base
-    if adapter.config.acts_on == "stream":
+    if adapter.is_on_model or adapter.config.acts_on == "weights":
+        return adapter.base_weight  # never called for an adapter on the weights
+    if model is None:
         raise ValueError(
             f"adapter {adapter.name!r} acts on the stream, so a LoRA of it needs the weights of its model: "
             "load it onto the model, or pass model=..."
         )
-    return adapter.base_weight  # never called
+    model = check_model(model)
+    paths = {path for path, _ in model.named_modules()}
+    lost = [site.path for site in adapter.sites if site.path not in paths]
+    if lost:
+        raise ValueError(
+            f"adapter {adapter.name!r} does not fit {type(model).__name__}, which has no module "
+            f"{lost[0]!r}"
+        )
+    host = host_of(model)
+    return host.base_weight if host is not None else BaseWeights(model).base
 
 
 def _gathered(adapter: Adapter) -> Adapter:

@@ -53,11 +53,12 @@ class UpdateHook(OutputHook):
 
     def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.update.place is Place.BESIDE:
-            return self.update(_before_updates(module, x), y, may_write_output(module))
-        before = _before_updates(module, y)
+            x = _before_updates(module, Place.INPUT, x)
+            return self.update(x, y, may_write_output(module))
+        before = _before_updates(module, Place.OUTPUT, y)
         after = self.update(without_bias(module, before), y)
         if len(module._forward_hooks) > 1:
-            _mark(module, after, before)
+            _mark(module, Place.OUTPUT, after, before)
         return after
 
 
@@ -71,22 +72,22 @@ class InputHook:
         """Torch's forward pre-hook: the module's arguments with the update added to the first."""
         if not self.update.is_on:
             return None
-        before = _before_updates(module, args[0])
+        before = _before_updates(module, Place.INPUT, args[0])
         after = self.update(before, args[0])
-        _mark(module, after, before)
+        _mark(module, Place.INPUT, after, before)
         return (after, *args[1:])
 
 
-def _mark(module: nn.Module, after: Tensor, before: Tensor) -> None:
-    """Let the other hooks of a module find what it was given before any update was added to it."""
-    after._lortalib_before = id(module), before  # type: ignore[attr-defined]
+def _mark(module: nn.Module, place: Place, after: Tensor, before: Tensor) -> None:
+    """Let the other hooks of a module find what was there before any update was added to it."""
+    after._lortalib_before = id(module), place.name, before  # type: ignore[attr-defined]
 
 
-def _before_updates(module: nn.Module, x: Tensor) -> Tensor:
+def _before_updates(module: nn.Module, place: Place, x: Tensor) -> Tensor:
     """The input or output of a module as it was before hooks added updates to it: the updates of several
     adapters add up, and none reads what another added."""
-    owner, before = getattr(x, "_lortalib_before", (None, x))
-    return before if owner == id(module) else x
+    owner, where, before = getattr(x, "_lortalib_before", (None, None, x))
+    return before if (owner, where) == (id(module), place.name) else x
 
 
 def put_hook(module: nn.Module, update: Update) -> RemovableHandle:

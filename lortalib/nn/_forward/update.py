@@ -89,7 +89,9 @@ def place_of(slots: Sequence[Slot]) -> Place:
 
 def without_bias(module: nn.Module, y: Tensor) -> Tensor:
     """The output of a linear map without its bias, which is no product with the weight."""
-    bias = getattr(module, "bias", None)
+    bias: object = getattr(module, "bias", None)
+    if callable(bias) and not isinstance(bias, Tensor):  # as torch's quantised linear maps have it
+        bias = bias()
     return y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
 
 
