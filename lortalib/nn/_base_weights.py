@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ._anatomy import Site, original_parameters, original_weight
 from ._found_modules import FoundModules
 from ._offloaded import is_on_disk, offloaded_numbers
-from ._sharded import divide_again, divided_like, is_divided, is_finite
+from ._sharded import divide_again, divided_like, is_finite
 
 
 class Merged(Protocol):
@@ -120,7 +120,7 @@ class BaseWeights:
         weight = original_weight(module, site.parameter)
         if not isinstance(weight, nn.Parameter) or not _holds_numbers(weight):
             raise ValueError(
-                f"the weight of {site.path} is quantised ({type(weight).__name__}, {weight.dtype}); it "
+                f"the weight of {site.path} is quantised ({weight.dtype}); it "
                 "cannot take an update. Merge into the unquantised model instead"
             )
         if tuple(weight.shape) != site.weight_shape:
@@ -175,9 +175,9 @@ def _memory(weight: Tensor) -> object:
 
 
 def _holds_numbers(weight: Tensor) -> bool:
-    """Whether a weight holds its numbers itself, and is no stand-in such as a quantised tensor of torchao."""
-    own = type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__ or is_divided(weight)
-    return own and weight.is_floating_point()
+    """Return True for a weight of floating-point numbers; the quantised tensors of torchao only call
+    themselves that."""
+    return weight.is_floating_point() and not type(weight).__module__.startswith("torchao")
 
 
 def weight_name(site: Site) -> str:

@@ -219,7 +219,8 @@ class Life(WatchedModel):
     def use_bank(self, rows):
         bank, picture, _ = self.bank
         if any(each.merged and each.sites & self.reads for each in self.expected.adapters.values()):
-            return  # a bank on the stream reads the weights with all that is merged into them
+            self.act(lambda: bank.using(rows).__enter__(), refuse=True)
+            return
         with bank.using(rows):
             found = output(self.model, self.inputs)
         plain = self.expected.output(self.adapters, self.inputs)
