@@ -75,8 +75,14 @@ class Life(WatchedModel):
     def remove_and_leave_merged(self, name):
         name, known = self.here(name), self.expected
         taken = known.head_taken(name)
-        refuse = taken or (
-            not known.adapters[name].merged and known.conflict(name, active=True, merged=True)
+        own = known.adapters[name]
+        refuse = (
+            taken
+            or (not own.merged and known.conflict(name, active=True, merged=True))
+            or any(
+                other.merged and other.recipe.on_stream and other.sites & own.sites
+                for other in known.others(name)
+            )
         )
         if not refuse:
             self.watch(name)
