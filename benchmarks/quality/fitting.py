@@ -13,6 +13,8 @@ from torch import nn
 
 #: Of the classifier, for every method.
 HEAD_RATE = 5e-3
+#: Looks at the validation rows without a better loss, after which a training ends.
+PATIENCE = 3
 #: Steps in which the learning rate rises, as a part of all; then it falls as a cosine.
 WARM = 0.1
 
@@ -55,13 +57,15 @@ def trial(
         "seed": seed,
         "parameters": parameters,
     }
-    finite = all(map(math.isfinite, losses))
-    record["validation"] = rounded(task, model, "validation") if finite else None
+    # With looks at the validation rows, what they found best stands even where a later step diverged.
+    usable = bool(task.looks) or all(map(math.isfinite, losses))
+    record["validation"] = rounded(task, model, "validation") if usable else None
     reached = record["validation"]
     wanted = reached and reached["loss"] <= to_beat
     record["test"] = rounded(task, model, "test") if wanted else None
     last = losses[-max(1, len(losses) // 10) :]
-    record["train_loss"] = round(sum(last) / len(last), 5) if finite and last else None
+    record["train_loss"] = round(sum(last) / len(last), 5) if usable and last else None
+    record["steps"] = len(losses)
     return {**record, "seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -73,8 +77,40 @@ def rounded(task: Task, model: nn.Module, part: str) -> dict[str, float] | None:
     return {name: round(value, 5) for name, value in found.items()} if good else None
 
 
+class Checkpoint:
+    """The trained parameters at the look that found the lowest loss on the validation rows.
+
+    Args:
+        task: whose rows they are.
+        model: in training.
+        trained: its trained parameters.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, trained: list[nn.Parameter]) -> None:
+        self.task, self.model, self.trained = task, model, trained
+        self.loss, self.unimproved = math.inf, 0
+        self.values = [p.detach().clone() for p in trained]
+
+    def look(self) -> bool:
+        """Measure, keep the parameters if they are the best so far, and say whether to go on."""
+        found = rounded(self.task, self.model, "validation")
+        self.model.train()
+        if found is None or found["loss"] >= self.loss:
+            self.unimproved += 1
+            return self.unimproved < PATIENCE
+        self.loss, self.unimproved = found["loss"], 0
+        self.values = [p.detach().clone() for p in self.trained]
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model back the best parameters, of the start where no look found a finite loss."""
+        for parameter, value in zip(self.trained, self.values):
+            parameter.copy_(value)
+
+
 def learn(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:
-    """Train for the task's steps; stops where the loss is no number.
+    """Train for the task's steps; a loss that is no number, or `Checkpoint.look`, ends it early.
 
     Returns:
         The loss of every step.
@@ -88,9 +124,10 @@ def learn(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: 
         ),
     )
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    best = Checkpoint(task, model, trained) if task.looks else None
     model.train()
     losses = []
-    for rows in task.batches(seed):
+    for step, rows in enumerate(task.batches(seed), 1):
         with autocast():
             loss = task.loss(model, rows)
         losses.append(loss.item())
@@ -101,4 +138,8 @@ def learn(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, seed: 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if best and step % (task.steps // task.looks) == 0 and not best.look():
+            break
+    if best:
+        best.restore()
     return losses

@@ -74,6 +74,8 @@ class Method:
 
     def _peft(self, model: nn.Module, task: Task, seed: int) -> Parameters:
         settings = {"target_modules": task.sites, **self.settings}
+        if "last_layers" in settings:
+            settings["target_modules"] = task.last_sites(settings.pop("last_layers"))
         if self.kind == "IA3Config":
             settings["feedforward_modules"] = []
         with warnings.catch_warnings():

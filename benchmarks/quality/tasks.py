@@ -8,6 +8,7 @@ and seed. A seed decides the order of the rows, the new classifier, and the adap
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ class Task:
         validation: number of rows to choose the learning rate on.
         test: number of rows for the tables.
         train: number of rows to train on; all that are left if there are fewer.
+        title: what the tables call it.
+        seeds: how many are run at the rate that was chosen.
+        looks: how often a training looks at the validation rows; its result is then the best of what
+            it saw there, and it ends where `fitting.PATIENCE` looks found nothing better. With 0 its
+            result is what the last step left.
     """
 
     name: str
@@ -63,7 +69,15 @@ class Task:
     train: int
     title: str
     seeds: int = 2
+    looks: int = 0
     rows: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+
+    #: Class of transformers that makes the base.
+    kind: ClassVar[Any]
+
+    def folder(self) -> Path:
+        """Of the base."""
+        raise NotImplementedError
 
     def fresh(self, seed: int) -> tuple[nn.Module, list[str]]:
         """A copy of the base, and the names of its new modules, which every method trains."""
@@ -115,6 +129,16 @@ class Task:
         """Tokens of a row."""
         return len(row[0])
 
+    def last_sites(self, count: int) -> str:
+        """`sites` of the last layers alone.
+
+        Args:
+            count: how many layers.
+        """
+        found = base(self.kind, self.folder()).config.num_hidden_layers
+        numbers = "|".join(str(layer) for layer in range(found - count, found))
+        return rf".*layers?\.({numbers})\." + self.sites.removeprefix(".*")
+
     @torch.no_grad()
     def score(self, model: nn.Module, part: str) -> dict[str, float]:
         """Mean metric and loss over a part."""
@@ -158,13 +182,11 @@ def base(kind: Any, folder: Path) -> nn.Module:
 class Classes(Task):
     """A sentence or a protein in one of two classes."""
 
-    def folder(self) -> Path:
-        """Of the model."""
-        raise NotImplementedError
+    kind = AutoModelForSequenceClassification
 
     def fresh(self, seed: int) -> tuple[nn.Module, list[str]]:
         """The base with a classifier drawn by the seed."""
-        model = copy.deepcopy(base(AutoModelForSequenceClassification, self.folder()))
+        model = copy.deepcopy(base(self.kind, self.folder()))
         torch.manual_seed(seed)
         nn.init.normal_(model.classifier.weight, std=0.02)
         nn.init.zeros_(model.classifier.bias)
@@ -240,9 +262,15 @@ class Peptides(Classes):
 class Language(Task):
     """Continuations under SmolLM2-135M-Instruct: a row is (ids, length of the prompt, ...)."""
 
+    kind = AutoModelForCausalLM
+
+    def folder(self) -> Path:
+        """Of SmolLM2."""
+        return assets.smollm2()
+
     def fresh(self, seed: int) -> tuple[nn.Module, list[str]]:
         """The base; nothing new is in it."""
-        return copy.deepcopy(base(AutoModelForCausalLM, assets.smollm2())), []
+        return copy.deepcopy(base(self.kind, self.folder())), []
 
     def likelihood(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """(rows,) log-probability of each continuation; logits are made there alone."""
@@ -262,7 +290,7 @@ class Answers(Language):
 
     def load(self) -> list[Any]:
         """Ids in the chat template and the length of the prompt, one row for a question."""
-        words, rows = tokenizer(assets.smollm2()), []
+        words, rows = tokenizer(self.folder()), []
         # One answer to each question: the same question never is in two parts.
         for question, answer in dict(assets.conversations()).items():
             turn = [{"role": "user", "content": question}]
@@ -297,7 +325,7 @@ class Preferences(Language):
 
     def load(self) -> list[Any]:
         """A chosen and a rejected row, each with its log-probability under the base."""
-        words = tokenizer(assets.smollm2())
+        words = tokenizer(self.folder())
         prompt = words("My opinion of this product:")["input_ids"]
         rated = [
             (words(f" {text}")["input_ids"][:32], value) for text, value in assets.rated_sentences()
@@ -309,7 +337,7 @@ class Preferences(Language):
         draw.shuffle(bad)
         pairs = sorted(zip(good, bad), key=self.size)
         if not KNOWN.exists():
-            model, values = base(AutoModelForCausalLM, assets.smollm2()), list[float]()
+            model, values = base(self.kind, self.folder()), list[float]()
             with torch.no_grad(), autocast():
                 for start in range(0, len(pairs), 16):
                     rows = [row for pair in pairs[start : start + 16] for row in pair]
@@ -350,29 +378,41 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-_SPLIT = {"sites": BERT, "validation": 1000, "test": 2000, "train": 4000}
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Reviews(
-            "reviews", "accuracy", 1, 120, 32, title="film reviews, all-MiniLM-L6-v2", seeds=3,
-            **_SPLIT,
-        ),
-        Peptides(
-            "peptides", "accuracy", 1, 80, 16, BERT, 500, 1200, 4000,
-            title="antimicrobial peptides, AntiBERTy", seeds=3,
-        ),
-        Answers(
-            "answers", "loss", -1, 36, 6, LLAMA, 100, 200, 2000,
-            title="short answers, SmolLM2-135M-Instruct",
-        ),
-        Preferences(
-            "preferences", "accuracy", 1, 24, 6, LLAMA, 100, 220, 400,
-            title="rated sentences (DPO), SmolLM2-135M-Instruct",
-        ),
-        Reviews(
-            "reviews, long", "accuracy", 1, 360, 32,
-            title="film reviews, three times the steps", **_SPLIT,
-        ),
+def until_it_stops(task: Task) -> Task:
+    """The same task with four passes over the rows that its one pass sees, the best checkpoint kept."""
+    return dataclasses.replace(
+        task,
+        name=f"{task.name}, to the end",
+        title=f"{task.title}, until validation stops improving",
+        train=min(task.train, task.steps * task.batch),
+        steps=4 * task.steps,
+        looks=8,
+        rows={},
     )
-}  # fmt: skip
+
+
+_SPLIT = {"sites": BERT, "validation": 1000, "test": 2000, "train": 4000}
+_ONE_PASS = (
+    Reviews(
+        "reviews", "accuracy", 1, 120, 32, title="film reviews, all-MiniLM-L6-v2", seeds=3, **_SPLIT
+    ),
+    Peptides(
+        "peptides", "accuracy", 1, 80, 16, BERT, 500, 1200, 4000,
+        title="antimicrobial peptides, AntiBERTy", seeds=3,
+    ),
+    Answers(
+        "answers", "loss", -1, 36, 6, LLAMA, 100, 200, 2000,
+        title="short answers, SmolLM2-135M-Instruct",
+    ),
+    Preferences(
+        "preferences", "accuracy", 1, 24, 6, LLAMA, 100, 220, 400,
+        title="rated sentences (DPO), SmolLM2-135M-Instruct",
+    ),
+)  # fmt: skip
+_LONG = Reviews(
+    "reviews, long", "accuracy", 1, 360, 32, title="film reviews, three times the steps", **_SPLIT
+)
+#: By name: one pass, four passes, and what the first edition of the study called long.
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*_ONE_PASS, *map(until_it_stops, _ONE_PASS), _LONG)
+}
