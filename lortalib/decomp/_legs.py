@@ -282,27 +282,43 @@ class Legs:
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
         """Compute the largest useful size of each bond.
 
-        A bond between exactly two parameters is the inner axis of a matrix product, so its rank is at
-        most the product of the sizes of the other legs on either side (legs that both parameters
-        share do not count). A bond of three or more parameters (the r of CP) has no such limit.
-        A smaller bond lowers the limits of its neighbours, so this repeats until nothing changes.
+        A bond joins its parameters to a tensor over all their other legs. With one parameter that holds
+        the entries of that tensor, and the others only ones and zeros, the bond needs one position for
+        each position of the legs that this parameter lacks; more add nothing. The parameter may be any
+        that trains freely, and so may the others, but for a bond of two, where a frozen or tied one only
+        lowers the rank. A smaller bond lowers the limits of its neighbours, so this repeats until nothing
+        changes.
         """
         sizes = dict(sizes)
-        pairs = [
-            (leg, [set(self.terms[position].legs) for position in self.carriers[leg]])
-            for leg in self.bonds(modes)
-            if len(self.carriers[leg]) == 2
-        ]
+        joined = {
+            leg: [set(self.terms[k].legs) for k in self.carriers[leg]] for leg in self.bonds(modes)
+        }
+        free = {leg: self._holders(leg) for leg in joined}
         changed = True
         while changed:
             changed = False
-            for leg, (left, right) in pairs:
-                shared = left & right
-                rows = (math.prod(sizes[x] for x in side - shared) for side in (left, right))
-                limit = min(rows)
-                if limit < sizes[leg]:
-                    sizes[leg], changed = limit, True
+            for leg, legs in joined.items():
+                every = set().union(*legs)
+                for holder in free[leg]:
+                    limit = math.prod(sizes[other] for other in every - legs[holder])
+                    if limit < sizes[leg]:
+                        sizes[leg], changed = limit, True
         return {leg: sizes[leg] for leg in self.bonds(modes)}
+
+    def _holders(self, leg: str) -> list[int]:
+        """Which of a bond's parameters can hold every entry while the others hold ones and zeros."""
+        carriers = self.carriers[leg]
+        if len(carriers) == 2:
+            return [0, 1]
+        if any(self.terms[k].frozen for k in carriers):
+            return []
+        tied = {
+            k
+            for k in carriers
+            for other in carriers
+            if k != other and self.owners[k] == self.owners[other]
+        }
+        return [place for place, k in enumerate(carriers) if k not in tied]
 
     def _at(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
         position = self.carriers[leg][0] if position is None else position

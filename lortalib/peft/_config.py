@@ -13,6 +13,8 @@ from peft import PeftConfig
 from ..nn.door import check_settings
 from ._peft_type import peft_type
 
+#: A model's width is less, and a larger bond adds nothing to a network that crosses it.
+_LARGEST_BOND = 2**16
 #: Arguments of other methods that have no meaning here, and why.
 _REFUSED = {
     "rank_pattern": "all modules of a group share one tensor, whose rank cannot differ by module; give "
@@ -41,8 +43,13 @@ def _are_named(fits: Callable[[object], bool], value: object) -> bool:
     return isinstance(value, Mapping) and _are_names([*value]) and all(map(fits, value.values()))
 
 
-def _are_sizes(value: object) -> bool:
-    return _are_named(_is_integer, value)
+def _is_bond_size(value: object) -> bool:
+    """Whether a value can be the size of a bond: a file of others shall not ask for any memory it likes."""
+    return _is_integer(value) and value <= _LARGEST_BOND  # type: ignore[operator]
+
+
+def _are_bond_sizes(value: object) -> bool:
+    return _are_named(_is_bond_size, value)
 
 
 def _are_integers(value: object) -> bool:
@@ -56,8 +63,8 @@ _A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
 #: What a field may be, and the same in words. Configurations are read from files of others.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (
-        lambda value: _is_integer(value) or _are_sizes(value),
-        "an integer, or a mapping from bonds to integers",
+        lambda value: _is_bond_size(value) or _are_bond_sizes(value),
+        f"an integer up to {_LARGEST_BOND:,}, or a mapping from bonds to such integers",
     ),
     "decomposition": (
         lambda value: isinstance(value, str),
@@ -86,8 +93,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "True, False, or the name of a start",
     ),
     "ranks": (
-        lambda value: value is None or _are_named(_are_sizes, value),
-        "a mapping from networks to mappings from bonds to integers, or None",
+        lambda value: value is None or _are_named(_are_bond_sizes, value),
+        f"a mapping from networks to mappings from bonds to integers up to {_LARGEST_BOND:,}, or None",
     ),
 }
 

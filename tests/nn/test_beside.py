@@ -7,7 +7,7 @@ import torch
 from adapted import bits, changes, output, picture, put, same_bits, unchanged
 from models import FAMILIES
 
-from lortalib.nn import load, set_active
+from lortalib.nn import AdapterFileError, load, set_active
 
 FAMILY = FAMILIES["Bert"]
 
@@ -191,6 +191,18 @@ def test_it_is_saved_and_loaded(model, tmp_path):
         assert same(values(other.classifier), base)
         loaded.enable()
         assert same_bits(output(other, FAMILY.inputs()), expected)
+
+
+def test_values_beyond_the_models_dtype_are_refused(model, tmp_path):
+    model.classifier.double()
+    adapter = put(model, train_also=["classifier"])
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = 1e39
+    adapter.save(tmp_path)
+    other = FAMILY.model("ForSequenceClassification")
+    message = r"classifier\.weight, .* holds 1e\+39, which is beyond torch.float32"
+    with unchanged(other), pytest.raises(AdapterFileError, match=message):
+        load(other, tmp_path)
 
 
 def test_loading_it_beside_an_active_one_needs_active_false(model, tmp_path):

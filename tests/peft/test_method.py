@@ -126,6 +126,9 @@ def test_errors_name_the_reason_and_leave_the_model_alone():
         LortaConfig(bias="all")
     with pytest.raises(ValueError, match="alpha must be a finite number"):
         LortaConfig(alpha=0)
+    for rank in (2**16 + 1, {"r": 10**9}):
+        with pytest.raises(TypeError, match="rank must be an integer up to 65,536"):
+            LortaConfig(rank=rank)
     bad = [
         (LortaConfig(decomposition="nonsense"), "unknown decomposition 'nonsense'"),
         (LortaConfig(target_modules=["norm"]), "is not supported"),

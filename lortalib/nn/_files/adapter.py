@@ -22,7 +22,7 @@ from .._adapters import check_name, install
 from .._anatomy import Site, check_model, site_weight
 from .._group import Group
 from .checks import check_description, check_tensors
-from .fit import Rules, fit_groups
+from .fit import Rules, check_values, fit_groups
 from .folder import TENSORS, parse_json, put_files, remove_old_description
 from .saved import make_networks, open_saved, values_in, write_saved
 from .schema import FORMAT, FORMAT_VERSION, Description, SavedGroup, trained_key
@@ -230,10 +230,9 @@ def read_adapter(
         weight = site_weight(model, group.sites[0])
         if not weight.is_meta:
             networks[group.name].to(weight.device)
-    modules = SavedModules(
-        values_in(saved.description, tensors),
-        shared_weights(model, saved.description.trained_modules),
-    )
+    values = values_in(saved.description, tensors)
+    check_values(model, values)
+    modules = SavedModules(values, shared_weights(model, saved.description.trained_modules))
     own = saved.description.name if name is None else name
     return Adapter(own, saved.description.config, tuple(groups), networks, modules)
 

@@ -18,10 +18,10 @@ from .._sharded import divide_again
 from .._trained_modules import Values
 from .adapter import check_numbers
 from .folder import put_files, write_text
-from .lora_config import CONFIG, WEIGHTS, sealed_text
-from .lora_file import SEAL
+from .lora_config import CONFIG, WEIGHTS
+from .lora_file import sealed_metadata
 from .lora_pairs import OUTPUT, lora_pairs
-from .tensors import digest, plain, write_tensors
+from .tensors import plain, write_tensors
 from .weights import SavedModules, SharedWeights, shared_weights
 
 _PREFIX = "base_model.model."
@@ -169,11 +169,7 @@ def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
 def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files. The weights carry a digest of themselves and of the fields that scale them."""
     text = json.dumps(config, indent=2) + "\n"
-    metadata = {
-        "format": "pt",
-        "lortalib": __version__,
-        SEAL: digest(sealed_text(config), tensors),
-    }
+    metadata = sealed_metadata(__version__, config, tensors)
     put_files(
         folder,
         {

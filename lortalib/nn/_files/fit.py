@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from .._anatomy import (
@@ -24,6 +25,7 @@ from .._anatomy import (
 from .._group import Group
 from .._plan import check_whole
 from .._stream import stream_sites
+from .._trained_modules import Values
 from .folder import AdapterFileError
 from .saved import SavedAdapter
 from .schema import Description, values_of
@@ -172,6 +174,30 @@ def _check_trained(model: nn.Module, saved: SavedAdapter) -> None:
                 f"{_listed(here[path])}, so its values would mean something else. Load it on a model "
                 "with the same tie_word_embeddings"
             )
+
+
+def check_values(model: nn.Module, values: Values) -> None:
+    """Refuse values of trained modules that are too large for the dtype in which the model holds them.
+
+    Args:
+        model: the model.
+        values: by path of the module and name in it, with the names and shapes of the model's.
+
+    Raises:
+        AdapterFileError: a value would become infinite.
+    """
+    for path, tensors in values.items():
+        own = model.get_submodule(path).state_dict()
+        for name, tensor in tensors.items():
+            here = own[name].dtype
+            if not (tensor.is_floating_point() and here.is_floating_point and tensor.numel()):
+                continue
+            largest = tensor.abs().max().item()
+            if largest > torch.finfo(here).max:
+                raise AdapterFileError(
+                    f"{path}.{name}, trained with the adapter, holds {largest:g}, which is beyond {here}, in "
+                    f"which {type(model).__name__} holds it; load it on a model of dtype {tensor.dtype}"
+                )
 
 
 def _listed(names: Iterable[str]) -> str:

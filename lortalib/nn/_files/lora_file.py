@@ -17,8 +17,7 @@ from .folder import AdapterFileError
 from .lora_config import CONFIG, WEIGHTS, Scaling, lora_config, sealed_text
 from .tensors import TRAINABLE, TensorFile, TensorSpec, digest, first_not_finite, open_tensors
 
-#: The metadata key of the digest of the weights and of the fields that scale them.
-SEAL = "lortalib_sha256"
+_VERSION, _SEAL = "lortalib", "lortalib_sha256"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
@@ -59,12 +58,13 @@ class LoraFile:
         Raises:
             AdapterFileError: NaN or infinity, or values that are not those that `export_lora` wrote.
         """
-        path, tensors = self._file.path, self._file.read()
-        seal = self._file.metadata.get(SEAL)
-        if seal is not None and seal != digest(sealed_text(self.config), tensors):
+        path, tensors, metadata = self._file.path, self._file.read(), self._file.metadata
+        # One of the two keys is still there where the other was damaged.
+        ours = not {_VERSION, _SEAL}.isdisjoint(metadata)
+        if ours and metadata not in _possible_metadata(metadata, self.config, tensors):
             raise AdapterFileError(
                 f"{path} and {CONFIG} beside it are not as lortalib wrote them: damaged, of two exports, "
-                f"or edited. Export again, or save the tensors without the metadata {SEAL!r}"
+                "or edited. Export again, or save the tensors without metadata"
             )
         broken = first_not_finite(tensors)
         if broken is not None:
@@ -78,6 +78,34 @@ class LoraFile:
                 raise AdapterFileError(f"{path}: the scaled pair of {name} is beyond float32")
             pairs[name] = LowRank(a, b)
         return pairs, {name: tensors[key] for name, key in self._keys.items()}
+
+
+def sealed_metadata(
+    version: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Make the metadata of an exported LoRA, with a digest of all on which its pairs depend.
+
+    Args:
+        version: of the library that exports it.
+        config: its configuration.
+        tensors: its tensors by name.
+    """
+    return _sealed(version, f"{version}\n{sealed_text(config)}", tensors)
+
+
+def _sealed(version: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"format": "pt", _VERSION: version, _SEAL: digest(text, tensors)}
+
+
+def _possible_metadata(
+    found: Mapping[str, str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[dict[str, str]]:
+    """The metadata that a sound file with this version can have: at first the digest left the version out."""
+    version = found.get(_VERSION, "")
+    return [
+        sealed_metadata(version, config, tensors),
+        _sealed(version, sealed_text(config), tensors),
+    ]
 
 
 @contextmanager
