@@ -52,12 +52,12 @@ class AdapterModule(nn.Module):
     def active(self) -> bool:
         """Whether it takes part in the model's forward; within a backward that runs a forward again
         (checkpointing), whether it took part in that one."""
-        now: bool = self.__dict__["active"]
+        now: bool = self.__dict__["_active"]
         return now if torch.compiler.is_compiling() else active_in_forward(self, now)
 
     @active.setter
     def active(self, now: bool) -> None:
-        self.__dict__["active"] = now
+        self.__dict__["_active"] = now
 
     def bring_back(self) -> None:
         """Let what trains stay where it computes, if accelerate offloaded it: the networks, and with
@@ -104,6 +104,6 @@ class AdapterModule(nn.Module):
                 "trained_modules": TrainedModules(self.trained_modules.paths, values),
             }
             if memo_is_empty:  # not reached from a module that it updates
-                state |= {"active": False, "merged": False}
+                state |= {"_active": False, "merged": False}
         copied.__dict__.update(copy.deepcopy(state, memo))
         return copied

@@ -83,7 +83,7 @@ class AdapterHost(nn.ModuleDict):
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
             adapter.trained_modules.swap_in(self.model, others)
-            vars(adapter)["active"] = True
+            vars(adapter)["_active"] = True
 
     def disable(self, adapter: Adapter) -> None:
         """See `Adapter.disable`."""
@@ -95,11 +95,11 @@ class AdapterHost(nn.ModuleDict):
             self._unmerge(adapter)
         except BaseException:
             if merged and not adapter.merged:  # the base is back: what is left cannot fail
-                vars(adapter)["active"] = False
+                vars(adapter)["_active"] = False
             else:
                 adapter.trained_modules.swap_in(self.model, [])
             raise
-        vars(adapter)["active"] = False
+        vars(adapter)["_active"] = False
 
     def set_active(self, wanted: list[Adapter]) -> None:
         """Let exactly these adapters take part in the forward."""
@@ -229,7 +229,7 @@ class AdapterHost(nn.ModuleDict):
     def _take_off(self, adapter: Adapter) -> None:
         """Forget an adapter that takes no part any more; may be called again."""
         self._detach(adapter)
-        vars(adapter).update(active=False, merged=False)
+        vars(adapter).update(_active=False, merged=False)
         if adapter.name in self:
             self._freezing.discard(adapter.name)
             if not adapter.trained_modules.conflict(self._trained_by_others(adapter, active=False)):

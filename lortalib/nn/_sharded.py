@@ -51,7 +51,13 @@ def sharded_parts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__.startswith("FSDP")]
 
 
-def divide_again(model: nn.Module) -> None:
-    """Let FSDP2 divide what it gathered for a forward: a change of the gathered weights would be lost."""
-    for part in sharded_parts(model):
+def divide_again(model: nn.Module) -> list[Any]:
+    """Let FSDP2 divide what it gathered for a forward: a change of the gathered weights would be lost.
+
+    Returns:
+        The modules that it divides.
+    """
+    parts = sharded_parts(model)
+    for part in parts:
         part.reshard()
+    return parts

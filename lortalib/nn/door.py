@@ -45,6 +45,7 @@ from ._forward import (
     without_bias,
 )
 from ._plan import Plan, check_whole, plan, plan_sites
+from ._sharded import divide_again, divided_like, is_divided, is_finite
 from ._targets import choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
 
@@ -62,7 +63,11 @@ __all__ = [
     "check_whole",
     "choose_sites",
     "detach",
+    "divide_again",
+    "divided_like",
     "find_candidates",
+    "is_divided",
+    "is_finite",
     "linear_sites",
     "lora_config",
     "make_adapter",

@@ -21,8 +21,16 @@ from torch.nn.functional import pad
 
 from .._torch import integers, is_tracing
 from ..nn import Adapter, Site
-from ..nn.door import ModuleUpdate, Pair, Place, add_update, may_write_output, without_bias
-from ._sharded import divided_like, whole, whole_adapter
+from ..nn.door import (
+    ModuleUpdate,
+    Pair,
+    Place,
+    add_update,
+    divided_like,
+    is_finite,
+    may_write_output,
+    without_bias,
+)
 
 
 @dataclass
@@ -188,8 +196,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what an adapter adds to the weight, whole and in the shape in which it is stored."""
         slot = self.lorta_slots[adapter]
-        owner = whole_adapter(slot.adapter)
-        delta = sum(owner.delta(site, whole(self.unmerged_weight)) for site in slot.sites)
+        delta = sum(slot.adapter.delta(site, self.unmerged_weight) for site in slot.sites)
         assert isinstance(delta, Tensor)
         return delta.to(self.device)
 
@@ -218,7 +225,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             delta = divided_like(self.get_delta_weight(name), weight)
             wide = torch.promote_types(weight.dtype, delta.dtype)
             merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
-            if safe_merge and not whole(torch.isfinite(merged)).all():
+            if safe_merge and not is_finite(merged):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...decomp import Network
 from .._adapter import Adapter
 from .._adapters import host_of
 from .._anatomy import Site, check_model
 from .._base_weights import BaseWeights
 from .._forward import ModuleUpdate, Place, by_module
-from .._trained_modules import TrainedModules
 from .tensors import plain
 
 #: PEFT's name for the output projection of torch's own attention, which it wraps together with it.
@@ -41,9 +39,9 @@ def lora_pairs(
     """
     _check(adapter)
     weights = _weights(adapter, model)
-    adapter = _gathered(adapter)
     if any(tensor.is_meta for tensor in adapter.networks.parameters()):
         raise ValueError(f"adapter {adapter.name!r} is on the meta device: it has no numbers")
+    adapter = adapter.snapshot()
     with torch.no_grad():
         for path, sites in by_module(adapter.sites):
             update = ModuleUpdate(adapter, sites)
@@ -81,18 +79,6 @@ def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tens
         )
     host = host_of(model)
     return host.base_weight if host is not None else BaseWeights(model).base
-
-
-def _gathered(adapter: Adapter) -> Adapter:
-    """Return the adapter; if its factors are sharded over processes (FSDP2), one with whole factors."""
-    if not any(hasattr(tensor, "full_tensor") for tensor in adapter.networks.parameters()):
-        return adapter
-    networks = {}
-    for group in adapter.groups:
-        network = adapter.network(group)
-        whole = [plain(tensor) for tensor in network.tensors]
-        networks[group.name] = Network(network.legs, whole, network.modes)
-    return Adapter(adapter.name, adapter.config, adapter.groups, networks, TrainedModules())
 
 
 def _check(adapter: Adapter) -> None:

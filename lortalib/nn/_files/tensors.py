@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._sharded import whole
 from .folder import LONGEST_TEXT, AdapterFileError, parse_json
 from .records import read_record, read_value, short
 
@@ -174,15 +175,13 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Copy a tensor for a file: whole, on the CPU, in its own memory.
+    """Bring a tensor into the form that a file takes: whole, contiguous and on the CPU; not a copy if it is.
 
     Args:
         tensor: any tensor; one that is sharded over processes is gathered, on every process.
     """
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor, sharded by FSDP2
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous()
+    found: Tensor = whole(tensor.detach()).cpu().contiguous()
+    return found
 
 
 def write_tensors(
