@@ -61,9 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--acts-on",
-        default="weights",
         choices=("weights", "stream"),
-        help="what the tensor changes (default: weights)",
+        help="what the tensor changes (default: what suits the format)",
     )
     sites = command("sites", "what would be adapted in a model, and as what", "MODEL")
     for sub in (plan, sites):

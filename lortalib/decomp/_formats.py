@@ -170,8 +170,8 @@ def get_format(name: str) -> Format:
     if key in formats:
         return formats[key]
     if "," in name or " " in name:
-        Legs.parse(name)
-        return Format("", "a line of legs", name)
+        tied = any(term.tied for term in Legs.parse(name).terms)
+        return Format("", "a line of legs", name, symmetric=tied)
     known = ", ".join([*formats, *_ALIASES])
     raise ValueError(
         f"unknown decomposition {abbreviated(name)}{closest(key, [*formats, *_ALIASES])}; the names "

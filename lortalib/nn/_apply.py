@@ -29,7 +29,7 @@ def apply(
     layers: int | Iterable[int] | None = None,
     init: StartLike = "invariant",
     gqa: str = "pool",
-    acts_on: str = "weights",
+    acts_on: str | None = None,
     name: str = "default",
     train_also: Sequence[str] = (),
     share_residual: bool = False,
@@ -63,6 +63,8 @@ def apply(
         acts_on: ``"weights"``: the updates are added to the weights. ``"stream"``: the tensor is
             S[layer, matrix, in, out] over the residual stream; readers read ``x + x S`` and writers write
             ``y + y S``, so their far sides, heads among them, need no parameters. See docs/stream.md.
+            By default the stream for formats with one parameter on both sides (``"indscal"``,
+            ``"rescal"``, a line with ``(tied)``), else the weights.
         name: name of the adapter on the model.
         train_also: modules that train as a whole with it and are saved with it.
         share_residual: let the networks of one stack with equal width and rank have one factor for
@@ -111,7 +113,7 @@ def apply(
     )
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
     attention = [site for site in planned.sites if site.role not in MLP_ROLES]
-    if verify_with is not None and attention and acts_on == "weights":
+    if verify_with is not None and attention and planned.config.acts_on == "weights":
         verify(model, verify_with, sites=attention).raise_for_disagreement()
     networks = dict(planned.networks)
     adapter = Adapter(name, planned.config, planned.groups, networks, TrainedModules(paths))

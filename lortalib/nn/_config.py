@@ -7,7 +7,7 @@ from numbers import Real
 
 import torch
 
-from ..decomp import StartLike, get_start
+from ..decomp import StartLike, get_format, get_start
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AdapterConfig:
 
 
 def check_settings(
-    alpha: object, dropout: object, init: StartLike, acts_on: str = "weights"
+    alpha: object, dropout: object, init: StartLike, acts_on: str | None = None
 ) -> None:
     """Refuse what no adapter can be made with.
 
@@ -44,7 +44,8 @@ def check_settings(
         ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
             init, an unknown place to act on.
     """
-    check_acts_on(acts_on)
+    if acts_on is not None:
+        check_acts_on(acts_on)
     if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
     check_alpha(alpha)
@@ -70,3 +71,20 @@ def check_acts_on(acts_on: object) -> None:
     """
     if acts_on not in ("weights", "stream"):
         raise ValueError(f"acts_on must be 'weights' or 'stream'; found {acts_on!r}")
+
+
+def settle_acts_on(decomposition: object, acts_on: str | None) -> str:
+    """What a tensor acts on if nobody says: the stream, where one parameter is on both ``in`` and ``out``.
+
+    Args:
+        decomposition: as for `apply`.
+        acts_on: what the user said; None for nothing.
+
+    Example:
+        >>> settle_acts_on("cp", None), settle_acts_on("indscal", None), settle_acts_on("cp", "stream")
+        ('weights', 'stream', 'stream')
+    """
+    if acts_on is not None:
+        return acts_on
+    made = get_format(decomposition) if isinstance(decomposition, str) else decomposition
+    return "stream" if getattr(made, "symmetric", False) else "weights"

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..decomp import Network, Rank, Shape, StartLike, get_format
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
-from ._config import AdapterConfig, check_settings
+from ._config import AdapterConfig, check_settings, settle_acts_on
 from ._group import Group, group_sites
 from ._stream import stream_sites
 from ._table import lora_count, network_table
@@ -89,7 +89,7 @@ def plan(
     layers: int | Iterable[int] | None = None,
     init: StartLike = "invariant",
     gqa: str = "pool",
-    acts_on: str = "weights",
+    acts_on: str | None = None,
     share_residual: bool = False,
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
@@ -159,7 +159,7 @@ def plan_sites(
     dropout: float = 0.0,
     init: StartLike = "invariant",
     gqa: str = "pool",
-    acts_on: str = "weights",
+    acts_on: str | None = None,
     share_residual: bool = False,
     generator: torch.Generator | None = None,
     device: Device | Callable[[Site], Device] = None,
@@ -185,6 +185,7 @@ def plan_sites(
         ValueError: a bad argument.
     """
     check_settings(alpha, dropout, init, acts_on)
+    acts_on = settle_acts_on(decomposition, acts_on)
     on_stream = acts_on == "stream"
     groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}

@@ -122,7 +122,8 @@ class LortaConfig(PeftConfig):
         init_weights: True or ``"invariant"`` (no update at first; the first step does not depend on
             the rank), False or ``"normal"`` (random), ``"lorta"`` (the published start).
         gqa: ``"pool"`` or ``"split"``, as for `lortalib.nn.apply`.
-        acts_on: ``"weights"`` or ``"stream"``, as for `lortalib.nn.apply`.
+        acts_on: ``"weights"`` or ``"stream"``; by default what suits the format, as for
+            `lortalib.nn.apply`.
         bias: only ``"none"``; it is there for those who write it out.
         ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
 
@@ -151,7 +152,7 @@ class LortaConfig(PeftConfig):
     trainable_token_indices: Union[list[int], dict[str, list[int]]] | None = None
     init_weights: Union[bool, str] = True
     gqa: str = "pool"
-    acts_on: str = "weights"
+    acts_on: str | None = None
     ranks: dict[str, dict[str, int]] | None = None
     bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None

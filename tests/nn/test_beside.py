@@ -7,7 +7,7 @@ import torch
 from adapted import bits, changes, output, picture, put, same_bits, unchanged
 from models import FAMILIES
 
-from lortalib.nn import AdapterFileError, load, set_active
+from lortalib.nn import AdapterFileError, load, load_lora, set_active
 
 FAMILY = FAMILIES["Bert"]
 
@@ -198,11 +198,13 @@ def test_values_beyond_the_models_dtype_are_refused(model, tmp_path):
     adapter = put(model, train_also=["classifier"])
     with torch.no_grad():
         model.classifier.weight[0, 0] = 1e39
-    adapter.save(tmp_path)
+    adapter.save(tmp_path / "own")
+    adapter.export_lora(tmp_path / "lora")
     other = FAMILY.model("ForSequenceClassification")
     message = r"classifier\.weight, .* holds 1e\+39, which is beyond torch.float32"
-    with unchanged(other), pytest.raises(AdapterFileError, match=message):
-        load(other, tmp_path)
+    for read, folder in ((load, "own"), (load_lora, "lora")):
+        with unchanged(other), pytest.raises(AdapterFileError, match=message):
+            read(other, tmp_path / folder)
 
 
 def test_loading_it_beside_an_active_one_needs_active_false(model, tmp_path):

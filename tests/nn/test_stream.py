@@ -12,6 +12,7 @@ from torch.func import functional_call
 from updates import dense_tensor
 
 import lortalib
+from lortalib import decomp
 from lortalib.decomp import LegsError
 from lortalib.nn import UnsupportedModelError
 from lortalib.peft import LortaConfig
@@ -280,9 +281,20 @@ def test_wrong_arguments_are_refused_before_anything_changes():
         with pytest.raises(ValueError, match="acts_on must be"):
             LortaConfig(acts_on="x")
         with pytest.raises(LegsError, match="equal sizes"):
-            lortalib.nn.apply(model, "indscal", 2)
+            lortalib.nn.apply(model, "indscal", 2, acts_on="weights")
         with pytest.raises(LegsError, match="names a mode"):
             lortalib.nn.apply(model, "in r, out r, head r, layer r, matrix r", 2, acts_on="stream")
+
+
+@pytest.mark.parametrize("line", ["indscal", "rescal", "in r, out r (tied), layer matrix r"])
+def test_a_format_with_one_parameter_on_both_sides_acts_on_the_stream_if_nobody_says(line):
+    adapter = lortalib.nn.apply(base("decoder"), line, 2)
+    assert adapter.config.acts_on == "stream"
+    assert lortalib.nn.plan(base("decoder"), decomp.indscal, 2).config.acts_on == "stream"
+    config = LortaConfig(decomposition=line, rank=2, target_modules=["q_proj", "o_proj"])
+    model = peft.get_peft_model(base("decoder"), config)
+    assert model.base_model.lorta_adapters["default"].config.acts_on == "stream"
+    assert lortalib.nn.apply(base("decoder"), "cp", 2).config.acts_on == "weights"
 
 
 def test_attention_that_reads_its_weights_directly():

@@ -26,7 +26,7 @@ def bank(
     targets: Targets = "qkvo",
     layers: int | Iterable[int] | None = None,
     gqa: str = "pool",
-    acts_on: str = "weights",
+    acts_on: str | None = None,
     share_residual: bool = False,
     rules: BlockRule | Sequence[BlockRule] = (),
     dtype: torch.dtype = torch.float32,

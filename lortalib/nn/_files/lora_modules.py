@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._anatomy import ATTRIBUTE
 from .._trained_modules import TrainedModules, Values
+from .fit import check_values
 from .folder import AdapterFileError
 from .records import short
 from .tensors import TensorSpec, plain
@@ -71,7 +72,7 @@ def take_modules(
     Raises:
         AdapterFileError: values that differ from the model's for a module that was not saved as a whole
             (PEFT writes the embedding together with a LoRA on it), or for one of several modules that
-            share one weight.
+            share one weight, or beyond the dtype in which the model holds them.
     """
     values: Values = {
         path: {own: tensors[f"{path}.{own}"] for own in model.get_submodule(path).state_dict()}
@@ -86,6 +87,7 @@ def take_modules(
                 "module among those to save; is it the model that the LoRA was trained on?"
             )
     _check_ties(model, {key: tensors[key] for key in trained})
+    check_values(model, values)
     return TrainedModules(tuple(values), values)
 
 
