@@ -128,7 +128,7 @@ def test_plan_of_packed_experts_lists_what_cannot_be_had(packed, capsys):
     for row in found["plans"]:
         by_name.setdefault(row["decomposition"], []).append(row)
     assert {name: len(rows) for name, rows in by_name.items()} == {
-        "cp": 5, "tucker": 5, "tt": 5, "lotr": 1, "lora": 1,
+        "indscal": 5, "cp": 5, "tucker": 5, "tt": 5, "lotr": 1, "lora": 1,
     }  # fmt: skip
     for name, rows in by_name.items():
         for row in rows:

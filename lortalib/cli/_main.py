@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", "how many trainable parameters each format has on a model", "MODEL")
     plan.add_argument("--rank", type=int, nargs="+", default=[1, 4, 8, 16, 64], metavar="R")
     plan.add_argument(
-        "--decomposition", nargs="+", default=["cp", "tucker", "tt", "lotr", "lora"], metavar="D"
+        "--decomposition",
+        nargs="+",
+        default=["indscal", "cp", "tucker", "tt", "lotr", "lora"],
+        metavar="D",
     )
     plan.add_argument(
         "--acts-on",

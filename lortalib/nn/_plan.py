@@ -80,8 +80,8 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    decomposition: Decomposition = "cp",
-    rank: Rank = 8,
+    decomposition: Decomposition = "indscal",
+    rank: Rank = 16,
     *,
     alpha: float = 1.0,
     dropout: float = 0.0,

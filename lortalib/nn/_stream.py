@@ -98,7 +98,8 @@ def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
                 raise ValueError(
                     f"adapter {adapter.name!r} acts on the stream that {site.path} reads or writes, so "
                     f"{other!r} cannot stand in that weight while {adapter.name!r} is active and not "
-                    f"merged. Call disable() on {adapter.name!r} first; merge() makes it take part again"
+                    f"merged. Call disable() on {adapter.name!r} first; merge() makes it take part again. Or "
+                    f"make {other!r} part of the base for good: remove(merged=True)"
                 )
 
 

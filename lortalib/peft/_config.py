@@ -140,8 +140,8 @@ class LortaConfig(PeftConfig):
         ValueError: rank_pattern is not supported: all modules of a group share one tensor, ...
     """
 
-    rank: Union[int, dict[str, int]] = 8
-    decomposition: str = "cp"
+    rank: Union[int, dict[str, int]] = 16
+    decomposition: str = "indscal"
     alpha: float = 1.0
     dropout: float = 0.0
     target_modules: Union[list[str], str] | None = None

@@ -98,8 +98,8 @@ def test_bad_arguments_of_apply(llama, case, beside_another):
     if beside_another:
         put(llama, name="other").merge()
     with unchanged(llama), pytest.raises(ValueError, match=message):
-        apply(llama, **options)
-    apply(llama)
+        apply(llama, **{"decomposition": "cp", **options})
+    apply(llama, "cp")
 
 
 def test_a_name_that_is_in_use(llama):

@@ -1,4 +1,4 @@
-"""PEFT's own test suite, run on this method: CP, Tucker and tensor train.
+"""PEFT's own test suite, run on this method: CP, Tucker, tensor train, and INDSCAL on the stream.
 
 The tests of the installed PEFT are fetched from the package registry (its source distribution) and
 left as they are: beside them goes a file that puts `LortaConfig` in the place of PEFT's own lists of
@@ -35,7 +35,7 @@ from . import {module} as theirs
 from .{module} import {classes}
 
 MODELS = os.environ["TINY_MODELS"]
-FORMATS = ("cp", "tucker", "tt")
+FORMATS = ("cp", "tucker", "tt", "indscal")
 
 
 def local(name):
@@ -78,7 +78,7 @@ theirs.TEST_CASES[:] = [
         "Embedding + transformers Conv1D 1 LortaConfig",
         "EmbConv1D",
         LortaConfig,
-        {"target_modules": ["conv1d"], "rank": 2},
+        {"target_modules": ["conv1d"], "rank": 2, "alpha": 4.0},
     )
 ]
 theirs.ALL_PEFT_CONFIG_CLASSES[:] = [LortaConfig]

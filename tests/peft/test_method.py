@@ -526,7 +526,8 @@ def test_a_block_that_is_not_understood_costs_the_others_nothing():
             self.weird = nn.Linear(6, 6)
 
     def targets(model):
-        found = peft.get_peft_model(model, LortaConfig(rank=2, target_modules=["query", "value"]))
+        config = LortaConfig(rank=2, decomposition="cp", target_modules=["query", "value"])
+        found = peft.get_peft_model(model, config)
         return {n: p.shape for n, p in found.named_parameters() if p.requires_grad}
 
     config = BertConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=4,

@@ -13,7 +13,7 @@ LLAMA = FAMILIES["Llama"]
 
 def wrapped(family=LLAMA, kind="Model", *, seed=0, name="default", **options):
     """A tiny model with an adapter of random numbers."""
-    options = {"rank": 2, "init_weights": False, **options}
+    options = {"decomposition": "cp", "rank": 2, "init_weights": False, **options}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ranks larger than the modes can fill")
         torch.manual_seed(seed)
@@ -23,7 +23,7 @@ def wrapped(family=LLAMA, kind="Model", *, seed=0, name="default", **options):
 
 def second(model, name="other", seed=1, **options):
     """One more adapter on it."""
-    options = {"rank": 2, "init_weights": False, **options}
+    options = {"decomposition": "cp", "rank": 2, "init_weights": False, **options}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.add_adapter(name, LortaConfig(**options))

@@ -18,8 +18,8 @@ from .hooks import check_rows
 
 def bank(
     model: nn.Module,
-    decomposition: Decomposition = "cp",
-    rank: Rank = 8,
+    decomposition: Decomposition = "indscal",
+    rank: Rank = 16,
     *,
     capacity: int = 64,
     alpha: float = 1.0,
