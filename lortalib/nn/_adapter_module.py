@@ -13,7 +13,7 @@ from ..decomp import Network
 from ._carrier import Host
 from ._forward import ForwardScope, PairSource
 from ._offloaded import bring_back
-from ._recompute import AdapterScope, Remembered, active_in_forward
+from ._recompute import AdapterScope, Remembered, added_in_forward
 from ._shared_parameters import find_aliases, leave_out, put_back, share_again
 from ._trained_modules import TrainedModules
 
@@ -23,6 +23,8 @@ class AdapterModule(nn.Module):
 
     Attributes:
         networks: the networks by name of the group; every trainable parameter, once.
+        active: whether it takes part in the model's forward.
+        merged: whether its update stands in the weights.
         scope: the forward under way.
         remembered: whether it took part in forwards that checkpoints may run again.
         trained_modules: whole modules that train with it.
@@ -49,15 +51,12 @@ class AdapterModule(nn.Module):
         self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
 
     @property
-    def active(self) -> bool:
-        """Whether it takes part in the model's forward; within a backward that runs a forward again
-        (checkpointing), whether it took part in that one."""
-        now: bool = self.__dict__["_active"]
-        return now if torch.compiler.is_compiling() else active_in_forward(self, now)
-
-    @active.setter
-    def active(self, now: bool) -> None:
-        self.__dict__["_active"] = now
+    def adds_update(self) -> bool:
+        """Whether the forward under way adds its update; within a backward that runs a forward again
+        (checkpointing), whether that one did."""
+        if torch.compiler.is_compiling():
+            return self.active and not self.merged
+        return added_in_forward(self)
 
     def bring_back(self) -> None:
         """Let what trains stay where it computes, if accelerate offloaded it: the networks, and with
@@ -104,6 +103,6 @@ class AdapterModule(nn.Module):
                 "trained_modules": TrainedModules(self.trained_modules.paths, values),
             }
             if memo_is_empty:  # not reached from a module that it updates
-                state |= {"_active": False, "merged": False}
+                state |= {"active": False, "merged": False}
         copied.__dict__.update(copy.deepcopy(state, memo))
         return copied

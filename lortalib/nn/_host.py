@@ -83,7 +83,7 @@ class AdapterHost(nn.ModuleDict):
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
             adapter.trained_modules.swap_in(self.model, others)
-            vars(adapter)["_active"] = True
+            vars(adapter)["active"] = True
 
     def disable(self, adapter: Adapter) -> None:
         """See `Adapter.disable`."""
@@ -95,11 +95,11 @@ class AdapterHost(nn.ModuleDict):
             self._unmerge(adapter)
         except BaseException:
             if merged and not adapter.merged:  # the base is back: what is left cannot fail
-                vars(adapter)["_active"] = False
+                vars(adapter)["active"] = False
             else:
                 adapter.trained_modules.swap_in(self.model, [])
             raise
-        vars(adapter)["_active"] = False
+        vars(adapter)["active"] = False
 
     def set_active(self, wanted: list[Adapter]) -> None:
         """Let exactly these adapters take part in the forward."""
@@ -130,10 +130,10 @@ class AdapterHost(nn.ModuleDict):
             self._weights.write(adapter.sites, self._in_order(standing))
             vars(self)["_standing"] = standing
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
-            self._detach(adapter)
+            self._detach_merged(adapter)
         except BaseException:
             if adapter.merged:
-                self._detach(adapter)
+                self._detach_merged(adapter)
             else:
                 vars(self)["_standing"] = kept
                 if not active:
@@ -162,7 +162,7 @@ class AdapterHost(nn.ModuleDict):
             self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
-                self._detach(adapter)
+                self._detach_merged(adapter)
             else:
                 vars(self)["_standing"] = standing
                 self._weights.keep_only(rest)
@@ -229,7 +229,7 @@ class AdapterHost(nn.ModuleDict):
     def _take_off(self, adapter: Adapter) -> None:
         """Forget an adapter that takes no part any more; may be called again."""
         self._detach(adapter)
-        vars(adapter).update(_active=False, merged=False)
+        vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
             self._freezing.discard(adapter.name)
             if not adapter.trained_modules.conflict(self._trained_by_others(adapter, active=False)):
@@ -253,8 +253,15 @@ class AdapterHost(nn.ModuleDict):
                 parameter.requires_grad_(before and not self._freezing)
 
     def _attach(self, adapter: Adapter) -> None:
-        found = cast(nn.Module, self._modules_found)
-        attach(found, adapter, self._handles.setdefault(adapter.name, []))
+        if not self._handles.get(adapter.name):
+            found = cast(nn.Module, self._modules_found)
+            attach(found, adapter, self._handles.setdefault(adapter.name, []))
+
+    def _detach_merged(self, adapter: Adapter) -> None:
+        """Take the hooks of a merged adapter off; they stay where a checkpoint may run a forward again
+        that had no merged weights, to refuse it."""
+        if not len(adapter.remembered):
+            self._detach(adapter)
 
     def _detach(self, adapter: Adapter) -> None:
         """Take the hooks of an adapter off; may be called again."""

@@ -29,6 +29,10 @@ _STACK = {
 }
 
 
+#: What `Remembered` has of a checkpoint in which it did not see the adapter.
+_UNKNOWN = object()
+
+
 def _suspended(generator: Any) -> dict[str, Any]:
     frame: FrameType | None = getattr(generator, "gi_frame", None)
     return {} if frame is None else frame.f_locals
@@ -83,7 +87,7 @@ class AdapterScope(ForwardScope):
 
 
 class Remembered:
-    """Whether an adapter took part in the forwards that checkpoints may run again."""
+    """Whether an adapter added its update in the forwards that checkpoints may run again."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()
@@ -94,27 +98,26 @@ class Remembered:
             if self._known.setdefault(each, now) is not now:
                 self._known[each] = None  # it was switched inside, and will be again
 
-    def recall(self, now: bool, name: str) -> bool:
-        """Whether it took part in the forward that is run again; what it is now where none is.
+    def recall(self, now: bool, merged: bool, name: str) -> bool:
+        """Whether it was added in the forward that is run again; what it is now where none is.
 
         Args:
-            now: whether it takes part now.
+            now: whether it is added now.
+            merged: whether it stands in the weights now.
             name: of the adapter.
 
         Raises:
-            RuntimeError: it was not on the model in that forward, or was merged.
+            RuntimeError: it stands in the weights now and did not then, or the other way round, or it was
+                not on the model.
         """
         running = list(checkpoints())
-        for each in running:
-            if each in self._known:
-                known = self._known[each]
-                return now if known is None else known
-        if running and now:
+        known = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
+        if (merged and known is not _UNKNOWN) or (running and now and known is _UNKNOWN):
             raise RuntimeError(
-                f"adapter {name!r} was merged, or not on the model, in the forward that a checkpoint runs "
-                "again now; call backward() before such a change, or run the forward again"
+                f"adapter {name!r} was merged, unmerged or applied after the forward that a checkpoint "
+                "runs again now; call backward() before such a change, or run the forward again"
             )
-        return now
+        return now if known is _UNKNOWN or known is None else bool(known)
 
     def __len__(self) -> int:
         """For how many checkpoints."""
@@ -124,23 +127,24 @@ class Remembered:
         return Remembered, ()
 
 
-def active_in_forward(adapter: Any, now: bool) -> bool:
-    """Whether an adapter takes part in the forward under way, which may be one that is run again.
+def added_in_forward(adapter: Any) -> bool:
+    """Whether the forward under way adds an adapter's update; it may be one that is run again.
 
     Args:
         adapter: the adapter.
-        now: whether it is switched on now.
 
     Raises:
         RuntimeError: the forward cannot be run again, since it was with other values of the modules that
-            the adapter trains, or with the adapter merged.
+            the adapter trains, or with other weights.
     """
     remembered: Remembered = adapter.remembered
+    merged: bool = adapter.merged
+    now: bool = adapter.active and not merged
     if not is_in_backward():
-        if adapter.scope.may_be_checkpointed():
+        if not merged and adapter.scope.may_be_checkpointed():
             remembered.record(now)
         return now
-    then = remembered.recall(now, adapter.name)
+    then = remembered.recall(now, merged, adapter.name)
     if then is not now and adapter.trained_modules.paths:
         raise RuntimeError(
             f"adapter {adapter.name!r} was switched between a forward and its backward, and a checkpoint "

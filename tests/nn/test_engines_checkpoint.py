@@ -210,6 +210,26 @@ def test_an_adapter_that_was_merged_in_the_forward_is_refused(base, reentrant):
         loss.backward()
 
 
+@each_kind
+def test_an_adapter_that_was_merged_after_the_forward_is_refused(base, reentrant):
+    """Its gradient would be lost without a word: the merged weights have no part of it."""
+    model = copy.deepcopy(base)
+    adapter = put(model)
+    loss = loss_of(checkpointed(model, reentrant), IDS)
+    expected = loss.detach().clone()
+    adapter.merge()
+    with pytest.raises(RuntimeError, match="'default' was merged"):
+        loss.backward()
+    assert close(loss_of(model, IDS), expected)  # merged, its hooks add nothing
+    adapter.unmerge()
+    assert close(loss_of(model, IDS), expected)
+    del loss
+    loss_of(model, IDS).backward()
+    assert all(p.grad.any() for p in adapter.networks.parameters())
+    adapter.merge()
+    assert not model.model.layers[0].self_attn.q_proj._forward_hooks
+
+
 def test_nothing_is_remembered_without_checkpoints_and_after_them(base):
     model, own = two_adapters(base)
     contrast(model)

@@ -98,7 +98,7 @@ def _reader(name: str) -> Any:
     def read(module: nn.Module) -> Tensor | None:
         weight: Tensor | None = module._parameters[name]
         for adapter, site in module.__dict__.get(_UPDATES, ()):
-            if site.parameter == name and adapter.active and not adapter.merged:
+            if site.parameter == name and adapter.adds_update:
                 assert weight is not None
                 update = adapter.delta(site, module._parameters[name])
                 weight = weight + update.to(weight.device, weight.dtype)

@@ -34,9 +34,11 @@ class UpdateOwner(Protocol):
 class AdapterLike(UpdateOwner, Protocol):
     """An owner that is switched on and off, and drops features in training."""
 
-    active: bool
-    merged: bool
     training: bool
+
+    @property
+    def adds_update(self) -> bool:
+        """Whether the forward under way adds its update."""
 
     @property
     def dropout(self) -> float:
@@ -114,8 +116,8 @@ class ModuleUpdate:
 
     @property
     def is_on(self) -> bool:
-        """Whether the update is to be added, and does not stand in the weight already."""
-        return self.owner.active and not self.owner.merged
+        """Whether the forward under way adds the update."""
+        return self.owner.adds_update
 
     def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
         """Add the update.
