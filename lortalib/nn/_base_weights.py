@@ -12,7 +12,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ._anatomy import Site, original_parameters, original_weight
 from ._found_modules import FoundModules
 from ._offloaded import is_on_disk, offloaded_numbers
-from ._sharded import divide_again, divided_like, is_finite
+from ._sharded import (
+    check_gathered,
+    divide_again,
+    divided_like,
+    is_finite,
+    is_zero_parameter,
+)
 
 
 class Merged(Protocol):
@@ -123,6 +129,13 @@ class BaseWeights:
                 f"the weight of {site.path} is quantised ({weight.dtype}); it "
                 "cannot take an update. Merge into the unquantised model instead"
             )
+        if write and is_zero_parameter(weight):
+            raise ValueError(
+                f"the weight of {site.path} is divided by DeepSpeed ZeRO-3, which would take it for "
+                "the base's. Save the adapter, and merge it into a model that is not divided (lortalib merge "
+                "MODEL FOLDER OUT)"
+            )
+        check_gathered(weight)
         if tuple(weight.shape) != site.weight_shape:
             raise ValueError(
                 f"the weight of {site.path} has shape {tuple(weight.shape)}; expected "

@@ -1,4 +1,5 @@
-"""Reads and writes what FSDP2 divides over processes; every process has to take part."""
+"""Reads and writes what FSDP2 divides over processes; every process has to take part. What DeepSpeed ZeRO-3
+divides is read where the user gathers it."""
 
 from __future__ import annotations
 
@@ -16,16 +17,39 @@ def is_divided(tensor: Any) -> bool:
 
 
 def whole(tensor: Any) -> Any:
-    """Gather a tensor that is divided over processes; any other is returned as it is. Differentiable."""
+    """Gather a tensor that is divided over processes; any other is returned as it is. Differentiable.
+
+    Raises:
+        RuntimeError: DeepSpeed ZeRO-3 divides it, and it is not gathered.
+    """
+    check_gathered(tensor)
     return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def check_gathered(tensor: Any) -> None:
+    """Refuse a parameter that DeepSpeed ZeRO-3 divides: outside of its modules' forwards it is empty.
+
+    Raises:
+        RuntimeError: it is divided now.
+    """
+    if is_zero_parameter(tensor) and tuple(tensor.ds_shape) != tuple(tensor.shape):
+        raise RuntimeError(
+            f"DeepSpeed ZeRO-3 divides a parameter of shape {tuple(tensor.ds_shape)} over processes; do this "
+            "in every process within `with deepspeed.zero.GatheredParameters(list(model.parameters())):`"
+        )
+
+
+def is_zero_parameter(tensor: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds a parameter."""
+    return hasattr(tensor, "ds_shape")
 
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
     """A network with whole tensors; the very same where none is divided."""
-    tensors = network.tensors
-    if not any(is_divided(tensor) for tensor in tensors):
+    tensors = [whole(tensor) for tensor in network.tensors]
+    if all(one is other for one, other in zip(tensors, network.tensors)):
         return network
-    return NetworkView(network.legs, [whole(tensor) for tensor in tensors], network.modes)
+    return NetworkView(network.legs, tensors, network.modes)
 
 
 def divided_like(tensor: Any, other: Any) -> Any:

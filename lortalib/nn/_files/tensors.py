@@ -180,7 +180,7 @@ def plain(tensor: Tensor) -> Tensor:
     Args:
         tensor: any tensor; one that is sharded over processes is gathered, on every process.
     """
-    found: Tensor = whole(tensor.detach()).cpu().contiguous()
+    found: Tensor = whole(tensor).detach().cpu().contiguous()
     return found
 
 
