@@ -30,8 +30,7 @@ def main() -> None:
         "--data", help="a set with instruction and output (default: from a package)"
     )
     option(arguments, "samples", 5, "answers to write")
-    args = arguments.parse_args()
-    begin(args)
+    args = begin(arguments)
     name = args.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(name)
     tokenizer = chat_tokenizer(name)

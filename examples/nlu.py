@@ -62,8 +62,7 @@ def main() -> None:
     chosen = arguments.parse_known_args()[0]
     if chosen.preset:
         arguments.set_defaults(**published(chosen.preset, chosen.task or "sst2"))
-    args = arguments.parse_args()
-    begin(args)
+    args = begin(arguments)
     if args.task:
         train, held_out, labels, metric = glue(args.task)
     else:

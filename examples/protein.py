@@ -54,9 +54,8 @@ def main() -> None:
     )
     if arguments.parse_known_args()[0].task == "fold":
         own = {"steps": 100, "batch": 1, "lr": 3e-2, "rank": 16}
-        arguments.set_defaults(out="runs/fold", length=128, held_out=4, **own)
-    args = arguments.parse_args()
-    begin(args)
+        arguments.set_defaults(task="fold", out="runs/fold", length=128, held_out=4, **own)
+    args = begin(arguments)
     run = structures if args.task == "fold" else antimicrobial
     run(args)
 

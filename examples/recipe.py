@@ -2,13 +2,12 @@
 
 A recipe is a script that says what its data and its score are. Each runs here on models and data
 from packages, and on those of the paper where the hub can be reached; each can be killed and
-started again with the same arguments; `accelerate launch` runs it on several processes.
+started again with the same arguments (run_folder.py); `accelerate launch` runs it on several processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
+from run_folder import RESULTS, claim, folder_of, last_checkpoint, results, write_json
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lortalib.peft import LortaConfig
 
@@ -65,14 +64,33 @@ def option(arguments: argparse.ArgumentParser, name: str, default: Any, said: st
     )
 
 
-def begin(args: argparse.Namespace) -> None:
-    """The same new head and adapter for the same ``--seed``; no messages but errors.
+def begin(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the arguments and take the folder of the run.
 
-    Progress bars of training stay.
+    The same ``--seed`` gives the same new head and adapter. Of messages only errors are left; progress
+    bars of training stay.
+
+    Args:
+        arguments: of `parser`, with the recipe's own.
+
+    Raises:
+        SystemExit: the run is finished (its report is printed), or the folder is another run's.
     """
+    args = arguments.parse_args()
+    folder = folder_of(arguments, args)
+    args.out = str(folder)
+    first = PartialState().is_main_process
+    claim(folder, args, write=first)
+    finished = results(folder)
+    if finished is not None:
+        if first:
+            show(finished["title"], finished["rows"])
+            print(f"finished before, in {folder}; remove it to train again")
+        raise SystemExit(0)
     transformers.set_seed(args.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    return args
 
 
 def adapter_config(args: argparse.Namespace, task: str | None, **more: Any) -> LortaConfig:
@@ -135,16 +153,18 @@ def training(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def fit(trainer: Any) -> float:
-    """Train, from the last checkpoint where there is one, and save the adapter.
+    """Train, from the last whole checkpoint where there is one, and save the adapter.
 
     Returns:
         Seconds, of this run alone.
     """
     start = time.perf_counter()
-    folder = Path(trainer.args.output_dir)
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    )
+    checkpoint, step = last_checkpoint(Path(trainer.args.output_dir)) or (None, 0)
+    if checkpoint is not None and step >= trainer.args.max_steps:
+        # Nothing is left to train, and a Trainer that resumes at its last step takes one more.
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return time.perf_counter() - start
 
@@ -162,12 +182,7 @@ def report(
     """
     if not PartialState().is_main_process:
         return
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    show(title, rows)
     found = {
         "title": title,
         "arguments": vars(args),
@@ -175,6 +190,16 @@ def report(
         "rows": list(rows),
         **more,
     }
-    file = Path(args.out, "results.json")
-    file.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
+    file = Path(args.out, RESULTS)
+    write_json(file, found)
     print(f"wrote {file}")
+
+
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print records with the same keys as a table."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:,.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)

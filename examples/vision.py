@@ -51,8 +51,7 @@ def main() -> None:
     )
     option(arguments, "pretrain-steps", 700, "of the small ViT")
     option(arguments, "head-lr", 2e-2, "learning rate of the classifier")
-    args = arguments.parse_args()
-    begin(args)
+    args = begin(arguments)
     with TrainingArguments(**training(args)).main_process_first():  # others read what it wrote
         name = args.model or small_vit(args.pretrain_steps)
     train, held_out = labelled(args) if args.data else turned_digits(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,8 @@ import dpo
 import instruct
 import nlu
 import pytest
-import torch
+from hub_folders import tiny_llama, tiny_roberta
 from recipe import chat_tokenizer
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--steps", "2", "--save-every", "1", "--batch", "2", "--length", "32"]
@@ -48,17 +39,18 @@ def test_a_recipe_trains_reports_and_resumes(recipe, asset, tmp_path):
     script, *task = recipe.split()
     command = [sys.executable, str(EXAMPLES / script), *task, *SHORT, *arguments]
     command += ["--out", str(tmp_path)]
-    for more, last in (([], 2), (["--steps", "3"], 3)):
-        done = subprocess.run(
-            [*command, *more], capture_output=True, text=True, check=False, timeout=300
-        )
+    for last in (2, 1):  # the second run is killed after its first step, as it were
+        if last == 1:
+            (tmp_path / "results.json").unlink()
+            shutil.rmtree(tmp_path / "checkpoint-2")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
         assert score in found["rows"][-1]
-        assert (tmp_path / f"checkpoint-{last}" / "adapter_model.safetensors").exists()
-    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text("utf-8"))
-    assert state["global_step"] == 3
-    assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+        assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == 2
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -76,7 +68,6 @@ def test_help_is_enough(recipe):
         assert "default: None" not in done.stdout
 
 
-WORDS = "<s> <pad> </s> <unk> a good bad film Name # Instruction Response : .".split()
 #: GLUE as the hub gives it, in little: columns and labels of a task of each shape.
 GLUE = {
     "mrpc": {"sentence1": "a good film", "sentence2": "a bad film", "label": 1, "idx": 0},
@@ -85,36 +76,16 @@ GLUE = {
 }
 
 
-def saved(folder, model):
-    """Write a tiny model beside a tokenizer that has neither a chat template nor a pad token."""
-    tokens = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def llama(tmp_path):
     """A folder with a tiny Llama of the base kind."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=16,
-    )  # fmt: skip
-    return saved(tmp_path / "llama", LlamaForCausalLM(config))
+    return tiny_llama(tmp_path / "llama")
 
 
 @pytest.fixture
 def roberta(tmp_path):
     """A folder with a tiny RoBERTa."""
-    config = RobertaConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=16, max_position_embeddings=40, type_vocab_size=1,
-    )  # fmt: skip
-    return saved(tmp_path / "roberta", RobertaModel(config))
+    return tiny_roberta(tmp_path / "roberta")
 
 
 class Agreement:

@@ -19,12 +19,14 @@ from ._files import AdapterFileError, export_lora, load, load_lora, read, read_d
 from ._group import Group
 from ._parameter_groups import parameter_groups
 from ._plan import Plan, plan
+from ._trainer import AdapterTrainerMixin
 from ._verify import Report, check_effect, verify
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterFileError",
+    "AdapterTrainerMixin",
     "Bank",
     "BlockRule",
     "FeatureRows",

@@ -11,6 +11,7 @@ from torch import nn
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, check_model, unwrapped
 from ._host import AdapterHost, home_of
+from ._save_pretrained import stand_in
 from ._sharded import sharded_parts
 
 
@@ -52,6 +53,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             host = AdapterHost(model)
             undo.callback(host.release)
             home_of(model).add_module(ATTRIBUTE, host)
+            stand_in(model, host)
         host.install(adapter, active, freeze, undo)
         undo.pop_all()
 

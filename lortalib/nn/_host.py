@@ -276,6 +276,7 @@ class AdapterHost(nn.ModuleDict):
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
             delattr(home, ATTRIBUTE)
+            vars(self.model).pop("save_pretrained", None)  # see SavePretrained
 
     # Onto the model
 

@@ -43,6 +43,13 @@ class TrainedModules:
         taken = {path for other in others for path in other.paths}
         return next((path for path in self.paths if path in taken), None)
 
+    def set_values(self, model: nn.Module, values: Values) -> None:
+        """Take values of its own from elsewhere, of the same names and shapes; see `values`."""
+        if self._inside:
+            _write(model, values)
+        else:
+            self._other = values
+
     def swap_in(self, model: nn.Module, others: Iterable[TrainedModules]) -> None:
         """Put the adapter's values into the modules and keep the base's. Where this fails, all is as
         it was.

@@ -5,6 +5,7 @@ from .export_lora import export_lora
 from .folder import AdapterFileError
 from .import_lora import load_lora
 from .lora_config import lora_config
+from .restore import restore
 
 __all__ = [
     "AdapterFileError",
@@ -15,5 +16,6 @@ __all__ = [
     "read",
     "read_adapter",
     "read_description",
+    "restore",
     "save",
 ]
