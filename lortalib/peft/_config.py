@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from numbers import Integral
 from reprlib import repr as short
 from typing import Any, Union
@@ -89,6 +89,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _are_named(_are_sizes, value),
         "a mapping from networks to mappings from bonds to integers, or None",
     ),
+    "description": (
+        lambda value: value is None or isinstance(value, Mapping),
+        "what lortalib wrote there, or None",
+    ),
 }
 
 
@@ -118,6 +122,8 @@ class LortaConfig(PeftConfig):
         acts_on: ``"weights"`` or ``"stream"``, as for `lortalib.nn.apply`.
         bias: only ``"none"``; it is there for those who write it out.
         ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
+        description: what the adapter consists of; written when it is made, for those who read its folder
+            without PEFT or without a model (see `lortalib.nn.read`).
 
     Raises:
         ValueError: a bad value, or an argument that has no meaning for a shared tensor.
@@ -146,6 +152,7 @@ class LortaConfig(PeftConfig):
     gqa: str = "pool"
     acts_on: str = "weights"
     ranks: dict[str, dict[str, int]] | None = None
+    description: dict[str, Any] | None = field(default=None, repr=False)
     bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None
     alpha_pattern: InitVar[Any] = None
