@@ -296,3 +296,12 @@ def export_lora(options: Namespace, output: Output) -> bool:
     }
     output.show(findings, [findings])
     return True
+
+
+def convert(options: Namespace, output: Output) -> bool:
+    """Write an adapter in the other kind of folder: ``convert FOLDER OUT``."""
+    folder = lnn.convert(options.folder, options.out)
+    files = sorted(file.name for file in folder.iterdir())
+    findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}
+    output.show(findings, [findings])
+    return True

@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--model", help="folder or name; needed where the adapter acts on the residual stream"
     )
+    command(
+        "convert", "write a folder of lortalib as one of PEFT, or the other way", "FOLDER", "OUT"
+    )
     for sub in (plan, sites, check, merge, export):
         sub.add_argument(
             "--trust-remote-code",
@@ -99,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _POSITIONAL = {
-    "FOLDER": "folder of a saved adapter",
+    "FOLDER": "folder of a saved adapter, of lortalib or of PEFT",
     "MODEL": "folder of a model, or its name on the hub",
     "OUT": "folder to write",
 }

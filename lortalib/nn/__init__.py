@@ -15,7 +15,15 @@ from ._anatomy import (
 from ._apply import apply
 from ._bank import Bank, bank
 from ._config import AdapterConfig
-from ._files import AdapterFileError, export_lora, load, load_lora, read, read_description
+from ._files import (
+    AdapterFileError,
+    convert,
+    export_lora,
+    load,
+    load_lora,
+    read,
+    read_description,
+)
 from ._group import Group
 from ._parameter_groups import parameter_groups
 from ._plan import Plan, plan
@@ -41,6 +49,7 @@ __all__ = [
     "apply",
     "bank",
     "check_effect",
+    "convert",
     "export_lora",
     "load",
     "load_lora",

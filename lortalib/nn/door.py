@@ -31,7 +31,7 @@ from __future__ import annotations
 from ._adapter import Adapter
 from ._anatomy import MLP_ROLES, linear_sites, understood_sites
 from ._config import check_settings
-from ._files import lora_config
+from ._files import describe_for_peft, lora_config
 from ._forward import (
     Handle,
     ModuleUpdate,
@@ -62,6 +62,7 @@ __all__ = [
     "check_settings",
     "check_whole",
     "choose_sites",
+    "describe_for_peft",
     "detach",
     "divide_again",
     "divided_like",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from numbers import Integral
 from reprlib import repr as short
 from typing import Any, Union
@@ -96,6 +96,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _are_named(_are_bond_sizes, value),
         f"a mapping from networks to mappings from bonds to integers up to {_LARGEST_BOND:,}, or None",
     ),
+    "description": (
+        lambda value: value is None or isinstance(value, Mapping),
+        "what lortalib wrote there, or None",
+    ),
 }
 
 
@@ -126,6 +130,8 @@ class LortaConfig(PeftConfig):
             `lortalib.nn.apply`.
         bias: only ``"none"``; it is there for those who write it out.
         ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
+        description: what the adapter consists of; written when it is made, for those who read its folder
+            without PEFT or without a model (see `lortalib.nn.read`).
 
     Raises:
         ValueError: a bad value, or an argument that has no meaning for a shared tensor.
@@ -154,6 +160,7 @@ class LortaConfig(PeftConfig):
     gqa: str = "pool"
     acts_on: str | None = None
     ranks: dict[str, dict[str, int]] | None = None
+    description: dict[str, Any] | None = field(default=None, repr=False)
     bias: InitVar[str] = "none"
     rank_pattern: InitVar[Any] = None
     alpha_pattern: InitVar[Any] = None

@@ -22,6 +22,7 @@ from ..nn.door import (
     Handle,
     by_module,
     check_whole,
+    describe_for_peft,
     detach,
     make_adapter,
     plan_sites,
@@ -32,6 +33,7 @@ from ._held import PeftHost
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
+from ._shared_state import SharedState
 from ._sum import check_sum, weighted_sum, with_ranks
 from ._targets import known_sites, short_names, sites_of
 from ._tied import check_tied
@@ -49,7 +51,7 @@ class LortaModel(BaseTuner):
         lorta_adapters: the adapters by name, those of `lortalib.nn`.
     """
 
-    uses_shared_state = True
+    uses_shared_state = SharedState()  # type: ignore[assignment]
     prefix = "lorta_"
     tuner_layer_cls = LortaLayer
     target_module_mapping: dict[str, list[str]] = {}
@@ -72,9 +74,7 @@ class LortaModel(BaseTuner):
         return peft_config
 
     def _config(self, name: str) -> LortaConfig:
-        config = self.peft_config[name]
-        assert isinstance(config, LortaConfig)
-        return config
+        return cast("LortaConfig", self.peft_config[name])
 
     def _adapters(self) -> dict[str, Adapter]:
         return cast("dict[str, Adapter]", dict(self.lorta_adapters.items()))
@@ -175,6 +175,7 @@ class LortaModel(BaseTuner):
         adapter.active = True  # which of the installed ones a layer adds is PEFT's to say
         self.lorta_adapters[name] = adapter.train(self.training)
         adapter.belong_to(PeftHost(self.model))
+        config.description = describe_for_peft(adapter, self.model)
         handles = self._handles.setdefault(name, [])
         handles.extend(watch_forwards(self.model, adapter.scope, adapter.groups))
         for path, own in by_module(adapter.sites):
@@ -295,8 +296,7 @@ class LortaModel(BaseTuner):
                 another combination type.
         """
         check_sum([*self.lorta_adapters], adapters, weights, adapter_name, combination_type)
-        owners = [self._adapters()[name] for name in adapters]
-        networks = weighted_sum(owners, weights)
+        networks = weighted_sum([self._adapters()[name] for name in adapters], weights)
         config = copy.copy(self._config(adapters[0]))
         config.alpha, config.init_weights = 1.0, True
         config.ranks = {name: dict(network.ranks) for name, network in networks.items()}

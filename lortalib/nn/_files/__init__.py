@@ -1,14 +1,18 @@
 """Saves adapters and LoRAs to disk, and reads them back."""
 
 from .adapter import load, read, read_adapter, read_description, save
+from .convert import convert
 from .export_lora import export_lora
 from .folder import AdapterFileError
 from .import_lora import load_lora
 from .lora_config import lora_config
+from .peft_folder import describe_for_peft
 from .restore import restore
 
 __all__ = [
     "AdapterFileError",
+    "convert",
+    "describe_for_peft",
     "export_lora",
     "load",
     "load_lora",

@@ -6,26 +6,22 @@ transformers renames paths between versions.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..._version import __version__
-from ...decomp import Network
 from .._adapter import Adapter
 from .._adapters import check_name, install
-from .._anatomy import Site, check_model, site_weight
-from .._group import Group
+from .._anatomy import check_model, site_weight
 from .checks import check_description, check_tensors
+from .describe import describe, stored_tensors
 from .fit import Rules, check_values, fit_groups
 from .folder import TENSORS, parse_json, put_files, remove_old_description
 from .saved import make_networks, open_saved, values_in, write_saved
-from .schema import FORMAT, FORMAT_VERSION, Description, SavedGroup, trained_key
+from .schema import trained_key
 from .tensors import TensorSpec, dtype_name, first_not_finite, plain
 from .weights import SavedModules, shared_weights
 
@@ -59,63 +55,19 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     """
     folder = Path(folder)
     model = adapter.model
-    owned: dict[int, str] = {}  # a parameter that several networks share is stored once
-    tensors: dict[str, Tensor] = {}
-    groups = tuple(
-        _save_group(group, adapter.network(group), owned, tensors) for group in adapter.groups
-    )
+    tensors = {key: _numbers(tensor, f"{key!r}") for key, tensor in stored_tensors(adapter).items()}
     for path, values in adapter.trained_modules.values(model).items():
         tensors |= {
             trained_key(path, own): _numbers(v, f"module {path!r}") for own, v in values.items()
         }
     check_numbers(tensors, f"adapter {adapter.name!r} was not saved")
-    config = getattr(model, "config", None)
-    description = Description(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
-        lortalib_version=__version__,
-        name=adapter.name,
-        config=adapter.config,
-        trained_modules=adapter.trained_modules.paths,
-        base_model={
-            "class": type(model).__name__,
-            "model_type": _text(getattr(config, "model_type", None)),
-            "name": _text(getattr(config, "_name_or_path", None)),
-            "shape_fingerprint": fingerprint(adapter.sites),
-        },
-        groups=groups,
-        shared_weights=shared_weights(model, adapter.trained_modules.paths),
-    )
+    description = describe(adapter, model)
     text = description.text()
     specs = {k: TensorSpec(dtype_name(k, t), tuple(t.shape)) for k, t in tensors.items()}
     check_tensors(check_description(parse_json(text)), specs)
     put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors)})
     remove_old_description(folder)
     return folder
-
-
-def _save_group(
-    group: Group, network: Network, owned: dict[int, str], tensors: dict[str, Tensor]
-) -> SavedGroup:
-    """Describe one group for the file; add its tensors to ``tensors``."""
-    saved = SavedGroup(
-        name=group.name,
-        legs=str(network.legs),
-        modes=dict(network.shape),
-        ranks=network.ranks,
-        parameters=network.names,
-        layers=group.layers,
-        roles=group.roles,
-        sites=group.sites,
-        shared={},
-    )
-    for name, tensor in zip(network.names, network.tensors):
-        key = saved.key_of(name)
-        if owned.setdefault(id(tensor), key) == key:
-            tensors[key] = _numbers(tensor, f"network {group.name!r}")
-        else:
-            saved.shared[name] = owned[id(tensor)]
-    return saved
 
 
 def _numbers(tensor: Tensor, what: str) -> Tensor:
@@ -144,20 +96,6 @@ def check_numbers(tensors: Mapping[str, Tensor], outcome: str) -> None:
         )
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def fingerprint(sites: Iterable[Site]) -> str:
-    """Compute a digest of the identities and weight shapes of sites.
-
-    Args:
-        sites: the sites of an adapter.
-    """
-    shapes = sorted((*site.key, *site.weight_shape) for site in sites)
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
-
-
 def load(
     model: nn.Module,
     folder: str | PathLike[str],
@@ -171,7 +109,7 @@ def load(
 
     Args:
         model: a model of the same shape as the one the adapter was trained on.
-        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
         name: the adapter's name on the model; by default the saved one.
         active: whether the adapter takes part in the forward at once.
         freeze: whether all other parameters of the model stop requiring gradients.
@@ -244,7 +182,7 @@ def read(folder: str | PathLike[str]) -> Adapter:
     `export_lora`, work as they do on a model.
 
     Args:
-        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
 
     Returns:
         The `Adapter`, on the CPU.
@@ -276,7 +214,7 @@ def read_description(folder: str | PathLike[str]) -> dict[str, Any]:
     """Read the description of a saved adapter, after its whole file was checked.
 
     Args:
-        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
 
     Returns:
         The fields that docs/files.md lists, under their names in the present format version.

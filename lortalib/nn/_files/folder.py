@@ -16,6 +16,9 @@ from uuid import uuid4
 TENSORS = "adapter.safetensors"
 #: The name of the second file, which format version 1 had.
 DESCRIPTION = "adapter.json"
+#: The two files of PEFT.
+TENSORS_OF_PEFT = "adapter_model.safetensors"
+CONFIG_OF_PEFT = "adapter_config.json"
 #: The largest size of a text that describes an adapter, in bytes.
 LONGEST_TEXT = 16 * 2**20
 
@@ -31,7 +34,7 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
     """Find the path of the adapter's file.
 
     Args:
-        folder: a folder that `Adapter.save` wrote, or the path of its file.
+        folder: a folder that `Adapter.save` or ``save_pretrained`` of PEFT wrote, or the path of its file.
 
     Raises:
         FileNotFoundError: there is no such file; the message says what the folder contains.
@@ -44,13 +47,26 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
         return file
     if (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no {TENSORS} in {folder}, beside its {DESCRIPTION}")
-    theirs = (folder / "adapter_config.json").is_file()
+    if (folder / CONFIG_OF_PEFT).is_file():
+        if (folder / TENSORS_OF_PEFT).is_file():
+            return folder / TENSORS_OF_PEFT
+        raise FileNotFoundError(
+            f"no {TENSORS_OF_PEFT} in {folder}, beside its {CONFIG_OF_PEFT}; its adapter may be open to "
+            "peft.PeftModel.from_pretrained, or a LoRA with lortalib.nn.load_lora"
+        )
     raise FileNotFoundError(
         f"no {TENSORS} in {folder}; a saved adapter is a folder with {TENSORS}, as Adapter.save "
-        "writes it"
-        + ". It holds an adapter of PEFT: open it with peft.PeftModel.from_pretrained, or a LoRA "
-        "with lortalib.nn.load_lora" * theirs
+        f"writes it, or with {CONFIG_OF_PEFT} and {TENSORS_OF_PEFT}, as PEFT does"
+        + (_inside(folder) if folder.is_dir() else "")
     )
+
+
+def _inside(folder: Path) -> str:
+    """Say which folders within a folder hold adapters, as those of models with several do."""
+    found = {
+        file.parent.name for name in (TENSORS, TENSORS_OF_PEFT) for file in folder.glob(f"*/{name}")
+    }
+    return f". There are adapters in its {', '.join(sorted(found))}" if found else ""
 
 
 def read_json(file: Path) -> Any:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from ...decomp import Network
 from .checks import check_description, check_tensors
-from .folder import DESCRIPTION, AdapterFileError, adapter_file, parse_json, read_json
+from .folder import (
+    DESCRIPTION,
+    TENSORS_OF_PEFT,
+    AdapterFileError,
+    adapter_file,
+    parse_json,
+    read_json,
+)
+from .peft_folder import read_peft
 from .schema import FORMAT, FORMAT_VERSION, Description, values_of
 from .tensors import TensorFile, digest, first_not_finite, open_tensors, write_tensors
 from .upgrades import NewerFormatError, upgrade
@@ -70,8 +78,11 @@ def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
     with open_tensors(path) as file:
         file.check_types()
         try:
-            value = _description_of(file)
-            value, names = upgrade(value, {name: name for name in file.specs})
+            if path.name == TENSORS_OF_PEFT:
+                value, keys = read_peft(path, file.specs)
+            else:
+                value, keys = _description_of(file), {name: name for name in file.specs}
+            value, names = upgrade(value, keys)
             description = check_description(value)
             check_tensors(description, {name: file.specs[old] for name, old in names.items()})
         except AdapterFileError:

@@ -1,0 +1,58 @@
+"""Converts between the two kinds of folders: that of `Adapter.save` and that of PEFT's `save_pretrained`."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from .folder import TENSORS, TENSORS_OF_PEFT, put_files
+from .peft_folder import write_peft
+from .saved import open_saved, write_saved
+
+
+def convert(folder: str | PathLike[str], out: str | PathLike[str]) -> Path:
+    """Write an adapter in the other kind of folder; every number keeps its bits.
+
+    What `Adapter.save` wrote becomes what ``save_pretrained`` of PEFT writes, and the other way round.
+    Neither a model nor PEFT is needed.
+
+    Args:
+        folder: a folder of either kind.
+        out: the folder to write; it is made if it does not exist.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        FileNotFoundError: there is no adapter in ``folder``.
+        FileExistsError: ``out`` holds an adapter already.
+        AdapterFileError: the file is damaged.
+        ValueError: PEFT cannot hold the adapter (packed experts, weights that are read directly, a shared
+            factor, a decomposition without a name).
+
+    Example:
+        >>> import tempfile, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> folder = lortalib.nn.apply(model, "cp", rank=2).save(tempfile.mkdtemp())
+        >>> there = convert(folder, tempfile.mkdtemp())
+        >>> sorted(file.name for file in there.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+        >>> back = convert(there, tempfile.mkdtemp())
+        >>> [file.name for file in back.iterdir()]
+        ['adapter.safetensors']
+    """
+    out = Path(out)
+    for name in (TENSORS, TENSORS_OF_PEFT):
+        if (out / name).exists():
+            raise FileExistsError(f"{out} holds {name} already; give another folder")
+    with open_saved(folder) as saved:
+        tensors = saved.read()
+    description = saved.description
+    if saved.file.path.name == TENSORS_OF_PEFT:
+        text = description.text()
+        put_files(out, {TENSORS: lambda file: write_saved(file, text, tensors)})
+    else:
+        write_peft(description, tensors, out)
+    return out
