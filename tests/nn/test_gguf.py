@@ -1,6 +1,6 @@
 """An adapter as a LoRA of llama.cpp: its names, the order of its rows, and what it cannot hold.
 
-Against llama.cpp itself, where node and its package node-llama-cpp are installed (`npm install node-llama-cpp`):
+Against llama.cpp itself, where node and its package are installed (`npm install node-llama-cpp`):
 ``LORTALIB_NODE=FOLDER pytest -m slow tests/nn/test_gguf.py``, with the folder that has node_modules in it.
 """
 
