@@ -19,6 +19,7 @@ from .._anatomy import (
     is_projection,
     linear_sites,
     mlp_sites,
+    named_modules,
     site_weight,
     sites,
 )
@@ -78,7 +79,7 @@ def _candidates(model: nn.Module, asked: list[Site], rules: Rules) -> list[Site]
     """Find the sites of the model, of the kinds that the file contains."""
     plain = [site for site in asked if site.role not in ROLES or _is_linear(site.stack)]
     roles = {site.role for site in asked if site.role in ROLES and not _is_linear(site.stack)}
-    modules = {path: m for path, m in model.named_modules() if is_projection(m)}
+    modules = {path: m for path, m in named_modules(model).items() if is_projection(m)}
     chosen = {site.path: modules[site.path] for site in plain if site.path in modules}
     found = linear_sites(chosen, {path: widths(module) for path, module in chosen.items()})
     lost = {site.key for site in plain} - {site.key for site in found}
@@ -150,7 +151,7 @@ def _sizes(site: Site) -> tuple[int, ...]:
 def _check_trained(model: nn.Module, saved: SavedAdapter) -> None:
     """Check that the model has the modules that were trained as a whole."""
     description, file = saved.description, saved.file
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for path, names in values_of(description, saved.names).items():
         if path not in modules:
             raise AdapterFileError(
