@@ -188,7 +188,7 @@ def check_values(model: nn.Module, values: Values) -> None:
         AdapterFileError: a value would become infinite.
     """
     for path, tensors in values.items():
-        own = model.get_submodule(path).state_dict()
+        own = module_at(model, path).state_dict()
         for name, tensor in tensors.items():
             here = own[name].dtype
             if not (tensor.is_floating_point() and here.is_floating_point and tensor.numel()):
