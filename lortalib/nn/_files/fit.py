@@ -19,6 +19,7 @@ from .._anatomy import (
     is_projection,
     linear_sites,
     mlp_sites,
+    module_at,
     named_modules,
     site_weight,
     sites,
