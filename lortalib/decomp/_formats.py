@@ -244,6 +244,13 @@ lora_xs = register_format(
 )
 
 
+uni_lora = register_format(
+    "uni_lora",
+    "layer matrix in r (of n), layer matrix head out r (of n, zero)",
+    "Uni-LoRA, arXiv 2506.00799: all factors of LoRA are numbers of one vector",
+)
+
+
 vera = register_format(
     "vera",
     "in r (frozen), head out r (frozen), layer matrix r",

@@ -22,10 +22,11 @@ def whole(tensor: Any) -> Any:
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
     """A network with whole tensors; the very same where none is divided."""
-    tensors = network.tensors
-    if not any(is_divided(tensor) for tensor in tensors):
+    stored = network.stored
+    if not any(is_divided(tensor) for tensor in stored):
         return network
-    return NetworkView(network.legs, [whole(tensor) for tensor in tensors], network.modes)
+    tensors = network.spread([whole(tensor) for tensor in stored])
+    return NetworkView(network.legs, tensors, network.modes)
 
 
 def divided_like(tensor: Any, other: Any) -> Any:

@@ -186,7 +186,7 @@ class LortaModel(BaseTuner):
         trains = name in self.active_adapters and not config.inference_mode
         for network in adapter.networks.values():
             assert isinstance(network, Network)
-            for tensor, term in zip(network.tensors, network.legs.terms):
+            for tensor, term in zip(network.stored, network.legs.terms):
                 tensor.requires_grad_(trains and not term.frozen)
 
     # Off the model

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..decomp import Network
 from ..nn import Adapter
 from ..nn.door import Plan, make_adapter
 
@@ -26,8 +25,7 @@ def whole_adapter(adapter: Adapter) -> Adapter:
     networks = {}
     for group in adapter.groups:
         network = adapter.network(group)
-        tensors = [whole(tensor.detach()) for tensor in network.tensors]
-        networks[group.name] = Network(network.legs, tensors, network.modes)
+        networks[group.name] = network.like([whole(t.detach()) for t in network.stored])
     return make_adapter(adapter.name, Plan(adapter.groups, networks, adapter.config))
 
 

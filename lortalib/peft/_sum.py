@@ -42,7 +42,7 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
     """Make the networks of the weighted sum of adapters, by name of their group; scalings are in them.
 
     Raises:
-        ValueError: the adapters are not on the same modules, or of unlike decompositions.
+        ValueError: the adapters are not on the same modules, of unlike decompositions, or hashed.
     """
     networks = {}
     for group in owners[0].groups:
@@ -52,6 +52,12 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
                 "of one rank is their sum"
             )
         parts = [owner.network(group) for owner in owners]
+        if parts[0].legs.vectors:
+            raise ValueError(
+                f"the parameters of {owners[0].name!r} are hashed, and a sum has more different "
+                "entries than its vector has numbers; export the adapters as LoRA and add those, in"
+                f"\n    {parts[0].legs}"
+            )
         factors = [float(weight) * owner.scaling for weight, owner in zip(weights, owners)]
         networks[group.name] = direct_sum(parts, factors)
     return networks
@@ -72,7 +78,11 @@ def with_ranks(
     Raises:
         ValueError: other networks or bonds than those of the plan, or a rank below 1.
     """
-    wanted = {group.name: set(planned.networks[group.name].ranks) for group in planned.groups}
+    wanted = {
+        group.name: {*net.ranks, *net.vectors}
+        for group in planned.groups
+        for net in [planned.networks[group.name]]
+    }
     found = {name: set(own) for name, own in ranks.items()}
     if found != wanted or any(rank < 1 for own in ranks.values() for rank in own.values()):
         bonds = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in wanted.items())
@@ -84,8 +94,7 @@ def with_ranks(
     for group in planned.groups:
         like = planned.networks[group.name]
         sizes = {**like.shape, **ranks[group.name]}
-        shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
         place = device(group.sites[0]) if callable(device) else device
-        zeros = [torch.zeros(shape, device=place) for shape in shapes]
-        networks[group.name] = Network(like.legs, zeros, like.shape)
+        zeros = [torch.zeros(shape, device=place) for shape in like.legs.stored_shapes(sizes)]
+        networks[group.name] = Network(like.legs, zeros, like.shape, sizes=sizes)
     return Plan(planned.groups, networks, planned.config)

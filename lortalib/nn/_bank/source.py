@@ -50,7 +50,7 @@ class SourceReader:
         self._alpha = plan.config.alpha
         self.legs = {name: plan.networks[name].legs for name in self._groups}
         self.shapes = {
-            name: [tuple(tensor.shape) for tensor in plan.networks[name].tensors]
+            name: [tuple(tensor.shape) for tensor in plan.networks[name].stored]
             for name in self._groups
         }
 
@@ -160,7 +160,7 @@ class SourceReader:
         legs = {group: network.legs for group, network in networks.items()}
         self.check_alike(f"adapter {name!r}", adapter.groups, legs)
         tensors = {
-            group: [tensor.detach() for tensor in network.tensors]
+            group: [tensor.detach() for tensor in network.stored]
             for group, network in networks.items()
         }
         return self.scaled(tensors, adapter.scaling)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...decomp import Network
 from .._adapter import Adapter
 from .._adapters import host_of
 from .._anatomy import Site, check_model
@@ -90,8 +89,7 @@ def _gathered(adapter: Adapter) -> Adapter:
     networks = {}
     for group in adapter.groups:
         network = adapter.network(group)
-        whole = [plain(tensor) for tensor in network.tensors]
-        networks[group.name] = Network(network.legs, whole, network.modes)
+        networks[group.name] = network.like([plain(tensor) for tensor in network.stored])
     return Adapter(adapter.name, adapter.config, adapter.groups, networks, TrainedModules())
 
 
