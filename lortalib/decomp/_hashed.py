@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from .._torch import is_tracing
 from ._notation import LegsError, Term, vectors_of
 
 
@@ -94,8 +96,10 @@ class Hash:
         Returns:
             A tensor for each parameter, with the leading axes of the vector.
         """
-        scaled = theta * counts.to(theta.dtype).rsqrt()
-        entries = torch.cat([scaled, -scaled], -1).index_select(-1, index)
+        if is_tracing() or not (torch.is_grad_enabled() and theta.requires_grad):
+            entries = _entries(theta, index, counts)
+        else:
+            entries = _Spread.apply(theta, index, counts)
         lead = theta.shape[:-1]
         parts = entries.split(self.entries, -1)
         return [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes)]
@@ -108,8 +112,7 @@ class Hash:
             index, counts: what `draw` returned.
         """
         entries = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        both = entries.new_zeros(2 * self.size).index_add(0, index, entries)
-        return (both[: self.size] - both[self.size :]) * counts.to(entries.dtype).rsqrt()
+        return _gather(entries, index, counts)
 
     def start(
         self, tensors: Sequence[Tensor], uses: Sequence[int], index: Tensor, counts: Tensor
@@ -146,6 +149,35 @@ class Hash:
         place = self.positions.index(position)
         part = next(part for part in self.parts if place in part.terms)
         return part.entries / part.size
+
+
+def _entries(theta: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    scaled = theta * counts.to(theta.dtype).rsqrt()
+    return torch.cat([scaled, -scaled], -1).index_select(-1, index)
+
+
+def _gather(entries: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """The transpose of `_entries`; also its inverse from the left, since the map keeps norms."""
+    size = len(counts)
+    both = entries.new_zeros(*entries.shape[:-1], 2 * size).index_add(-1, index, entries)
+    return (both[..., :size] - both[..., size:]) * counts.to(entries.dtype).rsqrt()
+
+
+class _Spread(Function):
+    """The entries of a vector as a node that saves no tensor.
+
+    The map is linear, so its gradient needs no number of the vector. So the slices of one network serve
+    several backwards, as they do where nothing is hashed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+        ctx.index, ctx.counts = index, counts
+        return _entries(theta, index, counts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(gradient, ctx.index, ctx.counts), None, None
 
 
 def make_hashes(
