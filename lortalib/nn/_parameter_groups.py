@@ -63,7 +63,11 @@ def parameter_groups(
     legs = {leg: None for network in networks for term in network.legs.terms for leg in _legs(term)}
     unknown = [leg for leg in speeds if leg not in legs]
     if unknown:
-        raise ValueError(f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}")
+        hashed = any(network.vectors for network in networks)
+        raise ValueError(
+            f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}"
+            + " (hashed parameters have the rate of their vector)" * hashed
+        )
     by_speed: dict[float, dict[int, Any]] = {}
     for network in networks:
         for owner, tensor in zip(network.legs.owners, network.stored):
