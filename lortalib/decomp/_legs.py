@@ -102,7 +102,7 @@ class Legs:
             >>> str(Legs.parse("in r (of n), out r (of n, zero)").unhashed)
             'in r, out r (zero)'
         """
-        if not any([term.of for term in self.terms]):
+        if not any(term.of for term in self.terms):
             return self
         return Legs(tuple(replace(term, of="", seed=0, spans=()) for term in self.terms))
 
