@@ -23,7 +23,7 @@ MOST_GROUPS = 2_000
 MOST_TRAINED_MODULES = 1_000
 LONGEST_PATH = 500
 LARGEST_SIZE = 2**24
-MOST_HASHED = 2**28
+MOST_HASHED = 2**27
 
 _BASE_MODEL = ("class", "model_type", "name", "shape_fingerprint")
 
