@@ -140,13 +140,13 @@ class Legs:
                 raise LegsError(
                     f"unknown leg {leg!r}: it names a mode, but the tensor's modes are "
                     f"{', '.join(modes)} (add it to the shape, or choose a line without it), in",
-                    *self.place(leg),
+                    *self._place(leg),
                 )
             if len(carriers) == 1:
                 raise LegsError(
                     f"unknown leg {leg!r}{closest(leg, modes)}: it is none of the tensor's modes "
                     f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
-                    *self.place(leg),
+                    *self._place(leg),
                 )
         missing = [mode for mode in modes if mode not in self.carriers]
         if missing:
@@ -158,9 +158,9 @@ class Legs:
             raise LegsError(
                 "'in' stands on several parameters; an update is cut at the one that carries it, "
                 "so exactly one can, in",
-                *self.place("in", self.carriers["in"][1]),
+                *self._place("in", self.carriers["in"][1]),
             )
-        check_marks(self, modes)
+        check_marks(self.terms, self.owners, modes, lambda k: self._place(self.terms[k].legs[0], k))
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -265,21 +265,21 @@ class Legs:
                 )
                 raise LegsError(
                     f"parameter {position} ({term}) {what} but its tensor has shape {tuple(shape)}, in",
-                    *self.place(term.legs[0], position),
+                    *self._place(term.legs[0], position),
                 )
             for leg, size in zip(legs, shape):
                 if sizes.setdefault(leg, size) != size:
                     raise LegsError(
                         f"{'vector' if vector else 'leg'} {leg!r} has size {size} here but {sizes[leg]} on "
                         "an earlier parameter, in",
-                        *self.place(term.legs[0] if vector else leg, position),
+                        *self._place(term.legs[0] if vector else leg, position),
                     )
         unknown = [leg for leg in self.carriers if leg not in sizes]
         if unknown:
             raise LegsError(
                 f"only hashed parameters carry {', '.join(unknown)}, so no tensor shows the sizes; give them "
                 "too, as in Network(..., sizes=net.sizes), in",
-                *self.place(unknown[0]),
+                *self._place(unknown[0]),
             )
         self.check_tied_sizes(sizes)
         return sizes
@@ -313,7 +313,7 @@ class Legs:
                 raise LegsError(
                     f"a tied parameter has the shape {tuple(wanted)} at ({self.terms[owner]}) and "
                     f"{tuple(own)} here; its legs need equal sizes, in",
-                    *self.place(term.legs[0], k),
+                    *self._place(term.legs[0], k),
                 )
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
@@ -331,16 +331,7 @@ class Legs:
         """
         return rank_limits(self.terms, self.carriers, self.bonds(modes), sizes)
 
-    def place(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
-        """Find where a leg stands in the line, for the end of a `LegsError`.
-
-        Args:
-            leg: the leg.
-            position: the position of the parameter; by default the first that carries the leg.
-
-        Returns:
-            The line as it was written, and the columns of the leg in it.
-        """
+    def _place(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
         position = self.carriers[leg][0] if position is None else position
         term = self.terms[position]
         if not self.line or not term.spans:

@@ -2,61 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Union
 
 from ._modes import MODES
-from ._notation import LegsError
+from ._notation import LegsError, Term, vectors_of
 
-if TYPE_CHECKING:
-    from ._legs import Legs
+#: The line, and the columns of the first leg of the term at a position.
+Place = Callable[[int], tuple[str, Union[tuple[int, int], None]]]
 
 
-def check_marks(legs: Legs, modes: Sequence[str]) -> None:
+def check_marks(
+    terms: Sequence[Term], owners: Sequence[int], modes: Sequence[str], place: Place
+) -> None:
     """Check the marks of all parameters; see `Legs.check` for the errors.
 
     Args:
-        legs: the line.
+        terms: the terms of the line.
+        owners: the position of each term's parameter; see `Legs.owners`.
         modes: the names of the tensor's axes.
+        place: where a term stands, for messages.
     """
-    zeros = [term for term in legs.terms if term.zero]
-    if len(zeros) > 1 or any(term.frozen for term in zeros):
-        raise LegsError("one trainable parameter can be marked (zero), in", legs.line)
-    _check_tied(legs)
-    _check_hashed(legs, modes)
+    zeros = [k for k, term in enumerate(terms) if term.zero]
+    if len(zeros) > 1 or any(terms[k].frozen for k in zeros):
+        raise LegsError("one trainable parameter can be marked (zero), in", place(zeros[0])[0])
+    _check_tied(terms, owners, place)
+    _check_hashed(terms, modes, place)
 
 
-def _check_tied(legs: Legs) -> None:
-    for k, term in enumerate(legs.terms):
+def _check_tied(terms: Sequence[Term], owners: Sequence[int], place: Place) -> None:
+    for k, term in enumerate(terms):
         if not term.tied:
             continue
-        if k == 0 or len(term.legs) != len(legs.terms[k - 1].legs):
+        if k == 0 or len(term.legs) != len(terms[k - 1].legs):
             raise LegsError(
                 "(tied) stands for the parameter before it, so there has to be one, with as many "
                 "legs; found another in",
-                *legs.place(term.legs[0], k),
+                *place(k),
             )
-        if legs.terms[legs.owners[k]].zero:
+        if terms[owners[k]].zero:
             raise LegsError(
                 "a parameter that is used twice cannot be (zero): its gradient would be zero too; in",
-                *legs.place(term.legs[0], k),
+                *place(k),
             )
 
 
-def _check_hashed(legs: Legs, modes: Sequence[str]) -> None:
-    for vector in legs.vectors:
-        own = [k for k, term in enumerate(legs.terms) if term.of == vector]
-        where = legs.place(legs.terms[own[0]].legs[0], own[0])
-        if vector in legs.carriers or vector in (*modes, *MODES):
+def _check_hashed(terms: Sequence[Term], modes: Sequence[str], place: Place) -> None:
+    taken = {leg for term in terms for leg in term.legs}
+    for vector in vectors_of(terms):
+        own = [k for k, term in enumerate(terms) if term.of == vector]
+        if vector in taken or vector in (*modes, *MODES):
             kind = "mode" if vector in (*modes, *MODES) else "bond"
             raise LegsError(
                 f"(of {vector}) names a vector, but {vector!r} is a {kind}; choose another name, as "
                 "(of n), in",
-                *where,
+                *place(own[0]),
             )
-        if len({legs.terms[k].frozen for k in own}) > 1:
+        if len({terms[k].frozen for k in own}) > 1:
             raise LegsError(
                 f"the parameters hashed from {vector!r} have one vector, so all or none are (frozen); mark "
                 "the others too, or name another vector, in",
-                *where,
+                *place(own[0]),
             )
