@@ -32,7 +32,7 @@ from ._held import PeftHost
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
-from ._sum import check_sum, weighted_sum, with_ranks
+from ._sum import check_sum, describe_sum, weighted_sum, with_ranks
 from ._targets import known_sites, short_names, sites_of
 from ._tied import check_tied
 from ._undo import Snapshot
@@ -298,8 +298,7 @@ class LortaModel(BaseTuner):
         owners = [self._adapters()[name] for name in adapters]
         networks = weighted_sum(owners, weights)
         config = copy.copy(self._config(adapters[0]))
-        config.alpha, config.init_weights = 1.0, True
-        config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
+        describe_sum(config, owners, networks)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         try:

@@ -10,6 +10,7 @@ import torch
 from ..decomp import Network, direct_sum
 from ..nn import Adapter, Site
 from ..nn.door import Plan
+from ._config import LortaConfig
 
 
 def check_sum(
@@ -42,7 +43,7 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
     """Make the networks of the weighted sum of adapters, by name of their group; scalings are in them.
 
     Raises:
-        ValueError: the adapters are not on the same modules, of unlike decompositions, or hashed.
+        ValueError: the adapters are not on the same modules, or of unlike decompositions.
     """
     networks = {}
     for group in owners[0].groups:
@@ -52,15 +53,41 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
                 "of one rank is their sum"
             )
         parts = [owner.network(group) for owner in owners]
-        if parts[0].legs.vectors:
-            raise ValueError(
-                f"the parameters of {owners[0].name!r} are hashed, and a sum has more different "
-                "entries than its vector has numbers; export the adapters as LoRA and add those, in"
-                f"\n    {parts[0].legs}"
-            )
         factors = [float(weight) * owner.scaling for weight, owner in zip(weights, owners)]
         networks[group.name] = direct_sum(parts, factors)
     return networks
+
+
+def describe_sum(
+    config: LortaConfig, owners: Sequence[Adapter], networks: Mapping[str, Network]
+) -> None:
+    """Turn the configuration of a summand into that of the sum.
+
+    Where parameters of the summands are hashed, those of the sum are not: it has more different entries
+    than their vectors have numbers. So its decomposition is the line of its networks.
+
+    Args:
+        config: a copy of the configuration of a summand.
+        owners: the summands.
+        networks: those of the sum, by name of their group.
+
+    Raises:
+        ValueError: the summands are hashed, and the networks have different lines.
+    """
+    config.alpha, config.init_weights = 1.0, True
+    config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
+    if not any(owner.network(group).vectors for owner in owners for group in owner.groups):
+        return
+    lines = {str(network.legs): network.ranks for network in networks.values()}
+    if len(lines) > 1:
+        raise ValueError(
+            f"the parameters of {config.decomposition!r} are hashed, and those of a sum are not; the lines "
+            f"of its networks differ, so no decomposition names them all: {'; '.join(lines)}. Add the "
+            "adapters as exported LoRA"
+        )
+    ((config.decomposition, bonds),) = lines.items()
+    if isinstance(config.rank, dict):
+        config.rank = {bond: size for bond, size in config.rank.items() if bond in bonds}
 
 
 def with_ranks(
