@@ -115,6 +115,7 @@ _ALIASES = {
     "tr": "ring",
     "fact_tt": "lotr",
     "btd": "block_term",
+    "unilora": "uni_lora",
 }
 
 

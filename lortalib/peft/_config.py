@@ -101,7 +101,8 @@ class LortaConfig(PeftConfig):
     matrix with one head.
 
     Args:
-        rank: size of the bonds: one integer, or a mapping from bond to size.
+        rank: size of the bonds: one integer, or a mapping from bond to size, which may also give the
+            vectors of hashed parameters (``{"r": 4, "n": 4096}``).
         decomposition: a registered name (``"cp"``, ``"tucker"``, ``"tt"``, ...) or a line of legs.
         alpha: the update is ``alpha * T``; only ``init_weights="lorta"`` divides it by the rank.
         dropout: probability of dropping an input feature of the adapter in training.

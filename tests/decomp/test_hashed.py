@@ -126,6 +126,12 @@ def test_one_seed_gives_one_index_and_another_another(line):
     assert not torch.equal(one.get_buffer("index_of_n"), moved.get_buffer("index_of_n"))
 
 
+def test_two_vectors_of_one_seed_have_unlike_indices():
+    line = "layer in r (of n), layer out r (of m), r"
+    net = network(line, {"layer": 3, "in": 5, "out": 5}, {"r": 2, "n": 10, "m": 10})
+    assert not torch.equal(net.get_buffer("index_of_n"), net.get_buffer("index_of_m"))
+
+
 # --- a network like any other ---------------------------------------------------------------------
 
 
