@@ -83,8 +83,7 @@ class Hash:
             order = np.argsort(raw[own] >> np.uint64(1), kind="stable")
             index[own[order]] = part.start + np.arange(part.entries) % part.size
         counts = np.bincount(index, minlength=self.size)
-        with torch.inference_mode(False):  # both outlive the mode in which they are made
-            return torch.from_numpy(index + self.size * minus), torch.from_numpy(counts)
+        return torch.from_numpy(index + self.size * minus), torch.from_numpy(counts)
 
     def spread(self, theta: Tensor, index: Tensor, counts: Tensor) -> list[Tensor]:
         """Compute the parameters.

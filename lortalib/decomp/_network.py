@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Network(TensorNetwork, nn.Module):
         (torch.Size([3, 4]), 14)
     """
 
+    _hashes: tuple[Hash, ...]
+
     def __init__(
         self,
         legs: Legs | str,
@@ -60,9 +62,12 @@ class Network(TensorNetwork, nn.Module):
         sizes = legs.sizes([tensor.shape for tensor in tensors], sizes)
         legs.check(modes)
         self._describe(legs, sizes, modes)
-        self._hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
-        self.names = ()  # set first: the names of attributes, this one included, are taken
-        self.names = tuple(self._parameter_names())
+        hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
+        # Set first, since the names of attributes, these included, are taken.
+        self.names, self._hashes = (), ()
+        taken = {name for one in hashes for name in _index_names(one)}
+        self.names = tuple(self._parameter_names(taken))
+        self._hashes = hashes
         for position, (name, term) in enumerate(zip(self.names, legs.terms)):
             tensor, holder = tensors[position], legs.holders[position]
             if holder == position:
@@ -75,7 +80,7 @@ class Network(TensorNetwork, nn.Module):
         if self._hashes:
             self.place_index(tensors[self._hashes[0].positions[0]].device)
 
-    def _parameter_names(self) -> list[str]:
+    def _parameter_names(self, taken: Collection[str]) -> list[str]:
         names: dict[str, None] = {}
         last: dict[str, str] = {}  # the last name given to a parameter with the same legs
         found: list[str] = []
@@ -85,7 +90,7 @@ class Network(TensorNetwork, nn.Module):
                 continue
             name = wanted = f"theta_{term.of}" if term.of else "_".join(term.legs)
             name = last.get(wanted, name)
-            while name in names or hasattr(self, name):
+            while name in names or name in taken or hasattr(self, name):
                 name += "_"
             names[name] = None
             last[wanted] = name
@@ -123,7 +128,7 @@ class Network(TensorNetwork, nn.Module):
         return tuple(made.get(owner, stored[k]) for k, owner in enumerate(self.legs.owners))
 
     def like(self, stored: Sequence[Tensor]) -> Network:
-        """Make a network of the same line and sizes with other parameters, which share nothing with these.
+        """Make a network of the same line and sizes whose parameters are given tensors.
 
         Args:
             stored: one tensor for each term, as `stored`.
@@ -151,11 +156,12 @@ class Network(TensorNetwork, nn.Module):
             device: the device; the meta device gets placeholders.
         """
         for one in self._hashes:
-            if device.type == "meta":
-                sizes = sum(one.entries), one.size
-                drawn = [torch.empty(n, dtype=torch.long, device=device) for n in sizes]
-            else:
-                drawn = [tensor.to(device) for tensor in one.draw()]
+            with torch.inference_mode(False):  # the buffers outlive the mode in which they are made
+                if device.type == "meta":
+                    sizes = sum(one.entries), one.size
+                    drawn = [torch.empty(n, dtype=torch.long, device=device) for n in sizes]
+                else:
+                    drawn = [tensor.to(device) for tensor in one.draw()]
             for name, tensor in zip(_index_names(one), drawn):
                 self.register_buffer(name, tensor, persistent=False)
 

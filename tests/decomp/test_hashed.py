@@ -4,13 +4,15 @@ import copy
 import hashlib
 import math
 import pickle
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import dense
-from strategies import examples, generator, seeds
+from strategies import examples, generator, lines, seeds
 
 from lortalib.decomp import (
     Legs,
@@ -133,6 +135,39 @@ def test_two_vectors_of_one_seed_have_unlike_indices():
 
 
 # --- a network like any other ---------------------------------------------------------------------
+
+
+@examples(60)
+@given(line=lines(), data=st.data())
+def test_any_parameters_of_any_line_can_be_hashed(line, data):
+    text, modes = line
+    vectors = st.sampled_from(["", "v", "w"])
+    legs = Legs(tuple(replace(t, of=data.draw(vectors)) for t in Legs.parse(text).terms))
+    frozen = {v: any(t.frozen for t in legs.terms if t.of == v) for v in legs.vectors}
+    legs = Legs(tuple(replace(t, frozen=frozen.get(t.of, t.frozen)) for t in legs.terms))
+    assume(not any(term.zero and term.frozen for term in legs.terms))
+    shape = dict.fromkeys(modes, data.draw(st.integers(1, 3)))
+    rank = {name: data.draw(st.integers(2, 5)) for name in legs.ranked(modes)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ranks larger than the modes can fill")
+        net = network(
+            str(legs), shape, rank, init="normal", dtype=torch.float64, generator=generator()
+        )
+    torch.testing.assert_close(net.dense().detach(), torch.from_numpy(dense(net)))
+    for vector in net.vectors:
+        square = sum(tensor.square().sum() for tensor in of_vector(net, vector))
+        theta = getattr(net, net.names[[term.of for term in net.legs.terms].index(vector)])
+        torch.testing.assert_close(square, theta.square().sum(), rtol=1e-12, atol=0)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net.like(net.stored)):
+        assert torch.equal(twin.dense(), net.dense())
+
+
+def test_buffers_and_parameters_have_different_names():
+    line = "index_of_n theta_n, in index_of_n (of n), out theta_n"
+    net = network(line, {"in": 3, "out": 4}, 2, init="normal")
+    assert [*net.names] == ["index_of_n_theta_n", "theta_n", "out_theta_n"]
+    net = network("in index_of_n, index_of_n out (of n), index_of_n", {"in": 3, "out": 4}, 2)
+    assert [*net.names] == ["in_index_of_n", "theta_n", "index_of_n_"]
 
 
 @over_lines

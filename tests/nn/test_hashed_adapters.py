@@ -264,6 +264,10 @@ def test_a_bank_stores_vectors():
         found = output(model, inputs)
     for k, name in enumerate(names):
         assert close(found[k], rows[name][k], 1e-5), name
+    one, two = torch.ones(24), torch.zeros(24)
+    with pytest.raises(ValueError, match="hashed from 'n' have one vector; found different ones"):
+        bank["unlike"] = {"layers": [one, two]}
+    bank["alike"] = {"layers": [one, one.clone()]}
     other = hashed(FAMILY.model(), LINE.replace("seed 7", "seed 8"))
     with pytest.raises(ValueError, match="has the legs"):
         bank["other"] = other

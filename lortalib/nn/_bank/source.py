@@ -190,6 +190,23 @@ class SourceReader:
                     raise ValueError(
                         f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
                     )
+        self._check_shared(label, tensors)
+
+    def _check_shared(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse different vectors for parameters that are hashed from one."""
+        for group, given in tensors.items():
+            legs = self.legs[group]
+            for k, holder in enumerate(legs.holders):
+                one, other = given[k], given[holder]
+                if (
+                    legs.terms[holder].of
+                    and one is not other
+                    and not _wide(one).equal(_wide(other))
+                ):
+                    raise ValueError(
+                        f"{label}: the parameters of its group {group!r} ({legs}) that are hashed from "
+                        f"{legs.terms[holder].of!r} have one vector; found different ones"
+                    )
 
     def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:
         """Bring the tensors to the bank's dtype and device."""
