@@ -84,7 +84,7 @@ class Adapter(AdapterModule):
         numbers = {
             id(tensor): tensor.numel()
             for group in self.groups
-            for tensor, term in zip(self.network(group).tensors, self.network(group).legs.terms)
+            for tensor, term in zip(self.network(group).stored, self.network(group).legs.terms)
             if not (trainable_only and term.frozen)
         }
         return sum(numbers.values())
@@ -99,18 +99,22 @@ class Adapter(AdapterModule):
 
     def _whole(self, group: Group) -> TensorNetwork:
         """The network of a group, gathered where it is divided over processes."""
-        if self.is_on_model and self.scope.running is None:
-            divide_again(self.model)  # what is gathered for forwards may be rounded
+        self._reshard()
         return whole_network(self.network(group))
+
+    def _reshard(self) -> None:
+        """Let FSDP2 divide what it gathered for forwards, which may be rounded."""
+        if self.is_on_model and self.scope.running is None:
+            divide_again(self.model)
 
     def snapshot(self) -> Adapter:
         """The adapter with the numbers that its networks have now, on no model and without the modules
         that train with it. Where it is divided over processes, every process has to call it."""
         networks = {}
         for group in self.groups:
-            network = self._whole(group)
-            tensors = [tensor.detach().clone() for tensor in network.tensors]
-            networks[group.name] = Network(network.legs, tensors, network.modes)
+            network = self.network(group)
+            self._reshard()
+            networks[group.name] = network.like([whole(t).detach().clone() for t in network.stored])
         return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
 
     def low_rank_pair(self, site: Site | str) -> Cut:

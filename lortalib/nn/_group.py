@@ -74,7 +74,7 @@ class Group:
         view = network.select(**at)
         if site.heads == self.heads:
             return view
-        return view.mode_dot(self.head_means(site.heads, network.tensors[0]), "head")
+        return view.mode_dot(self.head_means(site.heads, network.stored[0]), "head")
 
     def pair(self, network: TensorNetwork, site: Site) -> Cut:
         """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p), or
@@ -84,7 +84,7 @@ class Group:
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
         """The slice of one site before scaling, also under autocast in the factors' dtype:
         (heads*head_dim, width), or (width, width) on the stream, with a leading axis for packed experts."""
-        with without_autocast(network.tensors[0].device.type):
+        with without_autocast(network.stored[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)
                 return b @ a

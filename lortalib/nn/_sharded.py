@@ -46,9 +46,11 @@ def is_zero_parameter(tensor: Any) -> bool:
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
     """A network with whole tensors; the very same where none is divided."""
-    tensors = [whole(tensor) for tensor in network.tensors]
-    if all(one is other for one, other in zip(tensors, network.tensors)):
+    stored = network.stored
+    found = [whole(tensor) for tensor in stored]
+    if all(one is other for one, other in zip(found, stored)):
         return network
+    tensors = network.spread(found)
     return NetworkView(network.legs, tensors, network.modes)
 
 
