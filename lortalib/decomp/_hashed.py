@@ -103,16 +103,6 @@ class Hash:
         parts = entries.split(self.entries, -1)
         return [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes)]
 
-    def gather(self, tensors: Sequence[Tensor], index: Tensor, counts: Tensor) -> Tensor:
-        """Compute the vector whose parameters are nearest to given ones, in the Frobenius norm.
-
-        Args:
-            tensors: one for each parameter.
-            index, counts: what `draw` returned.
-        """
-        entries = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        return _gather(entries, index, counts)
-
     def start(
         self, tensors: Sequence[Tensor], uses: Sequence[int], index: Tensor, counts: Tensor
     ) -> Tensor:
@@ -127,11 +117,8 @@ class Hash:
             index, counts: what `draw` returned.
         """
         sizes = [tensor.square().mean().sqrt() for tensor in tensors]
-        theta = self.gather(
-            [tensor / size if size else tensor for tensor, size in zip(tensors, sizes)],
-            index,
-            counts,
-        )
+        units = [tensor / size if size else tensor for tensor, size in zip(tensors, sizes)]
+        theta = _gather(torch.cat([unit.reshape(-1) for unit in units]), index, counts)
         for part in self.parts:
             own = theta[part.start : part.start + part.size]
             logs = [uses[k] * sizes[k].log() for k in part.terms if sizes[k]]
@@ -151,7 +138,7 @@ class Hash:
 
 
 def _entries(theta: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    scaled = theta * counts.to(theta.dtype).rsqrt()
+    scaled = theta * _scale(counts, theta.dtype)
     return torch.cat([scaled, -scaled], -1).index_select(-1, index)
 
 
@@ -159,7 +146,12 @@ def _gather(entries: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     """The transpose of `_entries`; also its inverse from the left, since the map keeps norms."""
     size = len(counts)
     both = entries.new_zeros(*entries.shape[:-1], 2 * size).index_add(-1, index, entries)
-    return (both[..., :size] - both[..., size:]) * counts.to(entries.dtype).rsqrt()
+    return (both[..., :size] - both[..., size:]) * _scale(counts, entries.dtype)
+
+
+def _scale(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)  # a count can be too large for float16
+    return counts.to(wide).rsqrt().to(dtype)
 
 
 class _Spread(Function):

@@ -80,7 +80,7 @@ class Network(TensorNetwork, nn.Module):
         if self._hashes:
             self.place_index(tensors[self._hashes[0].positions[0]].device)
 
-    def _parameter_names(self, taken: Collection[str]) -> list[str]:
+    def _parameter_names(self, taken: Collection[str] = ()) -> list[str]:
         names: dict[str, None] = {}
         last: dict[str, str] = {}  # the last name given to a parameter with the same legs
         found: list[str] = []

@@ -257,7 +257,21 @@ def test_numbers_that_replace_placeholders_find_their_index():
     net = drawn(LINES[1])
     empty = copy.deepcopy(net).to("meta")
     empty.load_state_dict(net.state_dict(), assign=True)  # as PEFT and transformers load
-    assert torch.equal(empty.dense(), net.dense())
+    with torch.inference_mode():
+        assert torch.equal(empty.dense(), net.dense())
+    empty.dense().sum().backward()  # what was drawn in inference mode serves gradients
+
+
+def test_float16_holds_entries_whose_counts_it_cannot():
+    shape = {"layer": 20, "in": 100, "out": 50}
+    net = network("layer in r (of n), layer out r", shape, {"r": 50, "n": 1}, init="normal")
+    assert net.get_buffer("counts_of_n").item() == 100_000 > torch.finfo(torch.float16).max
+    with torch.no_grad():
+        net.theta_n.fill_(1000.0)
+    (entries, _), expected = net.half().tensors, 1000 / 100_000**0.5
+    torch.testing.assert_close(
+        entries.abs().float(), torch.full(entries.shape, expected), rtol=1e-3, atol=0
+    )
 
 
 # --- starts ---------------------------------------------------------------------------------------
