@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Union
 
 import torch
 
+from .._stacklevel import outside
 from ._legs import Legs
 from ._modes import Shape
 from ._network import Network
@@ -19,8 +17,6 @@ from ._start import StartLike, get_start
 #: A rank is one size for every bond, one size for each bond in the order of the line, or a mapping from
 #: bond to size.
 Rank = Union[int, Sequence[int], Mapping[str, int]]
-
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def build(
@@ -87,14 +83,6 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
     if cut:
         warnings.warn(
             f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    {line}",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
     return limits
-
-
-def _outside() -> int:
-    """Return the stacklevel of the first caller outside this library, so that a warning names their line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level

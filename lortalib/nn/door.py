@@ -44,11 +44,13 @@ from ._forward import (
     watch_forwards,
     without_bias,
 )
+from ._lora_words import LORA_WORDS
 from ._plan import Plan, check_whole, plan, plan_sites
-from ._targets import choose_sites, find_candidates
+from ._targets import are_letters, choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
 
 __all__ = [
+    "LORA_WORDS",
     "MLP_ROLES",
     "Handle",
     "ModuleUpdate",
@@ -57,6 +59,7 @@ __all__ = [
     "Plan",
     "Values",
     "add_update",
+    "are_letters",
     "by_module",
     "check_settings",
     "check_whole",
