@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## what can be made
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one CP adapter
+demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one adapter
 	$(BIN)/python examples/film_reviews.py
 
 test: .venv/.test  ## the test suite; make test PYTEST="-m 'slow or not slow'" for all of it

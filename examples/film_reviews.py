@@ -189,8 +189,8 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=None, help="a folder or hub name (default: MiniLM)")
-    parser.add_argument("--decomposition", default="cp", help="a format or a line of legs")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--decomposition", default="indscal", help="a format or a line of legs")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=1.0, help="factor of the update")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=32)
