@@ -11,7 +11,7 @@ from . import _commands
 from ._models import DTYPES
 from ._output import Output
 
-#: What a user can mend: a wrong path, a damaged file, a model that does not fit.
+#: Errors that a user can fix: a wrong path, a damaged file, a model that does not fit.
 _USER_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; those of the process by default.
+        arguments: the arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0 done; 1 refused, or `check` found something wrong; 130 interrupted. Wrong
-        usage leaves through argparse with 2.
+        The exit code: 0 for success; 1 if the command failed or `check` found a fault; 130 after an
+        interrupt. Wrong usage makes argparse exit with 2.
     """
     options = _parser().parse_args(arguments)
     output = Output(options.json)

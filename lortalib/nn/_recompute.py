@@ -100,7 +100,7 @@ class Remembered:
         """
         for each in checkpoints():
             if self._known.setdefault(each, now) is not now:
-                self._known[each] = None  # the function switches the adapter itself, also in the second run
+                self._known[each] = None  # the function itself switches the adapter
 
     def recall(self, now: bool, merged: bool, name: str) -> bool:
         """Return whether the update was added in the forward that runs again; ``now`` if none runs again.

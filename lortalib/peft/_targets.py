@@ -1,4 +1,4 @@
-"""Finds the sites that the target modules of PEFT are."""
+"""Finds the sites of PEFT's target modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..nn.door import linear_sites, understood_sites
 
 
 def known_sites(model: nn.Module) -> list[Site]:
-    """Find the projections of a model that lortalib knows the role of; none where it understands none."""
+    """Find the projections of a model whose role lortalib knows; the list can be empty."""
     found: list[Site] = [*understood_sites(model)]
     with suppress(UnsupportedModelError):  # a model without an MLP
         found += mlp_sites(model)
@@ -22,7 +22,7 @@ def known_sites(model: nn.Module) -> list[Site]:
 
 
 def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
-    """Find the sites of these modules: known ones, and a matrix each for the others."""
+    """Find the sites of these modules: the known sites, and one matrix with one head for any other module."""
     own = [site for site in known if {site.path, *site.tied_paths} & set(modules)]
     named = {path for site in own for path in (site.path, *site.tied_paths)}
     others = {path: module for path, module in modules.items() if path not in named}
@@ -31,11 +31,11 @@ def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Si
 
 
 def short_names(model: nn.Module, paths: set[str]) -> set[str]:
-    """Shorten paths to their last words, where these name nothing else.
+    """Shorten paths to their last words, if these words name no other modules.
 
     Args:
         model: the model, with or without PEFT's layers in it.
-        paths: of modules in it.
+        paths: paths of modules in the model.
     """
     words = {path.rpartition(".")[2] for path in paths}
     named = {

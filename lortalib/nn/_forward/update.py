@@ -92,7 +92,7 @@ def place_of(slots: Sequence[Slot]) -> Place:
 def without_bias(module: nn.Module, y: Tensor) -> Tensor:
     """Subtract the bias from the output of a linear map, which leaves the product with the weight."""
     bias: object = getattr(module, "bias", None)
-    if callable(bias) and not isinstance(bias, Tensor):  # bias is a method of torch's quantised maps
+    if callable(bias) and not isinstance(bias, Tensor):  # a method in quantised modules
         bias = bias()
     return y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
 
