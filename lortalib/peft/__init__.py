@@ -11,7 +11,7 @@ Example:
     ...                             intermediate_size=64))
     >>> model = peft.get_peft_model(base, LortaConfig(rank=2))
     >>> model.get_nb_trainable_parameters()[0]
-    100
+    80
 """
 
 from ._config import LortaConfig

@@ -198,7 +198,7 @@ def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
     if not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
         return y
-    # An in-place change of a view would make autograd copy the gradient, so y is not viewed.
+    # With an ordinary view, autograd would copy the gradient because of the change in place.
     flat = _unsafe_view(y, (-1, y.shape[-1]))
     flat.addmm_(h.reshape(-1, h.shape[-1]), b)
     return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
