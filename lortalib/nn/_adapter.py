@@ -73,7 +73,7 @@ class Adapter(AdapterModule):
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an input feature of the adapter in training."""
+        """The probability of dropping an input feature of the adapter in training."""
         return self.config.dropout
 
     def count(self, trainable_only: bool = True) -> int:

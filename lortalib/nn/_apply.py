@@ -56,7 +56,7 @@ def apply(
             returns a network of that shape.
         rank: as for `lortalib.decomp.network`.
         alpha: the update is ``alpha * T``. The initial values make the effect of the first step
-            independent of the rank, so only ``init="lorta"`` divides by it: ``alpha / rank``.
+            independent of the rank; only ``init="lorta"`` divides alpha by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
         targets: letters out of ``"qkvo"`` (a letter that the model lacks is ignored), ``"mlp"``,
             ``"all"``, a list of module names or paths, or a predicate on an attention `Site`.

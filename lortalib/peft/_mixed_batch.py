@@ -43,7 +43,7 @@ class _PassNames:
         self.names, self.repeats = names, repeats
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Torch's forward pre-hook with keyword arguments."""
+        """Return the arguments with the names added, as torch calls a forward pre-hook with keywords."""
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next((value for value in given if value.dim()), None)
         rows = len(self.names) if first is None else len(first)
