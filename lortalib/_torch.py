@@ -5,6 +5,7 @@ Most of these questions have no public answer, so the private names of torch sta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -72,6 +73,13 @@ def is_in_backward() -> bool:
 def has_global_forward_hooks() -> bool:
     """Return True if a forward hook is registered for all modules; it could keep any output."""
     return bool(_global_forward_hooks)
+
+
+def forget_compiled() -> None:
+    """Let torch.compile compile anew what it has compiled: it does not notice hooks that come or go, and
+    would run a model without the adapter that was put on it since."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
 
 
 def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The code in README and on the documentation pages runs, and nothing public is left out of them."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -66,3 +67,26 @@ def test_every_public_name_is_in_the_reference(module):
     text = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\.\. (?:auto(?!module)\w+|data):: (\w+)", text, re.M)
     assert sorted(documented) == sorted(importlib.import_module(f"lortalib.{module}").__all__)
+
+
+def texts_of(tree):
+    """Every text in the code, with a blank for what is filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+            yield "".join(parts)
+
+
+def test_messages_under_troubleshooting_are_messages_of_the_library():
+    sources = (ROOT / "lortalib").rglob("*.py")
+    code = "\n".join(t for s in sources for t in texts_of(ast.parse(s.read_text(encoding="utf-8"))))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    parts = page.split("\n## ")[2:]  # behind the first table, whose symptoms are no messages
+    quoted = [message for row in re.findall(r"^\| (`.*?) \|", "\n".join(parts), re.M)
+              for message in re.findall(r"`([^`]+)`", row)]  # fmt: skip
+    assert len(quoted) > 15
+    for message in quoted:
+        for piece in re.split(r"\.\.\.|'x'|'default'|\bN\b|UnsupportedModelError:", message):
+            assert piece.strip(" (),;") in code, message

@@ -24,6 +24,7 @@ KNOWN = {
     "_base": "whether a tensor is a view of a parameter",
     "_version": "torch's count of the changes of a tensor",
     "_forward_hooks": "whether anybody else sees the output of a module, and in which order",
+    "_apply": "how a module takes part where one around it is moved; to_empty has no public hook",
     "_load_from_state_dict": "how a module takes its part of a state_dict; torch has no public hook for it",
     "torch.nn.modules.conv._ConvNd": "convolutions of any dimension: their only common class",
     "torch.ops.aten._unsafe_view.default": "the name of an operation",

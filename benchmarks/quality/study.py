@@ -65,7 +65,7 @@ def scored(found: Sequence[Record], exponent: int) -> dict[int, Record]:
 
 
 def following(
-    found: Sequence[Record], start: int, seeds: int, rate: bool = True
+    found: Sequence[Record], start: int, seeds: int, rate: bool = True, below: bool = False
 ) -> tuple[int, int] | None:
     """The next run of a pair of task and method.
 
@@ -74,6 +74,8 @@ def following(
         start: exponent where the search begins.
         seeds: how many in the end.
         rate: whether the method has a learning rate of its own.
+        below: whether the rate below the start is run whatever the others give: where the best checkpoint
+            counts, a training that diverged has the loss of its beginning, so a search could climb away.
 
     Returns:
         Exponent and seed, or None where nothing is left to run.
@@ -88,7 +90,7 @@ def following(
         return start, 0
     best = chosen(found)
     # Upwards first: what diverges ends early.
-    for exponent in (best + 1, best - 1) if rate else ():
+    for exponent in (best + 1, best - 1, *[start - 1] * below) if rate else ():
         if exponent not in swept and len(swept) < LONGEST:
             return exponent, 0
     own = [r for r in found if r["exponent"] == best]
@@ -119,7 +121,7 @@ def work(pair: tuple[str, str]) -> str:
     while True:
         own = [r for r in records() if (r["task"], r["method"]) == pair]
         rate = method.library != "frozen"
-        due = following(own, method.start, task.seeds, rate)
+        due = following(own, method.start, task.seeds, rate, below=task.looks > 0)
         if due is None:
             best = chosen(own)
             scores = [r["test"][task.metric] for r in scored(own, best).values()]

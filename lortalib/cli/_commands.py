@@ -274,7 +274,7 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
 
 
 def export_lora(options: Namespace, output: Output) -> bool:
-    """Write an adapter as a LoRA of PEFT: ``export-lora FOLDER OUT``."""
+    """Write an adapter as a LoRA of PEFT or llama.cpp: ``export-lora FOLDER OUT``."""
     base = lnn.read_description(options.folder)["base_model"].get("name")
     if options.model is None:
         adapter = lnn.read(options.folder)
@@ -286,6 +286,11 @@ def export_lora(options: Namespace, output: Output) -> bool:
     else:
         model = load(options.model, "float32", options.trust_remote_code)
         adapter = lnn.load(model, options.folder)
+    if options.format == "gguf":
+        file = lnn.export_gguf(adapter, options.out)
+        findings = {"adapter": options.folder, "written": str(file), "bytes": file.stat().st_size}
+        output.show(findings, [findings])
+        return True
     folder = lnn.export_lora(adapter, options.out, base_model=options.model or base)
     findings = {
         "adapter": options.folder,

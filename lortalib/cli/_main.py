@@ -87,7 +87,14 @@ def _parser() -> argparse.ArgumentParser:
         "export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT"
     )
     export.add_argument(
-        "--model", help="folder or name; needed where the adapter acts on the residual stream"
+        "--model",
+        help="folder or name; needed where the adapter acts on the residual stream, and for gguf",
+    )
+    export.add_argument(
+        "--format",
+        choices=("peft", "gguf"),
+        default="peft",
+        help="a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
     )
     command(
         "convert", "write a folder of lortalib as one of PEFT, or the other way", "FOLDER", "OUT"

@@ -27,6 +27,7 @@ from ._formats import (
     register_format,
     rescal,
     ring,
+    uni_lora,
     vera,
 )
 from ._hosvd import start_along
@@ -86,6 +87,7 @@ __all__ = [
     "to_tensorly",
     "tt",
     "tucker",
+    "uni_lora",
     "vera",
 ]
 

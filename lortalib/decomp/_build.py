@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -11,13 +12,14 @@ from typing import Union
 
 import torch
 
+from ._hashed import make_hashes, start_vectors
 from ._legs import Legs
 from ._modes import Shape
 from ._network import Network
 from ._start import StartLike, get_start
 
 #: A rank is one size for every bond, one size for each bond in the order of the line, or a mapping from
-#: bond to size.
+#: bond to size. The vectors of hashed parameters stand among the bonds in the sequence and the mapping.
 Rank = Union[int, Sequence[int], Mapping[str, int]]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -39,10 +41,12 @@ def build(
     legs.check(shape.modes)
     sizes = {**shape, **_ranks(legs, shape, rank)}
     legs.check_tied_sizes(sizes)
+    hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
     tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
+    tensors = start_vectors(hashes, legs.owners, tensors)
     target = torch.device(device) if device is not None else torch.get_default_device()
     made = [t.to(target, dtype).contiguous() for t in tensors]
-    return Network(legs, [made[owner] for owner in legs.owners], shape.modes)
+    return Network(legs, [made[holder] for holder in legs.holders], shape.modes, sizes=sizes)
 
 
 def _randn(
@@ -57,31 +61,37 @@ def _randn(
 
 def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
     bonds = legs.bonds(shape.modes)
+    names = legs.ranked(shape.modes)
     line = legs.line or str(legs)
+    what = "bonds" if names == bonds else "bonds and vectors"
     if isinstance(rank, Mapping):
-        if set(rank) != set(bonds):
+        # A vector may be left out, as where one integer is given.
+        if not set(bonds) <= set(rank) <= set(names):
             raise ValueError(
-                f"ranks were given for {', '.join(rank) or 'no bond'}; the bonds are "
-                f"{', '.join(bonds) or 'none'}, in\n    {line}"
+                f"ranks were given for {', '.join(rank) or 'no bond'}; the {what} are "
+                f"{', '.join(names) or 'none'}, in\n    {line}"
             )
-        asked = {bond: rank[bond] for bond in bonds}
+        asked = {name: rank[name] for name in names if name in rank}
     elif isinstance(rank, Sequence) and not isinstance(rank, str):
-        if len(rank) != len(bonds):
+        if len(rank) != len(names):
             raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(bonds)} bonds "
-                f"({', '.join(bonds)}), in\n    {line}"
+                f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(names)} {what} "
+                f"({', '.join(names)}), in\n    {line}"
             )
-        asked = dict(zip(bonds, rank))
+        asked = dict(zip(names, rank))
     else:
         asked = dict.fromkeys(bonds, rank)
     for bond, size in asked.items():
         if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
-            raise ValueError(f"the rank of bond {bond!r} must be an integer >= 1; found {size!r}")
+            kind = "size of vector" if bond in legs.vectors else "rank of bond"
+            raise ValueError(f"the {kind} {bond!r} must be an integer >= 1; found {size!r}")
     asked = {bond: int(size) for bond, size in asked.items()}
+    for vector in legs.vectors:
+        asked.setdefault(vector, _entries_of_a_site(legs, vector, {**shape, **asked}))
     limits = legs.limits({**shape, **asked}, shape.modes)
     cut = [
         f"{bond} from {asked[bond]} to {limits[bond]}"
-        for bond in bonds
+        for bond in names
         if limits[bond] < asked[bond]
     ]
     if cut:
@@ -90,6 +100,13 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
             stacklevel=_outside(),
         )
     return limits
+
+
+def _entries_of_a_site(legs: Legs, vector: str, sizes: Mapping[str, int]) -> int:
+    """Count the entries that a vector has to give for one layer and matrix: its size by default."""
+    apart = ("task", "layer", "expert", "matrix")
+    terms = (term.legs for term in legs.terms if term.of == vector)
+    return sum(math.prod(sizes[leg] for leg in own if leg not in apart) for own in terms)
 
 
 def _outside() -> int:

@@ -115,6 +115,7 @@ _ALIASES = {
     "tr": "ring",
     "fact_tt": "lotr",
     "btd": "block_term",
+    "unilora": "uni_lora",
 }
 
 
@@ -241,6 +242,13 @@ lora_xs = register_format(
     "lora_xs",
     "layer matrix in p (frozen), layer matrix p q, layer matrix head out q (frozen)",
     "LoRA-XS, arXiv 2405.17604, its frozen sides random unless set",
+)
+
+
+uni_lora = register_format(
+    "uni_lora",
+    "layer matrix in r (of n), layer matrix head out r (of n, zero)",
+    "Uni-LoRA, arXiv 2506.00799: all factors of LoRA are numbers of one vector",
 )
 
 

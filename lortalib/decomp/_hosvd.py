@@ -31,8 +31,9 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
 
     Returns:
         A callable for the ``init`` of `network`. It raises ValueError for a network of another shape,
-        for a tied parameter, and for bonds that form no tree: in CP of more than two parameters and in
-        a ring, parameters have no orthogonal directions of their own.
+        for a tied parameter, for a hashed one that does not start at zero, and for bonds that form no tree:
+        in CP of more than two parameters and in a ring, parameters have no orthogonal directions of their
+        own.
 
     Raises:
         ValueError: names that do not fit the axes, a tensor that is zero or not finite.
@@ -66,10 +67,16 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
                 "a tied parameter cannot follow the directions of both of its sides; found it in\n"
                 f"    {legs}"
             )
+        order = legs.leaves_to_root(own)
+        if any(legs.terms[k].of for k, _ in order):
+            raise ValueError(
+                "a hashed parameter cannot follow directions: few of its entries are free; found one in\n"
+                f"    {legs}"
+            )
         tensors = invariant(legs, sizes, own, randn)
         x, axes = wide, list(names)
         left = set(range(len(legs.terms)))
-        for k, bond in legs.leaves_to_root(own):
+        for k, bond in order:
             left.remove(k)
             # A leg that another remaining parameter carries stays; the other legs end at this parameter.
             stay = {leg for j in left for leg in legs.terms[j].legs} - {bond}
@@ -88,9 +95,9 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
             u = leading_left_vectors(matrix, sizes[bond], randn)
             x = (u.mT @ matrix).reshape(*shape, sizes[bond], *(sizes[leg] for leg in columns))
             axes = [*batch, bond, *columns]
-            order = [*batch, *rows, bond]
-            u = u.reshape([sizes[leg] for leg in order])
-            u = u.permute([order.index(leg) for leg in legs.terms[k].legs])
+            found_legs = [*batch, *rows, bond]
+            u = u.reshape([sizes[leg] for leg in found_legs])
+            u = u.permute([found_legs.index(leg) for leg in legs.terms[k].legs])
             tensors[k] = u * (rms(tensors[k]) / rms(u)).to(u)
         return tensors
 

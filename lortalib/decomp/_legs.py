@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ._limits import rank_limits
+from ._marks import check_marks
 from ._modes import MODES
-from ._notation import LegsError, Term, check_bounds, closest, read_line
+from ._notation import LegsError, Term, check_bounds, closest, read_line, vectors_of
+from ._tree import leaves_first
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Legs:
 
         Args:
             line: parameters separated by commas; each is its legs, separated by spaces, and perhaps a
-                mark ``(frozen)``, ``(zero)`` or ``(tied)``.
+                mark ``(frozen)``, ``(zero)``, ``(tied)`` or ``(of n)``; ``(of n, seed 7, zero)`` is three.
 
         Raises:
             LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, another mark
-                together with ``(tied)``; or more than 10,000 characters, 64 parameters, 52 legs or 100
-                characters in a name.
+                together with ``(tied)``, a second vector or seed; or more than 10,000 characters,
+                64 parameters, 52 legs or 100 characters in a name.
 
         Example:
             >>> [term.legs for term in Legs.parse("in r, layer out r (zero)").terms]
@@ -73,6 +75,37 @@ class Legs:
         modes = set(modes)
         return tuple(leg for leg in self.carriers if leg not in modes)
 
+    def ranked(self, modes: Iterable[str]) -> tuple[str, ...]:
+        """List what ``rank=`` gives a size: bonds and vectors, in order of first appearance.
+
+        Args:
+            modes: the names of the tensor's axes.
+
+        Example:
+            >>> Legs.parse("in p (of n), out q, p q").ranked(["in", "out"])
+            ('p', 'n', 'q')
+        """
+        bonds = self.bonds(modes)
+        named = (name for term in self.terms for name in (*term.legs, term.of))
+        return tuple(dict.fromkeys(name for name in named if name in (*bonds, *self.vectors)))
+
+    @cached_property
+    def vectors(self) -> tuple[str, ...]:
+        """The vectors that parameters are hashed from, the n of ``(of n)``, in order of first appearance."""
+        return vectors_of(self.terms)
+
+    @property
+    def unhashed(self) -> Legs:
+        """The line of the same network when every hashed parameter has entries of its own.
+
+        Example:
+            >>> str(Legs.parse("in r (of n), out r (of n, zero)").unhashed)
+            'in r, out r (zero)'
+        """
+        if not any(term.of for term in self.terms):
+            return self
+        return Legs(tuple(replace(term, of="", seed=0, spans=()) for term in self.terms))
+
     def check(self, modes: Sequence[str]) -> None:
         """Check that the line describes a tensor with these modes.
 
@@ -83,8 +116,9 @@ class Legs:
             LegsError: a mode that no parameter carries, a reserved mode name that the tensor does
                 not have, a bond that only one parameter carries, or ``in`` on several parameters; more
                 than one parameter marked ``(zero)``, a zero one that is frozen or tied; a tied one that
-                comes first or has another number of legs than the parameter before it; more
-                parameters or legs than `parse` reads.
+                comes first or has another number of legs than the parameter before it; a vector with
+                the name of a leg, or with some of its parameters frozen; more parameters or legs than
+                `parse` reads.
 
         Example:
             >>> Legs.parse("in r, out r").check(["in", "out"])
@@ -106,13 +140,13 @@ class Legs:
                 raise LegsError(
                     f"unknown leg {leg!r}: it names a mode, but the tensor's modes are "
                     f"{', '.join(modes)} (add it to the shape, or choose a line without it), in",
-                    *self._at(leg),
+                    *self._place(leg),
                 )
             if len(carriers) == 1:
                 raise LegsError(
                     f"unknown leg {leg!r}{closest(leg, modes)}: it is none of the tensor's modes "
                     f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
-                    *self._at(leg),
+                    *self._place(leg),
                 )
         missing = [mode for mode in modes if mode not in self.carriers]
         if missing:
@@ -124,28 +158,9 @@ class Legs:
             raise LegsError(
                 "'in' stands on several parameters; an update is cut at the one that carries it, "
                 "so exactly one can, in",
-                *self._at("in", self.carriers["in"][1]),
+                *self._place("in", self.carriers["in"][1]),
             )
-        zeros = [term for term in self.terms if term.zero]
-        if len(zeros) > 1 or any(term.frozen for term in zeros):
-            raise LegsError("one trainable parameter can be marked (zero), in", self.line)
-        self._check_tied()
-
-    def _check_tied(self) -> None:
-        for k, term in enumerate(self.terms):
-            if not term.tied:
-                continue
-            if k == 0 or len(term.legs) != len(self.terms[k - 1].legs):
-                raise LegsError(
-                    "(tied) stands for the parameter before it, so there has to be one, with as many "
-                    "legs; found another in",
-                    *self._at(term.legs[0], k),
-                )
-            if self.terms[self.owners[k]].zero:
-                raise LegsError(
-                    "a parameter that is used twice cannot be (zero): its gradient would be zero too; in",
-                    *self._at(term.legs[0], k),
-                )
+        check_marks(self.terms, self.owners, modes, lambda k: self._place(self.terms[k].legs[0], k))
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -160,29 +175,46 @@ class Legs:
             owners.append(owners[-1] if term.tied and owners else position)
         return tuple(owners)
 
+    @cached_property
+    def holders(self) -> tuple[int, ...]:
+        """The position, for each term, of the first that uses the same stored tensor: one that it is tied to,
+        or one that is hashed from the same vector."""
+        vectors = [term.of for term in self.terms]
+        return tuple(
+            vectors.index(vectors[owner]) if vectors[owner] else owner for owner in self.owners
+        )
+
+    @cached_property
+    def zeroable(self) -> tuple[int, ...]:
+        """The positions of the parameters that can start at zero, in the order of the line; see `zero`."""
+        once = (k for k in range(len(self.terms)) if self.owners.count(self.owners[k]) == 1)
+        trainable = (k for k in once if not self.terms[k].frozen)
+        shared = {k for k in self.holders if self.holders.count(k) > 1}
+        return tuple(k for k in trainable if self.terms[k].zero or self.holders[k] not in shared)
+
     @property
     def zero(self) -> int:
         """The position of the parameter that starts at zero.
 
         It is the parameter marked ``(zero)``, else the trainable one that carries ``out``, else the
-        first trainable one. A parameter that others are tied to is never chosen: at zero, its gradient
-        would be zero too.
+        first trainable one. A parameter that others are tied to, or that has a vector together with
+        others, is never chosen: at zero, its gradient would be zero too. One that is hashed and marked
+        ``(zero)`` has numbers of its own in the vector.
 
         Raises:
-            ValueError: every parameter is frozen or tied.
+            ValueError: every parameter is frozen, tied, or hashed together with others.
 
         Example:
             >>> Legs.parse("in r, out r, layer r").zero
             1
         """
-        once = (k for k in range(len(self.terms)) if self.owners.count(self.owners[k]) == 1)
-        trainable = [k for k in once if not self.terms[k].frozen]
-        if not trainable:
+        if not self.zeroable:
             raise ValueError(
-                f"every parameter is frozen or tied, so none can start at zero, in\n    {self}"
+                "every parameter is frozen or tied, or hashed together with others, so none can start at "
+                f"zero; a hashed one can where it is marked (zero), in\n    {self}"
             )
         terms = self.terms
-        return min(trainable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
+        return min(self.zeroable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
 
     def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
         """List all parameters except the root (the one that starts at zero), leaves first, each with its
@@ -198,36 +230,17 @@ class Legs:
             >>> Legs.parse("in p, layer p q (zero), out q").leaves_to_root(["layer", "in", "out"])
             [(2, 'q'), (0, 'p')]
         """
-        bonds = self.bonds(modes)
-        order, queue = list[tuple[int, str]](), [self.zero]
-        met, crossed = set(queue), set[str]()
-        while queue:
-            near = queue.pop(0)
-            for bond in self.terms[near].legs:
-                ends = [k for k in self.carriers[bond] if k != near] if bond in bonds else []
-                if bond in crossed or not ends:
-                    continue
-                crossed.add(bond)
-                if len(ends) > 1 or ends[0] in met:
-                    raise ValueError(
-                        f"bond {bond!r} closes a loop or joins {len(ends) + 1} parameters; a start along "
-                        "a tensor needs a tree, such as 'tucker', 'tt', 'lotr', 'lora' or 'lora_xs'; "
-                        f"found\n    {self}"
-                    )
-                met.add(ends[0])
-                queue.append(ends[0])
-                order.append((ends[0], bond))
-        if len(met) < len(self.terms):
-            raise ValueError(
-                f"not every parameter is joined to the one that starts at zero, in\n    {self}"
-            )
-        return order[::-1]
+        return leaves_first(self.terms, self.carriers, self.bonds(modes), self.zero)
 
-    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Find the size of each leg from the shapes of the parameters.
+    def sizes(
+        self, shapes: Sequence[Sequence[int]], known: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Find the size of each leg and each vector from the shapes of the stored tensors.
 
         Args:
-            shapes: one shape for each parameter, in the order of the line.
+            shapes: one shape for each parameter, in the order of the line; for a hashed one that of its
+                vector, (n,).
+            known: sizes of legs, for those that only hashed parameters carry.
 
         Example:
             >>> Legs.parse("in r, out r").sizes([(64, 2), (16, 2)])
@@ -235,30 +248,54 @@ class Legs:
 
         Raises:
             LegsError: a parameter with another number of axes than legs, a leg whose sizes
-                on two parameters disagree.
+                on two parameters disagree, or a leg without a size.
         """
         if len(shapes) != len(self.terms):
             raise LegsError(
                 f"{len(self.terms)} parameters are named but {len(shapes)} tensors were given, in",
                 self.line or str(self),
             )
-        sizes: dict[str, int] = {}
-        for position, (term, shape) in enumerate(zip(self.terms, shapes)):
-            if len(shape) != len(term.legs):
-                raise LegsError(
-                    f"parameter {position} ({term}) has {len(term.legs)} legs but its tensor has "
-                    f"shape {tuple(shape)}, in",
-                    *self._at(term.legs[0], position),
+        sizes = {leg: n for leg, n in (known or {}).items() if leg in self.carriers}
+        for position, (owner, shape) in enumerate(zip(self.owners, shapes)):
+            term, vector = self.terms[position], self.terms[owner].of
+            legs = (vector,) if vector else term.legs
+            if len(shape) != len(legs):
+                what = (
+                    f"is hashed from the vector {vector!r}," if vector else f"has {len(legs)} legs"
                 )
-            for leg, size in zip(term.legs, shape):
+                raise LegsError(
+                    f"parameter {position} ({term}) {what} but its tensor has shape {tuple(shape)}, in",
+                    *self._place(term.legs[0], position),
+                )
+            for leg, size in zip(legs, shape):
                 if sizes.setdefault(leg, size) != size:
                     raise LegsError(
-                        f"leg {leg!r} has size {size} here but {sizes[leg]} on an earlier "
-                        "parameter, in",
-                        *self._at(leg, position),
+                        f"{'vector' if vector else 'leg'} {leg!r} has size {size} here but {sizes[leg]} on "
+                        "an earlier parameter, in",
+                        *self._place(term.legs[0] if vector else leg, position),
                     )
+        unknown = [leg for leg in self.carriers if leg not in sizes]
+        if unknown:
+            raise LegsError(
+                f"only hashed parameters carry {', '.join(unknown)}, so no tensor shows the sizes; give them "
+                "too, as in Network(..., sizes=net.sizes), in",
+                *self._place(unknown[0]),
+            )
         self.check_tied_sizes(sizes)
         return sizes
+
+    def stored_shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """List the shape of each term's stored tensor: that of its parameter, or (n,) for its vector.
+
+        Args:
+            sizes: the size of every leg and every vector.
+
+        Example:
+            >>> Legs.parse("in r (of n), out r").stored_shapes({"in": 6, "out": 5, "r": 2, "n": 4})
+            [(4,), (5, 2)]
+        """
+        terms = [self.terms[owner] for owner in self.owners]
+        return [tuple(sizes[leg] for leg in ((t.of,) if t.of else t.legs)) for t in terms]
 
     def check_tied_sizes(self, sizes: Mapping[str, int]) -> None:
         """Check that a tied term has the same sizes as its parameter, leg by leg.
@@ -276,51 +313,26 @@ class Legs:
                 raise LegsError(
                     f"a tied parameter has the shape {tuple(wanted)} at ({self.terms[owner]}) and "
                     f"{tuple(own)} here; its legs need equal sizes, in",
-                    *self._at(term.legs[0], k),
+                    *self._place(term.legs[0], k),
                 )
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
-        """Compute the largest useful size of each bond.
+        """Compute the largest useful size of each bond and each vector.
 
         A bond joins its parameters to a tensor over all their other legs. With one parameter that holds
         the entries of that tensor, and the others only ones and zeros, the bond needs one position for
         each position of the legs that this parameter lacks; more add nothing. The parameter may be any
-        that trains freely, and so may the others, but for a bond of two, where a frozen or tied one only
-        lowers the rank. A smaller bond lowers the limits of its neighbours, so this repeats until nothing
-        changes.
+        that trains freely, and so may the others, but for a bond of two, where a frozen, tied or hashed
+        one only lowers the rank. A smaller bond lowers the limits of its neighbours, so this repeats until
+        nothing changes. A vector has at most as many numbers as entries are hashed from it.
+
+        Args:
+            sizes: the size of every mode, bond and vector.
+            modes: the names of the tensor's axes.
         """
-        sizes = dict(sizes)
-        joined = {
-            leg: [set(self.terms[k].legs) for k in self.carriers[leg]] for leg in self.bonds(modes)
-        }
-        free = {leg: self._holders(leg) for leg in joined}
-        changed = True
-        while changed:
-            changed = False
-            for leg, legs in joined.items():
-                every = set().union(*legs)
-                for holder in free[leg]:
-                    limit = math.prod(sizes[other] for other in every - legs[holder])
-                    if limit < sizes[leg]:
-                        sizes[leg], changed = limit, True
-        return {leg: sizes[leg] for leg in self.bonds(modes)}
+        return rank_limits(self.terms, self.owners, self.carriers, self.bonds(modes), sizes)
 
-    def _holders(self, leg: str) -> list[int]:
-        """Which of a bond's parameters can hold every entry while the others hold ones and zeros."""
-        carriers = self.carriers[leg]
-        if len(carriers) == 2:
-            return [0, 1]
-        if any(self.terms[k].frozen for k in carriers):
-            return []
-        tied = {
-            k
-            for k in carriers
-            for other in carriers
-            if k != other and self.owners[k] == self.owners[other]
-        }
-        return [place for place, k in enumerate(carriers) if k not in tied]
-
-    def _at(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
+    def _place(self, leg: str, position: int | None = None) -> tuple[str, tuple[int, int] | None]:
         position = self.carriers[leg][0] if position is None else position
         term = self.terms[position]
         if not self.line or not term.spans:

@@ -26,11 +26,12 @@ def network(
 
     Args:
         legs: the line, for instance ``"in p, layer matrix p q, head out q"``, or the name of a
-            format. A parameter may be marked ``(frozen)``, ``(zero)`` or ``(tied)``.
+            format. A parameter may be marked ``(frozen)``, ``(zero)``, ``(tied)`` or ``(of n)``.
         shape: ``(layers, heads, matrices, in, out)``, or a mapping from mode names to sizes.
         rank: one size for every bond, one for each bond in the order in which they first appear
-            in the line, or a mapping from bond to size. As in TensorLy, ranks larger than the modes
-            can fill are reduced, with a warning.
+            in the line, or a mapping from bond to size. The vectors of parameters marked ``(of n)`` stand
+            among the bonds; one whose size is not given has as many numbers as one layer and matrix has
+            entries of it. As in TensorLy, ranks larger than the modes can fill are reduced, with a warning.
         init: ``"invariant"`` (the update is zero, the first step independent of the rank), ``"lorta"``
             (LoRTA's published start), ``"normal"`` (random, nothing zero), or a callable
             ``(legs, sizes, modes, randn) -> tensors``.
@@ -40,7 +41,8 @@ def network(
 
     Raises:
         LegsError: the line cannot be read or does not fit the shape.
-        ValueError: a rank below 1, a wrong number of ranks, an unknown bond or init.
+        ValueError: a rank below 1, a wrong number of ranks, an unknown bond or init, or no parameter that
+            can start at zero, with an init that needs one.
         TypeError: a dtype that is not floating-point.
 
     Example:

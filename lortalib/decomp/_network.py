@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ._hashed import Hash, make_hashes
 from ._legs import Legs
 from ._modes import Shape
 from ._tensor_network import TensorNetwork
@@ -28,12 +29,15 @@ class Network(TensorNetwork, nn.Module):
         legs: a line of legs, for instance ``"in r, out r, layer r"``, or one already parsed.
         tensors: one tensor for each term of the line, with an axis for each leg. They become
             `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``. For a term
-            marked ``(tied)``, give the tensor of the term before it again.
+            marked ``(tied)``, give the tensor of the term before it again; for one marked ``(of n)``, its
+            vector of n numbers, the same for all that name it.
         modes: the modes, in the order of the axes of `dense`.
+        sizes: sizes of legs that no tensor shows, since only hashed parameters carry them; others are
+            checked against the tensors.
 
     Raises:
         LegsError: an ill-formed line, one that does not fit the modes, or sizes that disagree.
-        ValueError: a tensor of a tied term that differs from its parameter.
+        ValueError: a tensor of a tied or hashed term that differs from the one that it shares.
 
     Example:
         >>> import torch
@@ -42,36 +46,51 @@ class Network(TensorNetwork, nn.Module):
         (torch.Size([3, 4]), 14)
     """
 
+    _hashes: tuple[Hash, ...]
+
     def __init__(
-        self, legs: Legs | str, tensors: Sequence[Tensor], modes: Sequence[str] | Shape
+        self,
+        legs: Legs | str,
+        tensors: Sequence[Tensor],
+        modes: Sequence[str] | Shape,
+        *,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         tensors, modes = tuple(tensors), tuple(modes)
         legs = Legs.parse(legs) if isinstance(legs, str) else legs
-        sizes = legs.sizes([tensor.shape for tensor in tensors])
+        sizes = legs.sizes([tensor.shape for tensor in tensors], sizes)
         legs.check(modes)
         self._describe(legs, sizes, modes)
-        self.names = ()  # set first: the names of attributes, this one included, are taken
-        self.names = tuple(self._parameter_names())
-        for name, term, tensor, owner in zip(self.names, legs.terms, tensors, legs.owners):
-            if not term.tied:
+        hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
+        # Set first, since the names of attributes, these included, are taken.
+        self.names, self._hashes = (), ()
+        taken = {name for one in hashes for name in _index_names(one)}
+        self.names = tuple(self._parameter_names(taken))
+        self._hashes = hashes
+        for position, (name, term) in enumerate(zip(self.names, legs.terms)):
+            tensor, holder = tensors[position], legs.holders[position]
+            if holder == position:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=not term.frozen))
-            elif not _are_alike(tensor, tensors[owner]):
+            elif not _are_alike(tensor, tensors[holder]):
                 raise ValueError(
-                    f"({term}) is tied to ({legs.terms[owner]}), but was given other numbers, in\n    {legs}"
+                    f"({term}) has the numbers of ({legs.terms[holder]}), but was given other numbers, in"
+                    f"\n    {legs}"
                 )
+        if self._hashes:
+            self.place_index(tensors[self._hashes[0].positions[0]].device)
 
-    def _parameter_names(self) -> list[str]:
+    def _parameter_names(self, taken: Collection[str] = ()) -> list[str]:
         names: dict[str, None] = {}
         last: dict[str, str] = {}  # the last name given to a parameter with the same legs
         found: list[str] = []
-        for term in self.legs.terms:
-            if term.tied:
-                found.append(found[-1])
+        for position, term in enumerate(self.legs.terms):
+            if self.legs.holders[position] < position:
+                found.append(found[self.legs.holders[position]])
                 continue
-            name = wanted = "_".join(term.legs)
+            name = wanted = f"theta_{term.of}" if term.of else "_".join(term.legs)
             name = last.get(wanted, name)
-            while name in names or hasattr(self, name):
+            while name in names or name in taken or hasattr(self, name):
                 name += "_"
             names[name] = None
             last[wanted] = name
@@ -79,15 +98,97 @@ class Network(TensorNetwork, nn.Module):
         return found
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, one for each term in the order of the line; a tied parameter is repeated."""
+    def stored(self) -> tuple[Tensor, ...]:
+        """The parameters, one for each term in the order of the line: its own, or that of the term it is tied
+        to, or the vector it is hashed from. A parameter of several terms is repeated."""
         return tuple(self._parameters[name] for name in self.names)  # type: ignore[misc]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that are contracted, one for each term in the order of the line. Those of hashed terms
+        are computed from their vector, all others are the parameters themselves."""
+        return self.spread(self.stored)
+
+    def spread(self, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the tensors of the terms from parameters like these, with any common leading axes.
+
+        Args:
+            stored: one for each term, as `stored`.
+
+        Returns:
+            One tensor for each term, as `tensors`; the very same where a term is not hashed.
+        """
+        if not self._hashes:
+            return tuple(stored)
+        made: dict[int, Tensor] = {}
+        for one in self._hashes:
+            theta = stored[one.positions[0]]
+            index, counts = self._index(one, theta.device)
+            made |= zip(one.positions, one.spread(theta, index, counts))
+        return tuple(made.get(owner, stored[k]) for k, owner in enumerate(self.legs.owners))
+
+    def like(self, stored: Sequence[Tensor]) -> Network:
+        """Make a network of the same line and sizes whose parameters are given tensors.
+
+        Args:
+            stored: one tensor for each term, as `stored`.
+
+        Raises:
+            LegsError, ValueError: tensors that do not fit the line.
+
+        Example:
+            >>> import torch
+            >>> net = Network("in r, out r", [torch.ones(3, 2), torch.ones(4, 2)], ["in", "out"])
+            >>> net.like([2 * tensor for tensor in net.stored]).dense().unique()
+            tensor([8.], grad_fn=<Unique2Backward0>)
+        """
+        return Network(self.legs, stored, self.modes, sizes=self.sizes)
+
+    # The index of a hash is a buffer, so that it moves with the parameters; it is drawn again from its seed
+    # wherever there are parameters and no index, as after loading from the meta device.
+
+    def place_index(self, device: torch.device) -> None:
+        """Draw which number of its vector each entry of a hashed parameter is, in memory of a device.
+
+        A network on the meta device has no index until it is used with numbers; this draws it before.
+
+        Args:
+            device: the device; the meta device gets placeholders.
+        """
+        for one in self._hashes:
+            with torch.inference_mode(False):  # the buffers outlive the mode in which they are made
+                if device.type == "meta":
+                    sizes = sum(one.entries), one.size
+                    drawn = [torch.empty(n, dtype=torch.long, device=device) for n in sizes]
+                else:
+                    drawn = [tensor.to(device) for tensor in one.draw()]
+            for name, tensor in zip(_index_names(one), drawn):
+                self.register_buffer(name, tensor, persistent=False)
+
+    def _index(self, one: Hash, device: torch.device) -> tuple[Tensor, Tensor]:
+        names = _index_names(one)
+        if self.get_buffer(names[0]).is_meta and device.type != "meta":
+            self.place_index(device)
+        index, counts = (self.get_buffer(name).to(device) for name in names)
+        return index, counts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
+        absent = any(self.get_buffer(_index_names(one)[0]).is_meta for one in self._hashes)
+        super()._apply(fn, recurse)
+        if absent:  # to_empty gives memory without numbers
+            self.place_index(self.stored[self._hashes[0].positions[0]].device)
+        return self
 
     def forward(self) -> Tensor:
         """Contract the network to the full tensor, as `dense` does."""
         return self.dense()
 
     __repr__ = TensorNetwork.__repr__
+
+
+def _index_names(one: Hash) -> tuple[str, str]:
+    """Name the buffers of a hash: its index, and its counts."""
+    return f"index_of_{one.vector}", f"counts_of_{one.vector}"
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
 A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). A mark may follow
-the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, and ``(tied)`` is the
-parameter before it used a second time, with other legs.
+the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, ``(tied)`` is the
+parameter before it used a second time, with other legs, and ``(of n)`` is hashed: its entries are the
+numbers of a vector of size n, drawn by a seed (``(of n, seed 7)``; 0 if none is given).
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR
     in r, out r (tied), layer matrix r              INDSCAL: symmetric slices
+    layer in r (of n), layer out r (of n, zero)     Uni-LoRA: one vector for all factors
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 _MARKS = ("frozen", "zero", "tied")
 
@@ -25,6 +28,9 @@ _TOKEN = re.compile(r"\((?P<mark>[^()]*)\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<o
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+_SEED = re.compile(r"[0-9]{1,18}\Z")  # below 2**64, the size of a key of the generator
 
 #: Limits of a line, so that a line from an untrusted file cannot use up time or memory. There are 52
 #: legs at most because einsum has one letter for each.
@@ -51,22 +57,33 @@ class Term:
         frozen: whether it is not trained; a tied term follows its parameter.
         zero: whether it is the parameter that starts at zero.
         tied: whether it uses the parameter before it again, axis by axis, with other legs.
+        of: the name of the vector that its entries are numbers of; empty if the entries are its own.
+        seed: the seed that draws which entry is which number of the vector.
     """
 
     legs: tuple[str, ...]
     frozen: bool = False
     zero: bool = False
     tied: bool = False
+    of: str = ""
+    seed: int = 0
     spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         marks = ["tied"] if self.tied else [mark for mark in _MARKS if getattr(self, mark)]
+        if self.of:
+            marks.insert(0, f"of {self.of}" + f", seed {self.seed}" * bool(self.seed))
         return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
 
     def without(self, gone: Iterable[str]) -> Term:
         """Return the term without the legs ``gone``, as after indexing them."""
         gone = set(gone)
         return replace(self, legs=tuple(leg for leg in self.legs if leg not in gone), spans=())
+
+
+def vectors_of(terms: Iterable[Term]) -> tuple[str, ...]:
+    """List the names of the vectors that parameters are hashed from, in order of first appearance."""
+    return tuple(dict.fromkeys(term.of for term in terms if term.of))
 
 
 def check_bounds(terms: Sequence[Term]) -> None:
@@ -83,7 +100,7 @@ def check_bounds(terms: Sequence[Term]) -> None:
             f"a network has at most {MAX_PARAMETERS} parameters; found {len(terms)}. Contract some "
             "of them to one first"
         )
-    legs = dict.fromkeys(leg for term in terms for leg in term.legs)
+    legs = dict.fromkeys([*(leg for term in terms for leg in term.legs), *vectors_of(terms)])
     if len(legs) > MAX_LEGS:
         raise LegsError(
             f"a network has at most {MAX_LEGS} different legs, one for each letter of einsum; found "
@@ -132,21 +149,38 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
         raise LegsError("the line of legs is empty; CP, for instance, is 'in r, out r, layer r'")
     terms: list[Term] = []
     names: dict[str, tuple[int, int]] = {}  # each with its position in the line
-    marks: list[str] = []
+    marks: dict[str, Any] = {}
+    seeds: dict[str, int] = {}  # of each vector
 
     def close(at: int) -> None:
         if not names:
             raise LegsError("a parameter without legs in", line, (at, at + 1))
-        marked = dict.fromkeys(marks, True)
-        if "tied" in marked and len(marked) > 1:
+        if "tied" in marks and len(marks) > 1:
             raise LegsError(
                 "a tied parameter takes its marks where it stands first, so (tied) stands alone in",
                 line,
                 names[next(iter(names))],
             )
-        if "tied" in marked and terms:
-            marked["frozen"] = terms[-1].frozen
-        terms.append(Term(tuple(names), spans=tuple(names.values()), **marked))
+        if (
+            "seed" in marks
+            and seeds.setdefault(marks.get("of", ""), marks["seed"]) != marks["seed"]
+        ):
+            raise LegsError(
+                f"the vector {marks['of']!r} has one seed for all its parameters; found "
+                f"{seeds[marks['of']]} and {marks['seed']} in",
+                line,
+                names[next(iter(names))],
+            )
+        if "" in seeds:
+            raise LegsError(
+                "a seed draws the entries of a hashed parameter, so it stands beside the vector, as in "
+                "(of n, seed 7), in",
+                line,
+                names[next(iter(names))],
+            )
+        if "tied" in marks and terms:
+            marks["frozen"] = terms[-1].frozen
+        terms.append(Term(tuple(names), spans=tuple(names.values()), **marks))
         names.clear()
         marks.clear()
 
@@ -155,15 +189,11 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
         if token["comma"]:
             close(span[0])
         elif token["mark"] is not None:
-            mark = token["mark"].strip()
-            if mark not in _MARKS:
-                raise LegsError(
-                    f"unknown mark ({mark}); a parameter can be marked "
-                    f"{' or '.join(f'({mark})' for mark in _MARKS)} in",
-                    line,
-                    span,
-                )
-            marks.append(mark)
+            for mark in token["mark"].split(","):
+                read = _read_mark(mark.strip(), line, span)
+                if marks.get("of", read.get("of")) != read.get("of", marks.get("of")):
+                    raise LegsError("one parameter is hashed from one vector, in", line, span)
+                marks |= read
         elif token["leg"] is None or not _NAME.match(token["leg"]) or marks:
             why = "a leg behind a mark" if marks else "no leg name (letters, digits, _)"
             raise LegsError(f"{token[0]!r} is {why} in", line, span)
@@ -178,4 +208,28 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
             names[token["leg"]] = span
     close(len(line))
     check_bounds(terms)
-    return line, tuple(terms)
+    return line, tuple(replace(term, seed=seeds.get(term.of, 0)) for term in terms)
+
+
+def _read_mark(mark: str, line: str, span: tuple[int, int]) -> dict[str, Any]:
+    """Read one mark: the field of `Term` that it sets, and the value."""
+    if mark in _MARKS:
+        return {mark: True}
+    word, _, value = mark.partition(" ")
+    if word == "of" and _NAME.match(value.strip()):
+        return {"of": value.strip()}
+    if word == "seed" and _SEED.match(value.strip()):
+        return {"seed": int(value)}
+    if word == "of":
+        raise LegsError(
+            f"({abbreviated(mark)[1:-1]}) names no vector; give it a name, as in (of n), and its size with "
+            "the ranks, as in rank={'r': 4, 'n': 4096}, in",
+            line,
+            span,
+        )
+    raise LegsError(
+        f"unknown mark ({mark}); a parameter can be marked "
+        f"{' or '.join(f'({known})' for known in _MARKS)} or (of n), for instance (of n, seed 7), in",
+        line,
+        span,
+    )

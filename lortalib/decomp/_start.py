@@ -9,6 +9,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from ._hashed import make_hashes
 from ._legs import Legs
 
 Randn = Callable[[Sequence[int]], Tensor]
@@ -29,7 +30,7 @@ def normal(
 
     Every entry of the full tensor then has a variance near 1/n_in, for any rank and format.
     """
-    zero = legs.zero
+    zero = legs.zero if legs.zeroable else None
     own = [k for k, term in enumerate(legs.terms) if not term.tied]
     rest = [k for k in own if k != zero and "in" not in legs.terms[k].legs]
     bonds = set(legs.bonds(modes))
@@ -75,9 +76,19 @@ def invariant(
     The parameter that carries ``in`` has variance 1/n_in, as in LoRA; all others have one common
     variance. A tied parameter counts once for each of its terms. With these variances, a parameter with
     several bonds is semi-orthogonal in each slice of its modes, and short mode factors are signs.
+
+    Where the zero parameter is hashed, its entries are the numbers that move by +-h, over the square root
+    of how many entries have one number; all other parameters together are larger by that root.
     """
+    zero = legs.zero
     tensors = normal(legs, sizes, modes, randn)
-    tensors[legs.zero].zero_()
+    tensors[zero].zero_()
+    if legs.terms[zero].of:
+        hashes = make_hashes(legs.terms, sizes, str(legs))
+        repeats = next(one.repeats(zero) for one in hashes if zero in one.positions)
+        factor = repeats ** (0.5 / max(1, len(tensors) - 1))
+        for k in set(legs.owners) - {zero}:
+            tensors[k] *= factor  # a tied term has the very tensor of its owner
     return tensors
 
 

@@ -26,7 +26,8 @@ def direct_sum(
         weights: a factor for each network; 1 by default.
 
     Returns:
-        A `Network` with parameters of its own.
+        A `Network` with parameters of its own. Hashed parameters have become ordinary ones: a sum of two
+        has more different entries than one vector has numbers.
 
     Raises:
         ValueError: no network, different legs or shapes, a wrong number of weights, or a network whose
@@ -59,21 +60,22 @@ def direct_sum(
         )
     scaled = _cheapest(first)
     sizes = {bond: sum(network.sizes[bond] for network in networks) for bond in bonds}
+    blocks = [network.tensors for network in networks]
     tensors = []
     for k, term in enumerate(first.legs.terms):
         shape = [sizes.get(leg, first.sizes[leg]) for leg in term.legs]
-        total = torch.zeros(shape, dtype=first.tensors[k].dtype, device=first.tensors[k].device)
+        total = torch.zeros(shape, dtype=blocks[0][k].dtype, device=blocks[0][k].device)
         offset = dict.fromkeys(bonds, 0)
-        for network, weight in zip(networks, weights):
+        for network, own_blocks, weight in zip(networks, blocks, weights):
             block = total
             for axis, leg in enumerate(term.legs):
                 if leg in bonds:
                     block = block.narrow(axis, offset[leg], network.sizes[leg])
                     offset[leg] += network.sizes[leg]
-            own: Tensor = network.tensors[k].detach().to(total.device, total.dtype)
+            own: Tensor = own_blocks[k].detach().to(total.device, total.dtype)
             block += own * weight if k == scaled else own
         tensors.append(total)
-    return Network(first.legs, tensors, first.modes)
+    return Network(first.legs.unhashed, tensors, first.modes)
 
 
 def _cheapest(network: TensorNetwork) -> int:
@@ -88,7 +90,8 @@ def _cheapest(network: TensorNetwork) -> int:
         raise ValueError(
             f"every parameter of the network\n    {network.legs}\nis tied, so none can take a weight"
         )
-    return min(once, key=lambda k: (terms[k].frozen, math.prod(network.tensors[k].shape)))
+    tensors = network.tensors
+    return min(once, key=lambda k: (terms[k].frozen, math.prod(tensors[k].shape)))
 
 
 def _is_whole(terms: Sequence[Term], bonds: set[str]) -> bool:

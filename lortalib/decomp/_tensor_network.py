@@ -46,16 +46,30 @@ class TensorNetwork(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The parameters, one for each term in the order of the line."""
+        """The tensors that are contracted, one for each term in the order of the line."""
         raise NotImplementedError
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The parameters, one for each term; `tensors` are computed from them where a term is hashed."""
+        return self.tensors
+
+    def spread(self, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute `tensors` from `stored`, or from others like it."""
+        return tuple(stored)
 
     @property
     def ranks(self) -> dict[str, int]:
         """The size of each bond, in order of first appearance."""
         return {bond: self.sizes[bond] for bond in self.legs.bonds(self.modes)}
 
+    @property
+    def vectors(self) -> dict[str, int]:
+        """The size of each vector that parameters are hashed from, in order of first appearance."""
+        return {vector: self.sizes[vector] for vector in self.legs.vectors}
+
     def count(self, trainable_only: bool = True) -> int:
-        """Count the trainable parameters: the entries of all tensors; tied ones count once.
+        """Count the trainable parameters; a tied one counts once, a vector of hashed ones too.
 
         Args:
             trainable_only: whether tensors marked ``(frozen)`` are left out.
@@ -65,11 +79,11 @@ class TensorNetwork(ABC):
             >>> cp((6, 8, 4, 64, 16), rank=2).count()  # 2 * (6 + 8 + 4 + 64 + 16)
             196
         """
-        terms, own = self.legs.terms, zip(self.legs.owners, self.tensors)
+        terms, own = self.legs.terms, zip(self.legs.holders, self.stored)
         sizes = {
-            owner: tensor.numel()
-            for owner, tensor in own
-            if not (trainable_only and terms[owner].frozen)
+            holder: tensor.numel()
+            for holder, tensor in own
+            if not (trainable_only and terms[holder].frozen)
         }
         return sum(sizes.values())
 
@@ -301,9 +315,10 @@ class TensorNetwork(ABC):
 
     def __repr__(self) -> str:
         rows = [("parameter", "legs", "sizes", "parameters")]
-        for name, term, tensor in zip(self.names, self.legs.terms, self.tensors):
-            sizes = " x ".join(map(str, tensor.shape))
-            rows.append((name, str(term), sizes, "" if term.tied else f"{tensor.numel():,}"))
+        for k, (name, term) in enumerate(zip(self.names, self.legs.terms)):
+            sizes = " x ".join(str(self.sizes[leg]) for leg in term.legs)
+            number = f"{self.stored[k].numel():,}" if self.legs.holders[k] == k else ""
+            rows.append((name, str(term), sizes, number))
         rows.append(("total", "", "", f"{self.count(trainable_only=False):,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = []
@@ -316,10 +331,13 @@ class TensorNetwork(ABC):
 
 
 class NetworkView(TensorNetwork):
-    """A tensor network over slices of parameters that another network owns; see `Network.select`."""
+    """A tensor network over slices of parameters that another network owns; see `Network.select`.
+
+    No term of it is hashed: where the other network's are, it has their entries.
+    """
 
     def __init__(self, legs: Legs, tensors: Sequence[Tensor], modes: tuple[str, ...]) -> None:
-        pairs = zip(legs.terms, tensors)
+        legs, pairs = legs.unhashed, zip(legs.terms, tensors)
         sizes = {leg: n for term, tensor in pairs for leg, n in zip(term.legs, tensor.shape)}
         self._describe(legs, sizes, modes)
         self._tensors = tuple(tensors)

@@ -18,6 +18,7 @@ from ._config import AdapterConfig
 from ._files import (
     AdapterFileError,
     convert,
+    export_gguf,
     export_lora,
     load,
     load_lora,
@@ -50,6 +51,7 @@ __all__ = [
     "bank",
     "check_effect",
     "convert",
+    "export_gguf",
     "export_lora",
     "load",
     "load_lora",

@@ -85,7 +85,7 @@ class Adapter(AdapterModule):
         numbers = {
             id(tensor): tensor.numel()
             for group in self.groups
-            for tensor, term in zip(self.network(group).tensors, self.network(group).legs.terms)
+            for tensor, term in zip(self.network(group).stored, self.network(group).legs.terms)
             if not (trainable_only and term.frozen)
         }
         return sum(numbers.values())
@@ -99,19 +99,23 @@ class Adapter(AdapterModule):
         return network
 
     def _whole(self, group: Group) -> TensorNetwork:
-        """Return the network of a group; tensors that are divided over processes are gathered."""
-        if self.is_on_model and self.scope.running is None:
-            divide_again(self.model)  # FSDP2 may gather parameters in a rounded dtype
+        """The network of a group, gathered where it is divided over processes."""
+        self._reshard()
         return whole_network(self.network(group))
+
+    def _reshard(self) -> None:
+        """Let FSDP2 divide what it gathered for forwards, which may be rounded."""
+        if self.is_on_model and self.scope.running is None:
+            divide_again(self.model)
 
     def snapshot(self) -> Adapter:
         """Copy the adapter with the present values of its networks. The copy is on no model and has no
         modules that train as a whole. If the adapter is divided over processes, each has to call this."""
         networks = {}
         for group in self.groups:
-            network = self._whole(group)
-            tensors = [tensor.detach().clone() for tensor in network.tensors]
-            networks[group.name] = Network(network.legs, tensors, network.modes)
+            network = self.network(group)
+            self._reshard()
+            networks[group.name] = network.like([whole(t).detach().clone() for t in network.stored])
         return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
 
     def low_rank_pair(self, site: Site | str) -> Cut:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ._adapter import Adapter
-from ._anatomy import ATTRIBUTE, check_model, unwrapped
+from ._anatomy import ATTRIBUTE, check_model, unwrapped, wrappers
 from ._host import AdapterHost, home_of
 from ._save_pretrained import stand_in
 from ._sharded import sharded_parts
@@ -36,6 +39,14 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             "before fully_shard",
             stacklevel=4,
         )
+    trained = _trained_by_peft(model) if freeze else 0
+    if trained:
+        warnings.warn(
+            f"PEFT trains {trained:,} parameters of this model, which are frozen from here on, so that only "
+            f"adapter {adapter.name!r} trains; pass freeze=False to train both, or call merge_and_unload() "
+            "first to make what was trained a part of the base",
+            stacklevel=4,
+        )
     host = host_of(model)
     others = host.adapters() if host else []
     taken = adapter.trained_modules.conflict(o.trained_modules for o in others if o.active)
@@ -56,6 +67,27 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             stand_in(model, host)
         host.install(adapter, active, freeze, undo)
         undo.pop_all()
+
+
+def _is_in_ddp(model: Any) -> bool:
+    """Return True for a model in DistributedDataParallel that runs on several processes."""
+    is_several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not is_several or not isinstance(model, nn.Module):
+        return False
+    return any(isinstance(each, DistributedDataParallel) for each in wrappers(model))
+
+
+def _trained_by_peft(model: nn.Module) -> int:
+    """Count the trainable parameters in PEFT's layers, without those of the modules that they wrap."""
+    kinds = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if any(kind.__name__ in kinds for kind in type(module).__mro__):
+            base = getattr(module, "base_layer", getattr(module, "original_module", None))
+            own = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
+            parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
+            found |= {id(p): p.numel() for p in parameters}
+    return sum(found.values())
 
 
 def host_of(model: nn.Module) -> AdapterHost | None:
@@ -124,6 +156,12 @@ def check_name(model: nn.Module, name: str) -> nn.Module:
         TypeError: the model is no torch module.
         ValueError: the name is in use or impossible.
     """
+    if _is_in_ddp(model):
+        warnings.warn(
+            "DistributedDataParallel holds this model already, and does not know the parameters of an "
+            "adapter that comes later: they would train apart in each process. Put the adapter on first",
+            stacklevel=3,
+        )
     model = check_model(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")

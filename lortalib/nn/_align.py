@@ -78,14 +78,14 @@ def align_to_gradient(
         started = network(
             net.legs,
             net.shape,
-            net.ranks,
+            {**net.ranks, **net.vectors},
             init=start,
             generator=generator,
             device=gradient.device,
         )
         found.append((net, started))
     config = replace(adapter.config, init="gradient")
-    pairs = [pair for net, new in found for pair in zip(net.tensors, new.tensors)]
+    pairs = [pair for net, new in found for pair in zip(net.stored, new.stored)]
     kept = [(own, own.detach().clone()) for own, _ in pairs]
     try:
         _copy(pairs)
@@ -110,13 +110,18 @@ def _check(adapter: Adapter) -> None:
     owners: dict[int, str] = {}
     for group in adapter.groups:
         net = adapter.network(group)
-        net.legs.leaves_to_root(net.modes)
+        hashed = [net.legs.terms[k] for k, _ in net.legs.leaves_to_root(net.modes)]
+        if any(term.of for term in hashed):
+            raise ValueError(
+                f"the parameters of {group.name!r} are hashed, so they cannot follow a gradient; align an "
+                f"adapter of another format, in\n    {net.legs}"
+            )
         if net.tensors[net.legs.zero].any():
             raise ValueError(
                 f"adapter {adapter.name!r} has been trained, or did not start at zero; aligning it "
                 "would lose that. Align right after apply, with an init whose update is zero"
             )
-        for tensor in net.tensors:
+        for tensor in net.stored:
             if owners.setdefault(id(tensor), group.name) != group.name:
                 raise ValueError(
                     f"the networks {owners[id(tensor)]!r} and {group.name!r} share a parameter "
@@ -180,7 +185,7 @@ def _whole(model: nn.Module, adapter: Adapter) -> Adapter:
     networks = {}
     for group in adapter.groups:
         net = adapter.network(group)
-        device = net.tensors[0].device
+        device = net.stored[0].device
         line = " ".join(net.modes)
         networks[group.name] = network(line, net.shape, 1, device=device)
     config, name = replace(adapter.config, dropout=0.0), f"{adapter.name}_gradient"

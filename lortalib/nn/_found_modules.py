@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ._anatomy import module_at
+
 
 class FoundModules:
     """Finds modules by path, also after a tool such as PEFT has put a wrapper at the path.
@@ -26,7 +28,7 @@ class FoundModules:
         Raises:
             AttributeError: the model has no module at this path.
         """
-        present = self._model.get_submodule(path)
+        present = module_at(self._model, path)
         known = self._known.setdefault(path, present)
         if known is not present and all(inner is not known for inner in present.modules()):
             known = self._known[path] = present

@@ -74,7 +74,7 @@ class Group:
         view = network.select(**at)
         if site.heads == self.heads:
             return view
-        return view.mode_dot(self.head_means(site.heads, network.tensors[0]), "head")
+        return view.mode_dot(self.head_means(site.heads, network.stored[0]), "head")
 
     def pair(self, network: TensorNetwork, site: Site) -> Cut:
         """Return the low-rank pair of one site, before scaling: A (p, width), and B (heads*head_dim, p), or
@@ -82,9 +82,9 @@ class Group:
         return self.slice(network, site).cut()
 
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
-        """Return the dense slice of one site, before scaling: (heads*head_dim, width), or (width, width) on
-        the stream, with a leading axis for packed experts. Its dtype is the factors', also under autocast."""
-        with without_autocast(network.tensors[0].device.type):
+        """The slice of one site before scaling, also under autocast in the factors' dtype:
+        (heads*head_dim, width), or (width, width) on the stream, with a leading axis for packed experts."""
+        with without_autocast(network.stored[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)
                 return b @ a

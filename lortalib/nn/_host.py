@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ._adapter import Adapter
-from ._anatomy import ATTRIBUTE, Site
+from ._anatomy import ATTRIBUTE, Site, plain_name
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._found_modules import FoundModules
@@ -40,7 +40,7 @@ class AdapterHost(nn.ModuleDict):
             str, Adapter
         ] = {}  # snapshots of the merged adapters, as they were merged
         self._handles: dict[str, list[Handle]] = {}
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._required_grad = {plain_name(k): p.requires_grad for k, p in model.named_parameters()}
         self._freezing: set[str] = set()  # names of the adapters that keep the base frozen
         self._frozen: list[nn.Parameter] = []  # the parameters that these adapters froze
 
@@ -249,7 +249,7 @@ class AdapterHost(nn.ModuleDict):
         """Restore ``requires_grad`` in modules that no adapter trains any more."""
         for path in trained.paths:
             for name, parameter in self.model.get_submodule(path).named_parameters():
-                before = self._required_grad.get(f"{path}.{name}", False)
+                before = self._required_grad.get(plain_name(f"{path}.{name}"), False)
                 parameter.requires_grad_(before and not self._freezing)
 
     def _attach(self, adapter: Adapter) -> None:
@@ -274,7 +274,9 @@ class AdapterHost(nn.ModuleDict):
         home = home_of(self.model)
         if home._modules.get(ATTRIBUTE) is self:
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+                parameter.requires_grad_(
+                    self._required_grad.get(plain_name(name), parameter.requires_grad)
+                )
             delattr(home, ATTRIBUTE)
             vars(self.model).pop("save_pretrained", None)  # see SavePretrained
 

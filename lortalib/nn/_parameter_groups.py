@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..decomp import Term
 from ._adapter import Adapter
 
 
@@ -24,8 +25,9 @@ def parameter_groups(
     Args:
         adapter: an adapter on a model.
         lr: learning rate of the tensor's parameters.
-        speeds: factors of ``lr`` by leg (a mode or a bond). The learning rate of a parameter is ``lr`` times
-            the factors of all its legs; a leg without a factor counts as 1.
+        speeds: factors of it by leg (a mode or a bond): a parameter has the product of its legs'
+            factors, and 1 where none is given. A vector of hashed parameters has the factor of its name,
+            since the legs of several parameters may meet in it.
         modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
         weight_decay: weight decay of every group. Decay of one factor shrinks the whole tensor, so the
             default is 0.
@@ -59,15 +61,19 @@ def parameter_groups(
         ):
             raise ValueError(f"{what} must be a positive number; found {value!r}")
     networks = [adapter.network(group) for group in adapter.groups]
-    legs = {leg: None for network in networks for term in network.legs.terms for leg in term.legs}
+    legs = {leg: None for network in networks for term in network.legs.terms for leg in _legs(term)}
     unknown = [leg for leg in speeds if leg not in legs]
     if unknown:
-        raise ValueError(f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}")
+        hashed = any(network.vectors for network in networks)
+        raise ValueError(
+            f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}"
+            + " (hashed parameters have the rate of their vector)" * hashed
+        )
     by_speed: dict[float, dict[int, Any]] = {}
     for network in networks:
-        for owner, tensor in zip(network.legs.owners, network.tensors):
+        for owner, tensor in zip(network.legs.owners, network.stored):
             if tensor.requires_grad:
-                own = network.legs.terms[owner].legs
+                own = _legs(network.legs.terms[owner])
                 factor = math.prod(speeds.get(leg, 1.0) for leg in own)
                 by_speed.setdefault(factor, {})[id(tensor)] = tensor
     modules = _modules(adapter.model, adapter.trained_modules.paths)
@@ -80,6 +86,11 @@ def parameter_groups(
         for name, rate, params in (*found, ("modules", modules_lr, modules))
         if params
     ]
+
+
+def _legs(term: Term) -> tuple[str, ...]:
+    """The names by which a parameter is given a factor."""
+    return (term.of,) if term.of else term.legs
 
 
 def _modules(model: nn.Module, paths: tuple[str, ...]) -> list[nn.Parameter]:

@@ -52,7 +52,7 @@ class Plan:
         tensors = {
             id(tensor): tensor.numel()
             for network in self.networks.values()
-            for tensor, term in zip(network.tensors, network.legs.terms)
+            for tensor, term in zip(network.stored, network.legs.terms)
             if not (trainable_only and term.frozen)
         }
         return sum(tensors.values())
@@ -283,7 +283,11 @@ def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network])
     for group in groups:
         network = networks[group.name]
         for name, term in zip(network.names, network.legs.terms):
-            if "in" in term.legs and not set(term.legs) & {"layer", "matrix", "head", "expert"}:
+            if (
+                "in" in term.legs
+                and not term.of
+                and not set(term.legs) & {"layer", "matrix", "head", "expert"}
+            ):
                 own = network.get_parameter(name)
                 key = (group.sites[0].stack, term.legs, own.shape)
                 network.register_parameter(name, owners.setdefault(key, own))

@@ -45,10 +45,12 @@ def is_zero_parameter(tensor: Any) -> bool:
 
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
-    """Gather the tensors of a network; return the network itself if none is divided."""
-    tensors = [whole(tensor) for tensor in network.tensors]
-    if all(one is other for one, other in zip(tensors, network.tensors)):
+    """A network with whole tensors; the very same where none is divided."""
+    stored = network.stored
+    found = [whole(tensor) for tensor in stored]
+    if all(one is other for one, other in zip(found, stored)):
         return network
+    tensors = network.spread(found)
     return NetworkView(network.legs, tensors, network.modes)
 
 

@@ -83,7 +83,7 @@ def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]
     rows = [("stack", "matrices", "layers", "heads", "in", "out", "legs", "ranks", "parameters")]
     for group in groups:
         network, shape = networks[group.name], group.shape
-        ranks = network.ranks
+        ranks = {**network.ranks, **network.vectors}
         alike = len(set(ranks.values())) == 1
         sizes = (
             [str(next(iter(ranks.values())))] if alike else [f"{b}={n}" for b, n in ranks.items()]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._anatomy import ATTRIBUTE
+from ._anatomy import ATTRIBUTE, module_at, named_modules
 from ._offloaded import bring_back, check_unshared
 from ._sharded import divide_again, divided_like
 
@@ -99,7 +99,7 @@ class TrainedModules:
     def set_trainable(self, model: nn.Module, trainable: bool) -> None:
         """Set ``requires_grad`` of every parameter of the modules."""
         for path in self.paths:
-            model.get_submodule(path).requires_grad_(trainable)
+            module_at(model, path).requires_grad_(trainable)
 
     def _swap(self, model: nn.Module) -> None:
         _check_shapes(model, self._other)
@@ -117,7 +117,7 @@ class TrainedModules:
 
 
 def _bring_back(model: nn.Module, paths: Sequence[str]) -> None:
-    modules = [model.get_submodule(path) for path in paths]
+    modules = [module_at(model, path) for path in paths]
     for module in modules:
         check_unshared(module)
     for module in modules:
@@ -128,7 +128,7 @@ def _read(model: nn.Module, paths: Sequence[str]) -> Values:
     divide_again(model)
     _bring_back(model, paths)
     return {
-        path: {k: t.detach().clone() for k, t in model.get_submodule(path).state_dict().items()}
+        path: {k: t.detach().clone() for k, t in module_at(model, path).state_dict().items()}
         for path in paths
     }
 
@@ -136,7 +136,7 @@ def _read(model: nn.Module, paths: Sequence[str]) -> Values:
 def _write(model: nn.Module, values: Values) -> None:
     with torch.no_grad():
         for path, tensors in values.items():
-            own = model.get_submodule(path).state_dict()
+            own = module_at(model, path).state_dict()
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
 
@@ -144,7 +144,7 @@ def _write(model: nn.Module, values: Values) -> None:
 def _check_shapes(model: nn.Module, values: Values) -> None:
     """Refuse values whose shapes no longer fit their modules."""
     for path, tensors in values.items():
-        own = model.get_submodule(path).state_dict()
+        own = module_at(model, path).state_dict()
         for name, tensor in tensors.items():
             found = tuple(own[name].shape) if name in own else None
             if found != tuple(tensor.shape):
@@ -165,7 +165,9 @@ def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[st
     if isinstance(names, str):
         names = [names]
     modules = {
-        path: module for path, module in model.named_modules() if ATTRIBUTE not in path.split(".")
+        path: module
+        for path, module in named_modules(model).items()
+        if ATTRIBUTE not in path.split(".")
     }
     site_paths = list(site_paths)
     found: list[str] = []

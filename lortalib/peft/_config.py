@@ -10,6 +10,7 @@ from typing import Any, Union
 
 from peft import PeftConfig
 
+from ..decomp import Legs, get_format
 from ..nn.door import check_settings
 from ._peft_type import peft_type
 
@@ -43,13 +44,8 @@ def _are_named(fits: Callable[[object], bool], value: object) -> bool:
     return isinstance(value, Mapping) and _are_names([*value]) and all(map(fits, value.values()))
 
 
-def _is_bond_size(value: object) -> bool:
-    """Return True if a value can be the size of a bond; the limit keeps a file from asking for any memory."""
-    return _is_integer(value) and value <= _LARGEST_BOND  # type: ignore[operator]
-
-
-def _are_bond_sizes(value: object) -> bool:
-    return _are_named(_is_bond_size, value)
+def _are_sizes(value: object) -> bool:
+    return _are_named(_is_integer, value)
 
 
 def _are_integers(value: object) -> bool:
@@ -63,8 +59,8 @@ _A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
 #: A check for each field, and its description. Configurations are read from files of other people.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (
-        lambda value: _is_bond_size(value) or _are_bond_sizes(value),
-        f"an integer up to {_LARGEST_BOND:,}, or a mapping from bonds to such integers",
+        lambda value: _is_integer(value) or _are_sizes(value),
+        "an integer, or a mapping from bonds to integers",
     ),
     "decomposition": (
         lambda value: isinstance(value, str),
@@ -93,8 +89,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "True, False, or the name of a start",
     ),
     "ranks": (
-        lambda value: value is None or _are_named(_are_bond_sizes, value),
-        f"a mapping from networks to mappings from bonds to integers up to {_LARGEST_BOND:,}, or None",
+        lambda value: value is None or _are_named(_are_sizes, value),
+        "a mapping from networks to mappings from bonds to integers, or None",
     ),
     "description": (
         lambda value: value is None or isinstance(value, Mapping),
@@ -112,7 +108,8 @@ class LortaConfig(PeftConfig):
     head.
 
     Args:
-        rank: size of the bonds: one integer, or a mapping from bond to size.
+        rank: size of the bonds: one integer, or a mapping from bond to size, which may also give the
+            vectors of hashed parameters (``{"r": 4, "n": 4096}``).
         decomposition: a registered name (``"cp"``, ``"tucker"``, ``"tt"``, ...) or a line of legs.
         alpha: the update is ``alpha * T``; only ``init_weights="lorta"`` divides it by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
@@ -134,8 +131,8 @@ class LortaConfig(PeftConfig):
             adapter, so that its folder can be read without PEFT or a model (see `lortalib.nn.read`).
 
     Raises:
-        ValueError: a value is bad, or an argument has no meaning for a shared tensor.
-        TypeError: a value has another type, or ``bias`` is not ``"none"``.
+        ValueError: a bad value, a bond above 65,536, or an argument that has no meaning for a shared tensor.
+        TypeError: a value of another type, or another ``bias``.
 
     Example:
         >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
@@ -180,6 +177,7 @@ class LortaConfig(PeftConfig):
         for name, (fits, what) in _KINDS.items():
             if not fits(getattr(self, name)):
                 raise TypeError(f"{name} must be {what}; found {short(getattr(self, name))}")
+        _check_bonds(self)
         for name in ("target_modules", "exclude_modules"):
             if _are_names(getattr(self, name)):
                 setattr(self, name, set(getattr(self, name)))
@@ -200,3 +198,28 @@ class LortaConfig(PeftConfig):
         if isinstance(self.init_weights, bool):
             return "invariant" if self.init_weights else "normal"
         return self.init_weights
+
+
+def _check_bonds(config: LortaConfig) -> None:
+    """Refuse bonds of any size: a file of others shall not ask for any memory it likes. The vectors that
+    parameters are hashed from are longer, and are cut at the number of hashed entries."""
+    sizes = [config.rank] if isinstance(config.rank, int) else []
+    mappings = [config.rank] if isinstance(config.rank, dict) else []
+    for mapping in (*mappings, *(config.ranks or {}).values()):
+        vectors = _vectors(config.decomposition) if mapping else set()
+        sizes += [size for name, size in mapping.items() if name not in vectors]
+    largest = max(sizes, default=0)
+    if largest > _LARGEST_BOND:
+        raise ValueError(
+            f"rank must be at most {_LARGEST_BOND:,} for every bond; found {largest:,}. A larger bond adds "
+            "nothing: no model is as wide"
+        )
+
+
+def _vectors(decomposition: str) -> set[str]:
+    """Find the names of the vectors in a line of legs."""
+    try:
+        line = get_format(decomposition).line
+    except ValueError:  # it is refused later, with the model
+        return set()
+    return set(Legs.parse(line).vectors) if isinstance(line, str) else set()

@@ -284,7 +284,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self, adapter_names: Union[str, Sequence[str]] | None = None
     ) -> None:
         for network in self._networks(adapter_names):
-            for tensor, term in zip(network.tensors, network.legs.terms):
+            for tensor, term in zip(network.stored, network.legs.terms):
                 if term.frozen:
                     tensor.requires_grad_(False)
 
@@ -294,7 +294,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         """Move factors that were read into main memory to the device of the first of their modules."""
         target = self.device if device is None or device.type == "meta" else device
         for network in self._networks(adapter_name):
-            if network.tensors[0].device.type == "cpu" and target.type != "meta":
+            if network.stored[0].device.type == "cpu" and target.type != "meta":
                 network.to(target)
 
     def __repr__(self) -> str:

@@ -34,7 +34,7 @@ from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
 from ._shared_state import SharedState
-from ._sum import check_sum, weighted_sum, with_ranks
+from ._sum import check_sum, describe_sum, weighted_sum, with_ranks
 from ._targets import known_sites, short_names, sites_of
 from ._tied import check_tied
 from ._undo import Snapshot
@@ -187,7 +187,7 @@ class LortaModel(BaseTuner):
         trains = name in self.active_adapters and not config.inference_mode
         for network in adapter.networks.values():
             assert isinstance(network, Network)
-            for tensor, term in zip(network.tensors, network.legs.terms):
+            for tensor, term in zip(network.stored, network.legs.terms):
                 tensor.requires_grad_(trains and not term.frozen)
 
     # Off the model
@@ -296,18 +296,18 @@ class LortaModel(BaseTuner):
                 combination type is another.
         """
         check_sum([*self.lorta_adapters], adapters, weights, adapter_name, combination_type)
-        networks = weighted_sum([self._adapters()[name] for name in adapters], weights)
+        owners = [self._adapters()[name] for name in adapters]
+        networks = weighted_sum(owners, weights)
         config = copy.copy(self._config(adapters[0]))
-        config.alpha, config.init_weights = 1.0, True
-        config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
+        describe_sum(config, owners, networks)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         try:
             own = self._adapters()[adapter_name]
             with torch.no_grad():
                 for group in own.groups:
-                    values = networks[group.name].tensors
-                    for tensor, value in zip(own.network(group).tensors, values):
+                    values = networks[group.name].stored
+                    for tensor, value in zip(own.network(group).stored, values):
                         tensor.copy_(value)
         except BaseException:
             self.delete_adapter(adapter_name)

@@ -10,6 +10,7 @@ import torch
 from ..decomp import Network, direct_sum
 from ..nn import Adapter, Site
 from ..nn.door import Plan
+from ._config import LortaConfig
 
 
 def check_sum(
@@ -59,6 +60,38 @@ def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[st
     return networks
 
 
+def describe_sum(
+    config: LortaConfig, owners: Sequence[Adapter], networks: Mapping[str, Network]
+) -> None:
+    """Turn the configuration of a summand into that of the sum.
+
+    Where parameters of the summands are hashed, those of the sum are not: it has more different entries
+    than their vectors have numbers. So its decomposition is the line of its networks.
+
+    Args:
+        config: a copy of the configuration of a summand.
+        owners: the summands.
+        networks: those of the sum, by name of their group.
+
+    Raises:
+        ValueError: the summands are hashed, and the networks have different lines.
+    """
+    config.alpha, config.init_weights = 1.0, True
+    config.ranks = {name: dict(network.ranks) for name, network in networks.items()}
+    if not any(owner.network(group).vectors for owner in owners for group in owner.groups):
+        return
+    lines = {str(network.legs): network.ranks for network in networks.values()}
+    if len(lines) > 1:
+        raise ValueError(
+            f"the parameters of {config.decomposition!r} are hashed, and those of a sum are not; the lines "
+            f"of its networks differ, so no decomposition names them all: {'; '.join(lines)}. Add the "
+            "adapters as exported LoRA"
+        )
+    ((config.decomposition, bonds),) = lines.items()
+    if isinstance(config.rank, dict):
+        config.rank = {bond: size for bond, size in config.rank.items() if bond in bonds}
+
+
 def with_ranks(
     planned: Plan,
     ranks: Mapping[str, Mapping[str, int]],
@@ -74,7 +107,11 @@ def with_ranks(
     Raises:
         ValueError: networks or bonds differ from those of the plan, or a rank is below 1.
     """
-    wanted = {group.name: set(planned.networks[group.name].ranks) for group in planned.groups}
+    wanted = {
+        group.name: {*net.ranks, *net.vectors}
+        for group in planned.groups
+        for net in [planned.networks[group.name]]
+    }
     found = {name: set(own) for name, own in ranks.items()}
     if found != wanted or any(rank < 1 for own in ranks.values() for rank in own.values()):
         bonds = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in wanted.items())
@@ -86,8 +123,7 @@ def with_ranks(
     for group in planned.groups:
         like = planned.networks[group.name]
         sizes = {**like.shape, **ranks[group.name]}
-        shapes = [[sizes[leg] for leg in term.legs] for term in like.legs.terms]
         place = device(group.sites[0]) if callable(device) else device
-        zeros = [torch.zeros(shape, device=place) for shape in shapes]
-        networks[group.name] = Network(like.legs, zeros, like.shape)
+        zeros = [torch.zeros(shape, device=place) for shape in like.legs.stored_shapes(sizes)]
+        networks[group.name] = Network(like.legs, zeros, like.shape, sizes=sizes)
     return Plan(planned.groups, networks, planned.config)

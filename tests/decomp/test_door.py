@@ -15,7 +15,7 @@ from lortalib import decomp
 
 SHIPPED = [
     "block_term", "cara", "cp", "cp_matrix", "fact_tk", "indscal", "lora", "lora_xs", "lotr", "metatt_41d",
-    "metatt_4d", "rescal", "ring", "tt", "tucker", "vera",
+    "metatt_4d", "rescal", "ring", "tt", "tucker", "uni_lora", "vera",
 ]  # fmt: skip
 
 

@@ -128,6 +128,7 @@ def test_a_format_is_its_line(name, line):
         (" LoRA-XS ", "lora_xs"),
         ("MetaTT-41D", "metatt_41d"),
         ("btd", "block_term"),
+        ("UniLoRA", "uni_lora"),
     ],
 )
 def test_aliases_hyphens_and_capitals(alias, name):

@@ -36,7 +36,8 @@ def cases(*all_of_them, quick):
 @pytest.fixture(
     scope="module",
     params=cases(
-        "", "--head", "--head --reshard", "--share", "--format tucker", NARROW, f"{NARROW} --head",
+        "", "--head", "--head --reshard", "--share", "--format tucker", "--format uni_lora", NARROW,
+        f"{NARROW} --head",
         quick=["--head", f"{NARROW} --head"],
     ),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """The law of heads: head h of the tensor is head h of the weight and of the attention, and nothing else."""
 
+import math
+
 import torch
 from doors import adapt, over
 from hypothesis import given
@@ -9,12 +11,26 @@ from updates import features
 
 
 def change_head(network, head):
-    """Add noise to the part of every parameter that belongs to one head of the tensor."""
+    """Add noise to the part of every parameter that belongs to one head of the tensor.
+
+    The numbers of a hashed parameter are those of other heads too; there the part changes its signs.
+    """
     with torch.no_grad():
-        for term, parameter in zip(network.legs.terms, network.tensors):
-            if "head" in term.legs:
+        for term, parameter in zip(network.legs.terms, network.stored):
+            if "head" in term.legs and term.of:
+                part = index_of(network, term).select(term.legs.index("head"), head)
+                part.copy_((part + len(parameter)) % (2 * len(parameter)))
+            elif "head" in term.legs:
                 part = parameter.select(term.legs.index("head"), head)
                 part += torch.randn(part.shape, generator=generator(head), dtype=part.dtype)
+
+
+def index_of(network, term):
+    """The entries of a hashed parameter: which number of its vector each is."""
+    own = [other for other in network.legs.terms if other.of == term.of]
+    shapes = [[network.sizes[leg] for leg in other.legs] for other in own]
+    parts = network.get_buffer(f"index_of_{term.of}").split([math.prod(s) for s in shapes])
+    return parts[own.index(term)].view(shapes[own.index(term)])
 
 
 def by_heads(change, site):

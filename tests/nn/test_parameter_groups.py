@@ -16,7 +16,9 @@ def llama():
 def test_every_trained_parameter_is_in_one_group(decomposition):
     model = llama()
     adapter = put(model, decomposition, targets="all", share_residual=True, train_also=["lm_head"])
-    groups = parameter_groups(adapter, 1e-2, speeds={"in": 0.5, "out": 2.0})
+    hashed = adapter.network(adapter.groups[0]).vectors
+    speeds = dict.fromkeys(hashed, 2.0) or {"in": 0.5, "out": 2.0}
+    groups = parameter_groups(adapter, 1e-2, speeds=speeds)
     found = [id(p) for group in groups for p in group["params"]]
     assert len(found) == len(set(found))
     assert set(found) == {id(p) for p in model.parameters() if p.requires_grad}

@@ -68,6 +68,7 @@ def test_both_ways_and_every_number_keeps_its_bits(family, decomposition, tmp_pa
         {"decomposition": "in p, out q, head q, layer matrix p q"},
         {"init": "lorta", "alpha": 3.0, "rank": 3},
         {"rank": {"r": 4}},
+        {"decomposition": "tucker", "rank": {"p": 3, "q": 2, "s": 2, "t": 1, "u": 2}},
         {"decomposition": "tt", "rank": 3},
         {"acts_on": "stream", "decomposition": "indscal"},
         {"train_also": ["lm_head"]},

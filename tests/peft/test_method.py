@@ -127,8 +127,9 @@ def test_errors_name_the_reason_and_leave_the_model_alone():
     with pytest.raises(ValueError, match="alpha must be a finite number"):
         LortaConfig(alpha=0)
     for rank in (2**16 + 1, {"r": 10**9}):
-        with pytest.raises(TypeError, match="rank must be an integer up to 65,536"):
+        with pytest.raises(ValueError, match="rank must be at most 65,536 for every bond"):
             LortaConfig(rank=rank)
+    LortaConfig(decomposition="uni_lora", rank={"r": 4, "n": 10**6})
     bad = [
         (LortaConfig(decomposition="nonsense"), "unknown decomposition 'nonsense'"),
         (LortaConfig(target_modules=["norm"]), "is not supported"),

@@ -78,10 +78,17 @@ def ranks(bonds):
 
 
 def ranks_of(name, shape):
-    """Ranks of a format; one integer where one parameter has two of its bonds."""
+    """Ranks of a format; one integer where one parameter has two of its bonds. The vector of hashed
+    parameters has a number of its own, or what one integer gives."""
     if formats[name].symmetric:
         return st.integers(1, 4)
-    return ranks(formats[name].legs(shape).bonds(shape.modes))
+    legs = formats[name].legs(shape)
+    bonds = legs.bonds(shape.modes)
+    if not legs.vectors:
+        return ranks(bonds)
+    numbers = st.fixed_dictionaries(dict.fromkeys(legs.vectors, st.integers(2, 12)))
+    every = ranks(bonds).map(lambda r: r if isinstance(r, dict) else dict.fromkeys(bonds, r))
+    return ranks(bonds) | st.builds(lambda r, n: {**r, **n}, every, numbers)
 
 
 def build(name, shape, rank, **options):

@@ -22,7 +22,7 @@ from .weights import (
     site_weight,
     through_weight,
 )
-from .wrappers import unwrapped
+from .wrappers import module_at, named_modules, plain_name, unwrapped, wrappers
 
 __all__ = [
     "ATTRIBUTE",
@@ -40,11 +40,15 @@ __all__ = [
     "is_projection",
     "linear_sites",
     "mlp_sites",
+    "module_at",
+    "named_modules",
     "original_parameters",
     "original_weight",
+    "plain_name",
     "site_weight",
     "sites",
     "through_weight",
     "understood_sites",
     "unwrapped",
+    "wrappers",
 ]

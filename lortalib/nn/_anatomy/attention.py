@@ -12,6 +12,7 @@ from .names import is_attention, is_mixer, projection_children, role_of
 from .rules import BlockRule
 from .site import Site
 from .weights import is_projection
+from .wrappers import module_at
 
 
 def find_blocks(
@@ -33,7 +34,7 @@ def find_blocks(
             if full in modules:
                 sets[()][role].append(full)
         for name, below in projection_children(module):
-            full = first[id(module.get_submodule(below))]  # a module can have two paths
+            full = first[id(module_at(module, below))]  # a module can have two paths
             role, extra = role_of(name) or ("", ())
             if full in declared:
                 continue

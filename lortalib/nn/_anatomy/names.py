@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .weights import is_projection
+from .wrappers import unwrapped
 
 #: The attribute of a model that holds its adapters.
 ATTRIBUTE = "lortalib"
@@ -80,10 +81,14 @@ def role_of(name: str) -> tuple[str, tuple[str, ...]] | None:
 
 def projection_children(module: nn.Module) -> Iterator[tuple[str, str]]:
     """List the projections of a module as (name, path below the module), also within one wrapper."""
-    for name, child in module.named_children():
+    for name, child in _children(module):
         if is_projection(child):
             yield name, name
         elif not is_attention(child):
-            inner = [k for k, grandchild in child.named_children() if is_projection(grandchild)]
+            inner = [k for k, grandchild in _children(child) if is_projection(grandchild)]
             if len(inner) == 1:
                 yield name, f"{name}.{inner[0]}"
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, unwrapped(child)) for name, child in module.named_children())

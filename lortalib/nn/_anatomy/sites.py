@@ -18,7 +18,7 @@ from .mlp import read_mlps
 from .rules import RULES, BlockRule
 from .site import Site
 from .stacks import SiteList, bare_prefix, join_tied, number_layers
-from .wrappers import unwrapped
+from .wrappers import named_modules, unwrapped
 
 
 class UnsupportedModelError(ValueError):
@@ -76,7 +76,7 @@ def _read(
     model: nn.Module, rules: Sequence[BlockRule]
 ) -> tuple[dict[str, list[Site]], dict[str, str]]:
     """Return the sites by the name of their block, and the reason by path for each block not understood."""
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     found: dict[str, list[Site]] = {}
     refused: dict[str, str] = {}
     for block in find_blocks(modules, rules):
@@ -90,9 +90,7 @@ def _read(
 
 
 def _listed(model: nn.Module, found: dict[str, list[Site]]) -> SiteList:
-    return SiteList(
-        number_layers(join_tied(found, dict(model.named_modules())), bare_prefix(model))
-    )
+    return SiteList(number_layers(join_tied(found, named_modules(model)), bare_prefix(model)))
 
 
 def check_model(model: object) -> nn.Module:
@@ -126,7 +124,7 @@ def mlp_sites(model: nn.Module) -> SiteList:
         [('gate', (16, 8)), ('up', (16, 8)), ('down', (8, 16))]
     """
     model = check_model(model)
-    found = read_mlps(dict(model.named_modules()))
+    found = read_mlps(named_modules(model))
     if not found:
         raise UnsupportedModelError(
             f"no MLP was found in {type(model).__name__}: looked for modules that hold an up- and a "
@@ -144,7 +142,7 @@ def _refusal_text(model: nn.Module, n_found: int, refused: dict[str, str]) -> st
             "and v (named q_proj, query, to_q, Wq, qkv, ...) and saw "
             f"{', '.join(n for n, _ in model.named_children()) or 'no submodules'}"
         )
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     lines = [
         f"of {n_found + len(refused)} attention blocks in {name}, {len(refused)} were not "
         "understood; nothing was changed. Looked for a module with projections for q, k, v (apart or "

@@ -49,6 +49,8 @@ class Bank:
         self._plan = plan
         self._reader = SourceReader(model, plan, rules, dtype, device)
         self._store = Store(self._reader.shapes, capacity, dtype, device)
+        for network in plan.networks.values():
+            network.place_index(device)  # the plan's networks are on the meta device
         self._current = CurrentBatch(
             [row_pairs(group, plan.networks[group.name], self.alpha) for group in plan.groups]
         )

@@ -69,6 +69,7 @@ class BatchTensors:
         wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
         with torch.inference_mode(False):  # later forwards use them in any mode
             tensors = [tensor.to(device, wide) for tensor in tensors]
+            tensors = list(source.network.spread(tensors))
             if layer is not None:
                 network = NetworkView(source.network.legs, tensors, source.network.modes)
                 at = torch.tensor([layer], device=device)
@@ -158,7 +159,25 @@ def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
     mode = "adapter"
     while mode in network.sizes:
         mode += "_"
-    legs = Legs(tuple(Term((mode, *term.legs)) for term in network.legs.terms))
-    with torch.inference_mode(False):
-        like = [torch.zeros(1).expand(2, *tensor.shape) for tensor in network.tensors]
-    return PairSource(group, NetworkView(legs, like, (mode, *network.modes)), alpha, (mode,))
+    return PairSource(group, RowsView(network, mode), alpha, (mode,))
+
+
+class RowsView(NetworkView):
+    """A network with one more mode, the rows, on every parameter; it has sizes and no numbers.
+
+    Args:
+        network: the network of one row; its hashed parameters are computed as it does.
+        mode: the name of the new mode.
+    """
+
+    def __init__(self, network: TensorNetwork, mode: str) -> None:
+        legs = Legs(tuple(Term((mode, *term.legs)) for term in network.legs.terms))
+        shapes = network.legs.unhashed.stored_shapes(network.sizes)
+        with torch.inference_mode(False):
+            like = [torch.zeros(1).expand(2, *shape) for shape in shapes]
+        super().__init__(legs, like, (mode, *network.modes))
+        self._network = network
+
+    def spread(self, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the tensors of the terms of all rows."""
+        return self._network.spread(stored)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..._torch import is_tracing
+from ..._torch import forget_compiled, is_tracing
 from .._anatomy import Site
 from .._forward import (
     Handle,
@@ -159,6 +159,8 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
     except BaseException:
         detach(handles)
         raise
+    finally:
+        forget_compiled()
 
 
 def check_rows(model: nn.Module, site: Site) -> None:

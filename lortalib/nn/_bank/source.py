@@ -50,7 +50,7 @@ class SourceReader:
         self._alpha = plan.config.alpha
         self.legs = {name: plan.networks[name].legs for name in self._groups}
         self.shapes = {
-            name: [tuple(tensor.shape) for tensor in plan.networks[name].tensors]
+            name: [tuple(tensor.shape) for tensor in plan.networks[name].stored]
             for name in self._groups
         }
 
@@ -160,7 +160,7 @@ class SourceReader:
         legs = {group: network.legs for group, network in networks.items()}
         self.check_alike(f"adapter {name!r}", adapter.groups, legs)
         tensors = {
-            group: [tensor.detach() for tensor in network.tensors]
+            group: [tensor.detach() for tensor in network.stored]
             for group, network in networks.items()
         }
         return self.scaled(tensors, adapter.scaling)
@@ -189,6 +189,23 @@ class SourceReader:
                         what = f"one on {tensor.device} of {tensor.dtype}"
                     raise ValueError(
                         f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
+                    )
+        self._check_shared(label, tensors)
+
+    def _check_shared(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse different vectors for parameters that are hashed from one."""
+        for group, given in tensors.items():
+            legs = self.legs[group]
+            for k, holder in enumerate(legs.holders):
+                one, other = given[k], given[holder]
+                if (
+                    legs.terms[holder].of
+                    and one is not other
+                    and not _wide(one).equal(_wide(other))
+                ):
+                    raise ValueError(
+                        f"{label}: the parameters of its group {group!r} ({legs}) that are hashed from "
+                        f"{legs.terms[holder].of!r} have one vector; found different ones"
                     )
 
     def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:

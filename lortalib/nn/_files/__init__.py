@@ -4,6 +4,7 @@ from .adapter import load, read, read_adapter, read_description, save
 from .convert import convert
 from .export_lora import export_lora
 from .folder import AdapterFileError
+from .gguf_lora import export_gguf
 from .import_lora import load_lora
 from .lora_config import lora_config
 from .peft_folder import describe_for_peft
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterFileError",
     "convert",
     "describe_for_peft",
+    "export_gguf",
     "export_lora",
     "load",
     "load_lora",

@@ -23,6 +23,7 @@ MOST_GROUPS = 2_000
 MOST_TRAINED_MODULES = 1_000
 LONGEST_PATH = 500
 LARGEST_SIZE = 2**24
+MOST_HASHED = 2**27
 
 _BASE_MODEL = ("class", "model_type", "name", "shape_fingerprint")
 
@@ -109,10 +110,14 @@ def _check_group(saved: SavedGroup) -> SavedGroup:
         if not all(0 < size <= LARGEST_SIZE for size in sizes.values()):
             raise ValueError(f"the sizes of group {name} are {short(sizes)}")
     line.check(tuple(saved.modes))
-    if set(line.bonds(saved.modes)) != set(saved.ranks):
+    if set(line.ranked(saved.modes)) != set(saved.ranks):
         raise ValueError(f"the ranks {short(saved.ranks)} of group {name} are not of its bonds")
+    # The tensors of hashed parameters are larger than what the file holds of them.
+    entries = [math.prod(saved.sizes[leg] for leg in term.legs) for term in line.terms if term.of]
+    if sum(entries) > MOST_HASHED:
+        raise ValueError(f"group {name} hashes {sum(entries):,} entries; {MOST_HASHED:,} are read")
     own = saved.parameters
-    alike = len(own) == len(line.terms) and [own.index(each) for each in own] == [*line.owners]
+    alike = len(own) == len(line.terms) and [own.index(each) for each in own] == [*line.holders]
     if not alike or "" in own or "." in "".join(own):
         raise ValueError(f"the parameters of group {name} are called {short(own)}")
     if set(saved.shared) - set(own):
@@ -160,12 +165,13 @@ def _check_shared_input(groups: Iterable[SavedGroup]) -> None:
     networks: dict[str, Network] = {}
     for saved in groups:
         empty = [torch.empty(shape, device="meta") for shape in saved.shapes()]
-        network = networks[saved.name] = Network(saved.line, empty, tuple(saved.modes))
-        for name, key, tensor in zip(network.names, saved.keys_in_file(), network.tensors):
+        network = Network(saved.line, empty, tuple(saved.modes), sizes=saved.sizes)
+        networks[saved.name] = network
+        for name, key, tensor in zip(network.names, saved.keys_in_file(), network.stored):
             network.register_parameter(name, owners.setdefault(key, nn.Parameter(tensor)))
-    before = [id(tensor) for network in networks.values() for tensor in network.tensors]
+    before = [id(tensor) for network in networks.values() for tensor in network.stored]
     share_input_factor([saved.group for saved in groups], networks)
-    if before != [id(tensor) for network in networks.values() for tensor in network.tensors]:
+    if before != [id(tensor) for network in networks.values() for tensor in network.stored]:
         raise ValueError(
             "share_residual is true, but two networks have factors of their own for in"
         )

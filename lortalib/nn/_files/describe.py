@@ -57,14 +57,14 @@ def _groups(adapter: Adapter) -> tuple[tuple[SavedGroup, ...], dict[str, Tensor]
             name=group.name,
             legs=str(network.legs),
             modes=dict(network.shape),
-            ranks=network.ranks,
+            ranks={**network.ranks, **network.vectors},
             parameters=network.names,
             layers=group.layers,
             roles=group.roles,
             sites=group.sites,
             shared={},
         )
-        for name, tensor in zip(network.names, network.tensors):
+        for name, tensor in zip(network.names, network.stored):
             key = saved.key_of(name)
             if owned.setdefault(id(tensor), key) == key:
                 tensors[key] = tensor

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from ..._version import __version__
 from .._adapter import Adapter
+from .._anatomy import named_modules
 from .._sharded import divide_again
 from .._trained_modules import Values
 from .adapter import check_numbers
@@ -160,7 +161,7 @@ def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:
     """Return the last words of the paths if they name no other module of the model, else the paths."""
     if model is not None:
         words = {path.rpartition(".")[2] for path in paths}
-        named = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in words}
+        named = {path for path in named_modules(model) if path.rpartition(".")[2] in words}
         if named == set(paths):
             return sorted(words)
     return sorted(set(paths))

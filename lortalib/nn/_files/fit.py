@@ -19,6 +19,8 @@ from .._anatomy import (
     is_projection,
     linear_sites,
     mlp_sites,
+    module_at,
+    named_modules,
     site_weight,
     sites,
 )
@@ -78,7 +80,7 @@ def _candidates(model: nn.Module, asked: list[Site], rules: Rules) -> list[Site]
     """Find the sites of the model, of the kinds that the file contains."""
     plain = [site for site in asked if site.role not in ROLES or _is_linear(site.stack)]
     roles = {site.role for site in asked if site.role in ROLES and not _is_linear(site.stack)}
-    modules = {path: m for path, m in model.named_modules() if is_projection(m)}
+    modules = {path: m for path, m in named_modules(model).items() if is_projection(m)}
     chosen = {site.path: modules[site.path] for site in plain if site.path in modules}
     found = linear_sites(chosen, {path: widths(module) for path, module in chosen.items()})
     lost = {site.key for site in plain} - {site.key for site in found}
@@ -150,7 +152,7 @@ def _sizes(site: Site) -> tuple[int, ...]:
 def _check_trained(model: nn.Module, saved: SavedAdapter) -> None:
     """Check that the model has the modules that were trained as a whole."""
     description, file = saved.description, saved.file
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for path, names in values_of(description, saved.names).items():
         if path not in modules:
             raise AdapterFileError(
@@ -187,7 +189,7 @@ def check_values(model: nn.Module, values: Values) -> None:
         AdapterFileError: a value would become infinite.
     """
     for path, tensors in values.items():
-        own = model.get_submodule(path).state_dict()
+        own = module_at(model, path).state_dict()
         for name, tensor in tensors.items():
             here = own[name].dtype
             if not (tensor.is_floating_point() and here.is_floating_point and tensor.numel()):

@@ -19,6 +19,7 @@ from .._anatomy import (
     is_conv1d,
     linear_sites,
     mlp_sites,
+    named_modules,
     site_weight,
     sites,
 )
@@ -75,7 +76,7 @@ def load_lora(
         'layer matrix in r, layer matrix head out r'
     """
     model = check_name(model, name)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     with open_lora(folder) as file:
         _check_fit(modules, file.shapes)
         paths = check_modules(model, saved_modules(file.config), file.shapes, file.others)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .._anatomy import ATTRIBUTE
+from .._anatomy import ATTRIBUTE, named_modules
 from .._trained_modules import TrainedModules, Values
 from .fit import check_values
 from .folder import AdapterFileError
@@ -37,7 +37,9 @@ def check_modules(
             parameters, or that contains a module with a pair.
     """
     own, wanted, left = model.state_dict(), set(names), set(specs)
-    found = {path: module for path, module in model.named_modules() if _is_named(path, wanted)}
+    found = {
+        path: module for path, module in named_modules(model).items() if _is_named(path, wanted)
+    }
     for path, module in found.items():
         inner = [each for each in adapted if each == path or each.startswith(f"{path}.")]
         if inner or not any(True for _ in module.parameters()):

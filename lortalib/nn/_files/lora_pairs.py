@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._adapter import Adapter
 from .._adapters import host_of
-from .._anatomy import Site, check_model
+from .._anatomy import Site, check_model, named_modules
 from .._base_weights import BaseWeights
 from .._forward import ModuleUpdate, Place, by_module
 from .tensors import plain
@@ -70,7 +70,7 @@ def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tens
             "load it onto the model, or pass model=..."
         )
     model = check_model(model)
-    paths = {path for path, _ in model.named_modules()}
+    paths = named_modules(model)
     lost = [site.path for site in adapter.sites if site.path not in paths]
     if lost:
         raise ValueError(

@@ -110,7 +110,15 @@ def write_peft(description: Description, tensors: Mapping[str, Tensor], folder: 
         "base_model_name_or_path": description.base_model.get("name"),
         "inference_mode": True,
         "decomposition": config.decomposition,
-        "rank": max(n for group in description.groups for n in (*group.ranks.values(), 1)),
+        "rank": max(
+            (
+                n
+                for g in description.groups
+                for bond, n in g.ranks.items()
+                if bond not in g.line.vectors
+            ),
+            default=1,
+        ),
         "ranks": {group.name: group.ranks for group in description.groups},
         "alpha": config.scaling,
         "dropout": config.dropout,

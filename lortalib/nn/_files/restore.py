@@ -73,9 +73,7 @@ def _pairs(
                 "Apply the adapter with the arguments of the saved one"
             )
     return [
-        pair
-        for name, network in ours.items()
-        for pair in zip(network.tensors, theirs[name].tensors)
+        pair for name, network in ours.items() for pair in zip(network.stored, theirs[name].stored)
     ]
 
 

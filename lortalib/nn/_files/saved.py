@@ -146,7 +146,7 @@ def make_networks(description: Description, tensors: Mapping[str, Tensor]) -> di
     owners: dict[str, nn.Parameter] = {}
     for saved in description.groups:
         values = [tensors[key] for key in saved.keys_in_file()]
-        network = Network(saved.line, values, tuple(saved.modes))
+        network = Network(saved.line, values, tuple(saved.modes), sizes=saved.sizes)
         for name, key in zip(network.names, saved.keys_in_file()):
             network.register_parameter(name, owners.setdefault(key, network.get_parameter(name)))
         networks[saved.name] = network

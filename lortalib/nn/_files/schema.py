@@ -32,7 +32,7 @@ class SavedGroup:
         name: the name of the group and its network.
         legs: the line of its network.
         modes: the size of each mode, in the order of the axes.
-        ranks: the size of each bond.
+        ranks: the size of each bond and each vector of hashed parameters, whose seed is in the line.
         parameters: the name of each parameter, in the order of the line.
         layers: the layer of the model for each position of the mode ``layer``.
         roles: the role for each position of the mode ``matrix``.
@@ -70,9 +70,13 @@ class SavedGroup:
         return f"networks.{self.name}.{own}"
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape of each parameter of the line."""
-        sizes = {**self.modes, **self.ranks}
-        return [tuple(sizes[leg] for leg in term.legs) for term in self.line.terms]
+        """Return the shape of each stored tensor of the line: that of the parameter, or of its vector."""
+        return self.line.stored_shapes(self.sizes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every mode, bond and vector."""
+        return {**self.modes, **self.ranks}
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,10 @@ def parse_line(text: str) -> Legs:
         ValueError: a line that is too long or has too many parameters or legs; `LegsError`, a subclass,
             for an ill-formed line.
     """
-    if len(text) > LONGEST_LINE or text.count(",") >= MOST_PARAMETERS:
+    commas = re.sub(r"\([^()]*\)", "", text[: LONGEST_LINE + 1]).count(",")
+    if len(text) > LONGEST_LINE or commas >= MOST_PARAMETERS:
         raise ValueError(
-            f"a line of {len(text):,} characters and {text.count(',') + 1:,} parameters; at most "
+            f"a line of {len(text):,} characters and {commas + 1:,} parameters; at most "
             f"{LONGEST_LINE:,} and {MOST_PARAMETERS} are read"
         )
     legs = set(re.sub(r"\([^()]*\)", " ", text).replace(",", " ").split())

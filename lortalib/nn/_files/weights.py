@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .._anatomy import ATTRIBUTE
+from .._anatomy import ATTRIBUTE, plain_name
 from .._trained_modules import TrainedModules, Values
 
 #: For the path of a module, weights of other modules that are the same tensor as one of its own.
@@ -29,8 +29,8 @@ def shared_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[st
     paths = list(paths)
     elsewhere: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not any(name.startswith(f"{path}.") for path in (*paths, ATTRIBUTE)):
-            elsewhere.setdefault(id(parameter), []).append(name)
+        if not any(plain_name(name).startswith(f"{path}.") for path in (*paths, ATTRIBUTE)):
+            elsewhere.setdefault(id(parameter), []).append(plain_name(name))
     return {
         path: tuple(
             name

@@ -7,6 +7,7 @@ from typing import Protocol, Union
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..._torch import forget_compiled
 from .._group import Group
 from .added_weight import WeightHandle, add_to_weight
 from .hooks import by_module, put_hook, watch_forwards
@@ -44,10 +45,17 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
     except BaseException:
         detach(handles)
         raise
+    finally:
+        forget_compiled()
 
 
 def detach(handles: list[Handle]) -> None:
-    """Remove the hooks that `attach` put on, last first; may be called again."""
-    while handles:
-        handles[-1].remove()
-        handles.pop()
+    """Take off what `attach` put on, last first; may be called again."""
+    if not handles:
+        return
+    try:
+        while handles:
+            handles[-1].remove()
+            handles.pop()
+    finally:
+        forget_compiled()

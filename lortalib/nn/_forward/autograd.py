@@ -23,15 +23,17 @@ class Contraction(NamedTuple):
     Attributes:
         name: name of the network, for messages.
         layers: number of layers.
-        contract: function of the parameters that returns tensors (layers, matrices, p, features); the
-            first axis has size 1 if all layers are alike.
-        of_layers: function of the parameters and positions of layers that returns the parameters of these
-            layers.
-        backwards: counter that every backward increases.
+        spread: from the parameters to the tensors of the terms, which differ from them where a term is
+            hashed.
+        contract: from these tensors to others (layers, matrices, p, features), with size 1 on the first
+            axis where all layers are alike.
+        of_layers: from these tensors and positions of layers to the tensors restricted to these.
+        backwards: counted up by every backward.
     """
 
     name: str
     layers: int
+    spread: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     contract: Callable[[Sequence[Tensor]], list[Tensor]]
     of_layers: Callable[[Sequence[Tensor], Sequence[int]], Sequence[Tensor]]
     backwards: Counter
@@ -56,7 +58,9 @@ def _rows(
     how: Contraction, dtype: torch.dtype, device: torch.device, parameters: Sequence[Tensor]
 ) -> tuple[list[int], tuple[Tensor, ...]]:
     # Contiguous, so that the products with A and B read memory in order.
-    made = [tensor.to(device, dtype).contiguous() for tensor in how.contract(parameters)]
+    made = [
+        tensor.to(device, dtype).contiguous() for tensor in how.contract(how.spread(parameters))
+    ]
     rows = [_every(tensor, how.layers).flatten(0, 1) for tensor in made]
     return [t.shape[1] for t in made], tuple(row for tensor in rows for row in tensor.unbind())
 
@@ -108,7 +112,8 @@ class MakePairs(Function):
         with torch.enable_grad():
             # Views keep hooks on the parameters from seeing this inner gradient besides the outer one.
             aliases = [p.view_as(p) for p in parameters]
-            made = [_every(t, len(used)) for t in how.contract(how.of_layers(aliases, used))]
+            tensors = how.of_layers(how.spread(aliases), used)
+            made = [_every(t, len(used)) for t in how.contract(tensors)]
         outputs, upstream = [], []
         for tensor, row in zip(made, rows):
             if tensor.requires_grad and any(_any(row[layer]) for layer in used):

@@ -188,7 +188,7 @@ class PairSource:
         torch.compile does not compile a second time because of a later plan."""
         for heads in self._head_counts():
             for over_layers in (False, True):
-                self._recipe(heads, over_layers, self.network.tensors[0])
+                self._recipe(heads, over_layers, self.network.stored[0])
 
     def users(self, number: int) -> int:
         """Count the modules of a layer that have the same first map as this one, including itself."""
@@ -223,11 +223,12 @@ class PairSource:
         how = Contraction(
             self.group.name,
             len(self.group.layers),
+            self.network.spread,
             self.contract,
             self._of_layers,
             self.backwards,
         )
-        counts, flat = matrices(how, dtype, device, self.network.tensors)
+        counts, flat = matrices(how, dtype, device, self.network.stored)
         rows = iter(flat)
         layers = range(how.layers)
         made = [[[next(rows) for _ in range(n)] for _ in layers] for n in counts]
@@ -239,7 +240,7 @@ class PairSource:
     def _check_numbers(self, device: torch.device | None) -> None:
         """Refuse parameters on the meta device, which an engine offloaded and does not bring back."""
         if device is not None and device.type != "meta":
-            gone = [t for t in self.network.tensors if t.is_meta]
+            gone = [t for t in self.network.stored if t.is_meta]
             if gone:
                 raise RuntimeError(
                     f"{len(gone)} parameters of the network {self.group.name!r} are on the meta device, "
@@ -255,7 +256,7 @@ class PairSource:
         """Compute the matrices of every signature for all layers at once.
 
         Args:
-            tensors: the parameters, of all layers or of some.
+            tensors: of the terms, over all layers or some.
 
         Returns:
             Tensors (layers, batch modes, matrices, p, features); an axis has size 1 if all layers or
@@ -302,7 +303,7 @@ class PairSource:
             }
 
     def _of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
-        """Return the parameters restricted to some layers."""
+        """The tensors of the terms, restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
         at = integers(layers, tensors[0].device)
@@ -331,11 +332,11 @@ class PairSource:
             at = torch.tensor([group.roles.index(role) for role in roles], device=like.device)
             legs = [term.legs for term in network.legs.terms]
             takes = [(k, t.index("matrix"), at) for k, t in enumerate(legs) if "matrix" in t]
-            network = network.index_select("matrix", at.to(network.tensors[0].device))
+            network = network.index_select("matrix", at.to(network.stored[0].device))
         if heads != group.heads:
             means = group.head_means(heads, like)
             constants = [means]
-            network = network.mode_dot(means.to(network.tensors[0]), "head")
+            network = network.mode_dot(means.to(network.stored[0]), "head")
         plan = network.cut_plan(*batch_modes)
         alike = plan.in_side is None or not plan.in_side.batch_modes[-1]
         return CutRecipe(roles, takes, constants, plan, plan.partition.in_side if alike else None)

@@ -94,7 +94,7 @@ class PairSet:
 
 
 def _tensors(sources: Sequence[PairSource]) -> list[Tensor]:
-    found = {id(t): t for source in sources for t in source.network.tensors}
+    found = {id(t): t for source in sources for t in source.network.stored}
     return list(found.values())
 
 

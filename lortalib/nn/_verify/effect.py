@@ -70,7 +70,7 @@ def check_effect(
 
 def _perturbed(model: nn.Module, network: Network, size: float, inputs: Any) -> list[Tensor]:
     """Return the outputs while one parameter of the network is moved."""
-    parameter = network.tensors[network.legs.zero]
+    parameter = network.stored[network.legs.zero if network.legs.zeroable else 0]
     kept = parameter.detach().clone()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(parameter.shape, generator=generator)

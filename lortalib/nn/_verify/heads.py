@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from .._anatomy import Site
+from .._anatomy import Site, named_modules
 from .recorder import AttentionCall, AttentionRecorder
 from .running import arguments, evaluating, frozen, with_plain_attention
 
@@ -100,7 +100,9 @@ def record_forward(model: nn.Module, inputs: Any, sites: Sequence[Site]) -> Forw
             else:
                 name, weight = _stored(modules[0], site)
                 leaves[weight_name(site)], replaced[name] = _with_leaf(weight, site.transposed)
-        taps = AttentionRecorder({module: path for path, module in model.named_modules()}, direct)
+        taps = AttentionRecorder(
+            {module: path for path, module in named_modules(model).items()}, direct
+        )
         args, kwargs = arguments(inputs)
         with taps:
             functional_call(model, replaced, args, kwargs)
