@@ -99,12 +99,12 @@ class Adapter(AdapterModule):
         return network
 
     def _whole(self, group: Group) -> TensorNetwork:
-        """The network of a group, gathered where it is divided over processes."""
+        """Return the network of a group; tensors that are divided over processes are gathered."""
         self._reshard()
         return whole_network(self.network(group))
 
     def _reshard(self) -> None:
-        """Let FSDP2 divide what it gathered for forwards, which may be rounded."""
+        """Let FSDP2 divide gathered parameters again, because it may gather them in a rounded dtype."""
         if self.is_on_model and self.scope.running is None:
             divide_again(self.model)
 

@@ -82,8 +82,8 @@ class Group:
         return self.slice(network, site).cut()
 
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
-        """The slice of one site before scaling, also under autocast in the factors' dtype:
-        (heads*head_dim, width), or (width, width) on the stream, with a leading axis for packed experts."""
+        """Return the dense slice of one site, before scaling: (heads*head_dim, width), or (width, width) on
+        the stream, with a leading axis for packed experts. Its dtype is the factors', also under autocast."""
         with without_autocast(network.stored[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)

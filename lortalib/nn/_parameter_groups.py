@@ -25,9 +25,9 @@ def parameter_groups(
     Args:
         adapter: an adapter on a model.
         lr: learning rate of the tensor's parameters.
-        speeds: factors of it by leg (a mode or a bond): a parameter has the product of its legs'
-            factors, and 1 where none is given. A vector of hashed parameters has the factor of its name,
-            since the legs of several parameters may meet in it.
+        speeds: factors of ``lr`` by leg (a mode or a bond). The learning rate of a parameter is ``lr`` times
+            the factors of all its legs; a leg without a factor counts as 1. A vector of hashed parameters has
+            the factor of its own name, because several parameters with different legs may share it.
         modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
         weight_decay: weight decay of every group. Decay of one factor shrinks the whole tensor, so the
             default is 0.
@@ -89,7 +89,7 @@ def parameter_groups(
 
 
 def _legs(term: Term) -> tuple[str, ...]:
-    """The names by which a parameter is given a factor."""
+    """Return the names of the factors that a parameter's learning rate is multiplied by."""
     return (term.of,) if term.of else term.legs
 
 

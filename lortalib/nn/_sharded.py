@@ -45,7 +45,7 @@ def is_zero_parameter(tensor: Any) -> bool:
 
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
-    """A network with whole tensors; the very same where none is divided."""
+    """Gather the tensors of a network; return the network itself if none is divided."""
     stored = network.stored
     found = [whole(tensor) for tensor in stored]
     if all(one is other for one, other in zip(found, stored)):

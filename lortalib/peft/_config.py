@@ -131,8 +131,8 @@ class LortaConfig(PeftConfig):
             adapter, so that its folder can be read without PEFT or a model (see `lortalib.nn.read`).
 
     Raises:
-        ValueError: a bad value, a bond above 65,536, or an argument that has no meaning for a shared tensor.
-        TypeError: a value of another type, or another ``bias``.
+        ValueError: a value is bad, a bond is above 65,536, or an argument has no meaning for a shared tensor.
+        TypeError: a value has another type, or ``bias`` is not ``"none"``.
 
     Example:
         >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
@@ -201,8 +201,8 @@ class LortaConfig(PeftConfig):
 
 
 def _check_bonds(config: LortaConfig) -> None:
-    """Refuse bonds of any size: a file of others shall not ask for any memory it likes. The vectors that
-    parameters are hashed from are longer, and are cut at the number of hashed entries."""
+    """Refuse bonds that are too large, so that a file of other people cannot ask for any amount of memory.
+    The vectors of hashed parameters may be longer, and are cut at the number of hashed entries."""
     sizes = [config.rank] if isinstance(config.rank, int) else []
     mappings = [config.rank] if isinstance(config.rank, dict) else []
     for mapping in (*mappings, *(config.ranks or {}).values()):
@@ -220,6 +220,6 @@ def _vectors(decomposition: str) -> set[str]:
     """Find the names of the vectors in a line of legs."""
     try:
         line = get_format(decomposition).line
-    except ValueError:  # it is refused later, with the model
+    except ValueError:  # a wrong line is refused later, together with the model
         return set()
     return set(Legs.parse(line).vectors) if isinstance(line, str) else set()

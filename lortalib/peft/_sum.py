@@ -65,13 +65,13 @@ def describe_sum(
 ) -> None:
     """Turn the configuration of a summand into that of the sum.
 
-    Where parameters of the summands are hashed, those of the sum are not: it has more different entries
-    than their vectors have numbers. So its decomposition is the line of its networks.
+    If parameters of the summands are hashed, the parameters of the sum are not, because the sum has more
+    different entries than the vectors of the summands. Its decomposition is then the line of its networks.
 
     Args:
         config: a copy of the configuration of a summand.
         owners: the summands.
-        networks: those of the sum, by name of their group.
+        networks: the networks of the sum, by name of their group.
 
     Raises:
         ValueError: the summands are hashed, and the networks have different lines.

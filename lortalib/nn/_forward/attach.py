@@ -50,7 +50,7 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
 
 
 def detach(handles: list[Handle]) -> None:
-    """Take off what `attach` put on, last first; may be called again."""
+    """Remove the hooks that `attach` put on, last first; may be called again."""
     if not handles:
         return
     try:

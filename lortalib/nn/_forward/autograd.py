@@ -23,12 +23,13 @@ class Contraction(NamedTuple):
     Attributes:
         name: name of the network, for messages.
         layers: number of layers.
-        spread: from the parameters to the tensors of the terms, which differ from them where a term is
-            hashed.
-        contract: from these tensors to others (layers, matrices, p, features), with size 1 on the first
-            axis where all layers are alike.
-        of_layers: from these tensors and positions of layers to the tensors restricted to these.
-        backwards: counted up by every backward.
+        spread: function of the parameters that returns the tensors of the terms; the two differ only for
+            hashed terms.
+        contract: function of the terms' tensors that returns tensors (layers, matrices, p, features); the
+            first axis has size 1 if all layers are alike.
+        of_layers: function of the terms' tensors and positions of layers that returns the tensors of these
+            layers.
+        backwards: counter that every backward increases.
     """
 
     name: str

@@ -256,7 +256,7 @@ class PairSource:
         """Compute the matrices of every signature for all layers at once.
 
         Args:
-            tensors: of the terms, over all layers or some.
+            tensors: the tensors of the terms, of all layers or of some.
 
         Returns:
             Tensors (layers, batch modes, matrices, p, features); an axis has size 1 if all layers or
@@ -303,7 +303,7 @@ class PairSource:
             }
 
     def _of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
-        """The tensors of the terms, restricted to some layers."""
+        """Return the tensors of the terms, restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
         at = integers(layers, tensors[0].device)
