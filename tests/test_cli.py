@@ -421,3 +421,24 @@ def test_python_m_lortalib(saved):
     )  # fmt: skip
     assert done.returncode == 0
     assert json.loads(done.stdout)["decomposition"] == "cp"
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert main([]) == 0
+    assert "convert" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("targets", "roles"),
+    [
+        ("q_proj,down_proj", {"q", "down"}),
+        (r".*\.(q|v)_proj", {"q", "v"}),
+        ("all-linear", None),
+        ("qv", {"q", "v"}),
+    ],
+)
+def test_targets_are_those_of_apply(targets, roles, tmp_path, capsys):
+    LlamaConfig(num_hidden_layers=1, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert main(["sites", str(tmp_path), "--targets", targets, "--json"]) == 0
+    found = {site["role"] for site in json.loads(capsys.readouterr().out)["sites"]}
+    assert found == (roles or {*"qkvo", "gate", "up", "down"})

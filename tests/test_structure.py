@@ -18,7 +18,7 @@ FILES = {
 }
 #: Packages that others may only use by public names; torch facts and the version are everybody's.
 PACKAGES = ("decomp", "nn", "peft", "cli")
-COMMON = {"lortalib._torch", "lortalib._version"}
+COMMON = {"lortalib._stacklevel", "lortalib._torch", "lortalib._version"}
 
 
 def module_of(name, node):

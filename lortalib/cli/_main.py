@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 for success; 1 if the command failed or `check` found a fault; 130 after an
         interrupt. Wrong usage makes argparse exit with 2.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "command"):
+        parser.print_help()
+        return 0
     output = Output(options.json)
     try:
         ok: bool = options.command(options, output)
@@ -43,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lortalib", description="Fine-tune a transformer through one low-rank tensor."
     )
     parser.add_argument("--version", action="version", version=f"lortalib {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(name: str, help: str, *positional: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
@@ -69,7 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sites = command("sites", "what would be adapted in a model, and as what", "MODEL")
     for sub in (plan, sites):
-        sub.add_argument("--targets", default="qkvo", help="qkvo, mlp, all (default: qkvo)")
+        sub.add_argument(
+            "--targets",
+            default="qkvo",
+            type=_targets,
+            help="letters of qkvo, mlp, all, names with commas between them, or a regular expression "
+            "(default: qkvo)",
+        )
     check = command("check", "is an adapter sound, and does it fit a model?", "FOLDER")
     check.add_argument(
         "--model",
@@ -106,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
             help="run code that comes with the model" + " (of --model)" * (sub in (check, export)),
         )
     return parser
+
+
+def _targets(text: str) -> str | list[str]:
+    """Read names with commas between them as a list; a comma within a regular expression stays."""
+    plain = all(each.isidentifier() for each in text.replace(",", ".").split("."))
+    return text.split(",") if "," in text and plain else text
 
 
 _POSITIONAL = {

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Union
 
 import torch
 
+from .._stacklevel import outside
 from ._hashed import make_hashes, start_vectors
 from ._legs import Legs
 from ._modes import Shape
@@ -21,8 +19,6 @@ from ._start import StartLike, get_start
 #: A rank is one size for every bond, one size for each bond in the order of the line, or a mapping from
 #: bond to size. The vectors of hashed parameters stand among the bonds in the sequence and the mapping.
 Rank = Union[int, Sequence[int], Mapping[str, int]]
-
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def build(
@@ -97,7 +93,7 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
     if cut:
         warnings.warn(
             f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    {line}",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
     return limits
 
@@ -107,11 +103,3 @@ def _entries_of_a_site(legs: Legs, vector: str, sizes: Mapping[str, int]) -> int
     apart = ("task", "layer", "expert", "matrix")
     terms = (term.legs for term in legs.terms if term.of == vector)
     return sum(math.prod(sizes[leg] for leg in own if leg not in apart) for own in terms)
-
-
-def _outside() -> int:
-    """Return the stacklevel of the first caller outside this library, so that a warning names their line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level

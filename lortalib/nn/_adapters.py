@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._stacklevel import outside
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, check_model, unwrapped, wrappers
 from ._host import AdapterHost, home_of
@@ -37,7 +38,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             "FSDP2 divides this model already, and does not know the parameters of an adapter that comes "
             "later: they can be used, but would train apart in each process. To train, put the adapter on "
             "before fully_shard",
-            stacklevel=4,
+            stacklevel=outside(),
         )
     trained = _trained_by_peft(model) if freeze else 0
     if trained:
@@ -45,7 +46,7 @@ def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -
             f"PEFT trains {trained:,} parameters of this model, which are frozen from here on, so that only "
             f"adapter {adapter.name!r} trains; pass freeze=False to train both, or call merge_and_unload() "
             "first to make what was trained a part of the base",
-            stacklevel=4,
+            stacklevel=outside(),
         )
     host = host_of(model)
     others = host.adapters() if host else []
@@ -160,7 +161,7 @@ def check_name(model: nn.Module, name: str) -> nn.Module:
         warnings.warn(
             "DistributedDataParallel holds this model already, and does not know the parameters of an "
             "adapter that comes later: they would train apart in each process. Put the adapter on first",
-            stacklevel=3,
+            stacklevel=outside(),
         )
     model = check_model(model)
     if not isinstance(name, str) or not name or "." in name:

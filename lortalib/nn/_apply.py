@@ -12,12 +12,14 @@ from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
+from ._lora_words import explains_lora_words
 from ._plan import Decomposition, plan
 from ._targets import Targets
 from ._trained_modules import TrainedModules, find_modules
 from ._verify import check_effect, verify
 
 
+@explains_lora_words
 def apply(
     model: nn.Module,
     decomposition: Decomposition = "indscal",
@@ -58,8 +60,9 @@ def apply(
         alpha: the update is ``alpha * T``. The initial values make the effect of the first step
             independent of the rank; only ``init="lorta"`` divides alpha by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
-        targets: letters out of ``"qkvo"`` (a letter that the model lacks is ignored), ``"mlp"``,
-            ``"all"``, a list of module names or paths, or a predicate on an attention `Site`.
+        targets: letters out of ``"qkvo"`` (those that the model has), ``"mlp"``, ``"all"`` (or
+            ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
+            paths match, or a predicate on an attention `Site`.
         layers: only these layers of each stack; all by default.
         init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'

@@ -15,6 +15,7 @@ from ..decomp import Network, Rank, Shape, StartLike, get_format
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
 from ._config import AdapterConfig, check_settings, settle_acts_on
 from ._group import Group, group_sites
+from ._lora_words import explains_lora_words
 from ._stream import stream_sites
 from ._table import lora_count, network_table
 from ._targets import Targets, choose_sites, find_candidates
@@ -78,6 +79,7 @@ class Plan:
         )
 
 
+@explains_lora_words
 def plan(
     model: nn.Module,
     decomposition: Decomposition = "indscal",

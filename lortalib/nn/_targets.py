@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Union
 
@@ -12,7 +13,11 @@ from ._anatomy import BlockRule, Site, UnsupportedModelError, mlp_sites, sites
 #: The roles that each letter of targets means; q, k and v may first project to a latent ("q_a", "kv_a").
 _LATENT = {"q": ("q", "q_a"), "k": ("k", "kv_a"), "v": ("v", "kv_a"), "o": ("o",)}
 
-#: Letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, module names or paths, or a predicate on a `Site`.
+#: Targets that mean attention and MLPs together; PEFT's users write the second.
+_EVERYTHING = ("all", "all-linear")
+
+#: Letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, one text (a module name, a path, or a regular expression
+#: that a whole path matches), a list of names, paths or roles, or a predicate on a `Site`.
 Targets = Union[str, Sequence[str], Callable[[Site], bool]]
 
 
@@ -23,14 +28,19 @@ def find_candidates(
     if targets == "mlp":
         return mlp_sites(model)
     attention = sites(model, rules=rules)
-    if targets == "all":
+    if targets in _EVERYTHING:
         return attention + mlp_sites(model)
-    if isinstance(targets, str) or callable(targets):
+    if callable(targets) or are_letters(targets):
         return attention
     try:
         return attention + mlp_sites(model)
     except UnsupportedModelError:
         return attention
+
+
+def are_letters(targets: object) -> bool:
+    """Return True for targets that are letters out of ``"qkvo"``."""
+    return isinstance(targets, str) and set(targets) <= set(_LATENT)
 
 
 def choose_sites(
@@ -45,21 +55,23 @@ def choose_sites(
         raise ValueError(
             f"targets must be letters, names or a function of a site; found {targets!r}"
         )
-    if targets in ("mlp", "all"):
-        chosen = [site for site in sites if site.role != "router"]  # a router must be named
+    if targets in ("mlp", *_EVERYTHING):
+        chosen = [site for site in sites if site.role != "router"]  # only when it is named
     elif callable(targets):
         chosen = [site for site in sites if targets(site)]
     else:
-        roles = isinstance(targets, str) and set(targets) <= set(_LATENT)
-        names = list(targets) if roles or not isinstance(targets, str) else [targets]
+        roles, one = are_letters(targets), isinstance(targets, str)
+        names = [targets] if isinstance(targets, str) and not roles else list(targets)
         named = [{site for site in sites if _is_named(site, name)} for name in names]
+        if one and not roles and not named[0]:
+            named = [{site for site in sites if _matches(site, names[0])}]
         for name, fits in zip(names, named):
             if not fits and not (roles and any(named)):
                 known = sorted({site.path.rpartition(".")[2] for site in sites})
                 raise ValueError(
                     f"target {name!r} fits no projection; choose letters out of "
-                    f"{''.join(_LATENT)!r}, 'mlp', 'all', module names ({', '.join(known)}), paths, or a "
-                    "function of a site"
+                    f"{''.join(_LATENT)!r}, 'mlp', 'all', module names ({', '.join(known)}), paths, one "
+                    "regular expression that whole paths match, or a function of a site"
                 )
         chosen = [site for site in sites if any(site in fits for fits in named)]
     if isinstance(layers, str):
@@ -79,6 +91,14 @@ def choose_sites(
             "projections found; there is nothing to train"
         )
     return chosen
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    """Return True if a regular expression matches the whole path of a site."""
+    try:
+        return any(re.fullmatch(pattern, path) for path in (site.path, *site.tied_paths))
+    except re.error:
+        return False
 
 
 def _is_named(site: Site, name: str) -> bool:

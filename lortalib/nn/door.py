@@ -44,12 +44,14 @@ from ._forward import (
     watch_forwards,
     without_bias,
 )
+from ._lora_words import LORA_WORDS
 from ._plan import Plan, check_whole, plan, plan_sites
 from ._sharded import divide_again, divided_like, is_divided, is_finite
-from ._targets import choose_sites, find_candidates
+from ._targets import are_letters, choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
 
 __all__ = [
+    "LORA_WORDS",
     "MLP_ROLES",
     "Handle",
     "ModuleUpdate",
@@ -58,6 +60,7 @@ __all__ = [
     "Plan",
     "Values",
     "add_update",
+    "are_letters",
     "by_module",
     "check_settings",
     "check_whole",

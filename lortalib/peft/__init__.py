@@ -14,6 +14,14 @@ Example:
     80
 """
 
+try:
+    import peft as _peft  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"lortalib.peft needs PEFT 0.21 or later ({error}); install it with "
+        'pip install "lortalib[peft]". lortalib.nn works without it'
+    ) from error
+
 from ._config import LortaConfig
 from ._layer import LortaLayer
 from ._model import LortaModel

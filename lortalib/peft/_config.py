@@ -11,7 +11,7 @@ from typing import Any, Union
 from peft import PeftConfig
 
 from ..decomp import Legs, get_format
-from ..nn.door import check_settings
+from ..nn.door import LORA_WORDS, check_settings
 from ._peft_type import peft_type
 
 #: The largest size of a bond: every model's width is smaller, and a larger bond adds no expressiveness.
@@ -23,6 +23,8 @@ _REFUSED = {
     "alpha_pattern": "all modules of a group share one tensor and one scaling; use two adapters",
     "target_parameters": "packed experts are not adapted through PEFT; use lortalib.nn.apply, which "
     "finds them by itself",
+    **LORA_WORDS,
+    "init_lora_weights": "the start is called init_weights",
 }
 
 
@@ -113,8 +115,9 @@ class LortaConfig(PeftConfig):
         decomposition: a registered name (``"cp"``, ``"tucker"``, ``"tt"``, ...) or a line of legs.
         alpha: the update is ``alpha * T``; only ``init_weights="lorta"`` divides it by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
-        target_modules: names (ends of paths), a regular expression, or ``"all-linear"``. By default
-            all attention projections of a transformers model.
+        target_modules: names (ends of paths) or roles, a regular expression, ``"all-linear"``, or as for
+            `lortalib.nn.apply` letters out of ``"qkvo"``, ``"mlp"``, ``"all"``. By default all attention
+            projections of a transformers model.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: layers to adapt, by index; all by default.
         layers_pattern: name of the list of layers, if PEFT cannot find it.
@@ -162,6 +165,12 @@ class LortaConfig(PeftConfig):
     rank_pattern: InitVar[Any] = None
     alpha_pattern: InitVar[Any] = None
     target_parameters: InitVar[Any] = None
+    r: InitVar[Any] = None
+    lora_alpha: InitVar[Any] = None
+    lora_dropout: InitVar[Any] = None
+    use_rslora: InitVar[Any] = None
+    use_dora: InitVar[Any] = None
+    init_lora_weights: InitVar[Any] = None
 
     def __post_init__(self, bias: str, *refused: Any) -> None:
         super().__post_init__()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..decomp import Network
 from ..nn import Adapter, Site, export_lora
 from ..nn.door import (
-    MLP_ROLES,
     Handle,
     by_module,
     check_whole,
@@ -35,7 +34,7 @@ from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
 from ._shared_state import SharedState
 from ._sum import check_sum, describe_sum, weighted_sum, with_ranks
-from ._targets import known_sites, short_names, sites_of
+from ._targets import known_sites, named_targets, sites_of
 from ._tied import check_tied
 from ._undo import Snapshot
 from ._whole_modules import whole_modules
@@ -64,13 +63,9 @@ class LortaModel(BaseTuner):
         self._known = known_sites(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        if peft_config.target_modules is None:
-            attention = [site for site in self._known if site.role not in MLP_ROLES]
-            own = (site for site in attention if not site.weight_read_directly)
-            paths = {path for site in own for path in (site.path, *site.tied_paths)}
-            if not paths:
-                raise ValueError("Please specify `target_modules` in `peft_config`")
-            peft_config.target_modules = short_names(self.model, paths)  # type: ignore[assignment]
+        peft_config.target_modules = named_targets(
+            self.model, self._known, peft_config.target_modules
+        )
         return peft_config
 
     def _config(self, name: str) -> LortaConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +10,13 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
 from ..nn import Site, UnsupportedModelError, mlp_sites
-from ..nn.door import linear_sites, understood_sites
+from ..nn.door import (
+    MLP_ROLES,
+    are_letters,
+    choose_sites,
+    linear_sites,
+    understood_sites,
+)
 
 
 def known_sites(model: nn.Module) -> list[Site]:
@@ -44,3 +50,39 @@ def short_names(model: nn.Module, paths: set[str]) -> set[str]:
         if name.removesuffix(".base_layer").rpartition(".")[2] in words
     }
     return words if named == paths else paths
+
+
+def named_targets(model: nn.Module, known: Sequence[Site], targets: Any) -> Any:
+    """Turn None, letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, and roles in a list, into names of modules;
+    all else is PEFT's language already.
+
+    Args:
+        model: the model, with or without PEFT's layers in it.
+        known: the projections whose role is known.
+        targets: as in the configuration.
+
+    Raises:
+        ValueError: nothing is known that None, or these letters, could mean.
+    """
+    own = [site for site in known if not site.weight_read_directly]
+    if targets is None:
+        own = [site for site in own if site.role not in MLP_ROLES]
+        if not own:
+            raise ValueError("Please specify `target_modules` in `peft_config`")
+        return short_names(model, _paths(own))
+    if isinstance(targets, str):
+        if targets not in ("mlp", "all") and not are_letters(targets):
+            return targets
+        mlp = [site for site in own if site.role in MLP_ROLES]
+        chosen = {"mlp": mlp, "all": own}.get(targets) or [s for s in own if s not in mlp]
+        return short_names(model, _paths(choose_sites(chosen, targets, None)))
+    words = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    roles = {name for name in targets if name not in words} & {site.role for site in own}
+    if not roles:
+        return targets
+    paths = _paths(site for site in own if site.role in roles)
+    return {*targets} - roles | short_names(model, paths)
+
+
+def _paths(sites: Iterable[Site]) -> set[str]:
+    return {path for site in sites for path in (site.path, *site.tied_paths)}

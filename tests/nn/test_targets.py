@@ -31,6 +31,7 @@ def paths(adapter):
         (["q_proj", "o_proj"], "qo"),
         (("o", "q_proj"), "qo"),
         ("self_attn.v_proj", "v"),
+        (r".*\.self_attn\.(q|v)_proj", "qv"),
         (lambda site: site.writer, "o"),
         (lambda site: site.heads != site.query_heads, "kv"),
     ],
@@ -243,3 +244,54 @@ def test_sites_changes_nothing(llama):
 def test_a_callable_may_name_its_arguments_as_it_likes(llama):
     adapter = lortalib.nn.apply(llama, lambda s, r: decomp.cp(s, r), rank=3)
     assert [network.ranks for network in adapter.networks.values()] == [{"r": 3}]
+
+
+# Words of other libraries
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*_proj", ["qkvo", "mlp"]])
+def test_attention_and_mlp_in_words_of_peft(llama, targets):
+    if isinstance(targets, list):  # a list holds names, so these fit nothing
+        with unchanged(llama), pytest.raises(ValueError, match="target 'qkvo' fits no projection"):
+            put(llama, targets=targets)
+        return
+    everything = put(llama, targets="all")
+    sites = everything.sites
+    everything.remove()
+    assert put(llama, targets=targets).sites == sites
+
+
+def test_one_name_is_looked_for_in_the_mlp_too(llama):
+    adapter = put(llama, targets="down_proj")
+    assert {site.role for site in adapter.sites} == {"down"}
+
+
+@pytest.mark.parametrize("pattern", ["(", r"no\.such\..*", "self_attn.*"])
+def test_a_pattern_that_fits_no_whole_path_is_refused(llama, pattern):
+    with unchanged(llama), pytest.raises(ValueError, match="one regular expression"):
+        put(llama, targets=pattern)
+
+
+@pytest.mark.parametrize("call", [lortalib.nn.apply, lortalib.nn.plan])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("r", "called rank"),
+        ("lora_alpha", r"alpha=lora_alpha / r"),
+        ("lora_dropout", "called dropout"),
+        ("target_modules", "called targets"),
+        ("modules_to_save", "train_also"),
+        ("layers_to_transform", "called layers"),
+        ("use_dora", "DoRA"),
+        ("use_rslora", "nothing is divided"),
+        ("init_lora_weights", "called init"),
+    ],
+)
+def test_words_of_a_lora_are_explained(llama, call, word, message):
+    with unchanged(llama), pytest.raises(TypeError, match=rf"\(\) has no {word}=: .*{message}"):
+        call(llama, "cp", **{word: 8})
+
+
+def test_an_unknown_word_is_pythons_own_error(llama):
+    with unchanged(llama), pytest.raises(TypeError, match="unexpected keyword argument 'rnak'"):
+        lortalib.nn.apply(llama, rnak=8)
