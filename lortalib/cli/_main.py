@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _targets(text: str) -> str | list[str]:
-    """Read names with commas between them as a list; a comma within a regular expression stays."""
+    """Split names with commas between them to a list; return a regular expression unchanged."""
     plain = all(each.isidentifier() for each in text.replace(",", ".").split("."))
     return text.split(",") if "," in text and plain else text
 

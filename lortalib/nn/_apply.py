@@ -60,8 +60,8 @@ def apply(
         alpha: the update is ``alpha * T``. The initial values make the effect of the first step
             independent of the rank; only ``init="lorta"`` divides alpha by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
-        targets: letters out of ``"qkvo"`` (those that the model has), ``"mlp"``, ``"all"`` (or
-            ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
+        targets: letters out of ``"qkvo"`` (a letter that the model lacks is ignored), ``"mlp"``, ``"all"``
+            (or ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
             paths match, or a predicate on an attention `Site`.
         layers: only these layers of each stack; all by default.
         init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.

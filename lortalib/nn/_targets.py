@@ -13,7 +13,7 @@ from ._anatomy import BlockRule, Site, UnsupportedModelError, mlp_sites, sites
 #: The roles that each letter of targets means; q, k and v may first project to a latent ("q_a", "kv_a").
 _LATENT = {"q": ("q", "q_a"), "k": ("k", "kv_a"), "v": ("v", "kv_a"), "o": ("o",)}
 
-#: Targets that mean attention and MLPs together; PEFT's users write the second.
+#: Targets that mean attention and MLP together; PEFT's name for them is the second.
 _EVERYTHING = ("all", "all-linear")
 
 #: Letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, one text (a module name, a path, or a regular expression
@@ -56,7 +56,7 @@ def choose_sites(
             f"targets must be letters, names or a function of a site; found {targets!r}"
         )
     if targets in ("mlp", *_EVERYTHING):
-        chosen = [site for site in sites if site.role != "router"]  # only when it is named
+        chosen = [site for site in sites if site.role != "router"]  # a router must be named
     elif callable(targets):
         chosen = [site for site in sites if targets(site)]
     else:

@@ -53,16 +53,16 @@ def short_names(model: nn.Module, paths: set[str]) -> set[str]:
 
 
 def named_targets(model: nn.Module, known: Sequence[Site], targets: Any) -> Any:
-    """Turn None, letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, and roles in a list, into names of modules;
-    all else is PEFT's language already.
+    """Convert None, letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, and roles in a list to names of modules;
+    other targets are returned unchanged, because PEFT understands them.
 
     Args:
         model: the model, with or without PEFT's layers in it.
         known: the projections whose role is known.
-        targets: as in the configuration.
+        targets: the targets of the configuration.
 
     Raises:
-        ValueError: nothing is known that None, or these letters, could mean.
+        ValueError: no known projection fits None, or the letters.
     """
     own = [site for site in known if not site.weight_read_directly]
     if targets is None:
