@@ -1,4 +1,4 @@
-"""The command line: ``lortalib`` info, plan, sites, check, merge, export-lora, convert.
+"""Runs the command line: ``lortalib`` info, plan, sites, check, merge, export-lora, convert.
 
 Example:
     >>> main(["info", "no-such-folder", "--json"]) # doctest: +ELLIPSIS

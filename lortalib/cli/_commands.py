@@ -1,4 +1,4 @@
-"""Runs the commands; each prints what it found and returns whether all was well."""
+"""Defines the commands; each prints its findings and returns False if a check failed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._output import Output
 
 
 def info(options: Namespace, output: Output) -> bool:
-    """Say what an adapter is: ``info FOLDER``."""
+    """Describe an adapter: ``info FOLDER``."""
     folder = Path(options.folder)
     adapter = lnn.read(folder)
     description = lnn.read_description(folder)
@@ -39,7 +39,7 @@ def info(options: Namespace, output: Output) -> bool:
     norms: dict[tuple[str, str], list[float]] = defaultdict(list)
     sites = []
     for site in output.progress(adapter.sites, "norms"):
-        by_head = adapter.norms(site).reshape(-1, site.heads).norm(dim=0)  # over experts
+        by_head = adapter.norms(site).reshape(-1, site.heads).norm(dim=0)  # joins the experts
         heads, total = by_head.tolist(), float(by_head.norm())
         norms["layer", f"{site.stack} {site.layer}"].append(total)
         norms["matrix", f"{site.stack} {site.role}"].append(total)
@@ -77,7 +77,7 @@ def info(options: Namespace, output: Output) -> bool:
 def _norm_table(
     norms: dict[tuple[str, str], list[float]], kind: str
 ) -> list[dict[str, str | float]]:
-    """Combine the norms of the updates by layer, matrix or head, over all sites of each."""
+    """Combine the norms of all sites into one norm for each layer, matrix or head."""
     found = {name: torch.tensor(v).norm().item() for (k, name), v in norms.items() if k == kind}
     most = max(found.values(), default=0.0) or 1.0
     return [
@@ -139,7 +139,7 @@ _COUNTS = (
 def _row(
     name: str, rank: int | None, counts: Sequence[float | None], reason: str | None = None
 ) -> dict[str, Any]:
-    """Describe one format of one rank; a format that the model cannot have has a reason and no counts."""
+    """Describe one format of one rank; an impossible format has a reason instead of counts."""
     return {
         "decomposition": name,
         "rank": rank,
@@ -149,7 +149,7 @@ def _row(
 
 
 def sites(options: Namespace, output: Output) -> bool:
-    """Say what would be adapted in a model: ``sites MODEL``."""
+    """List the projections that an adapter would update in a model: ``sites MODEL``."""
     model = shape_of(options.model, options.trust_remote_code)
     chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     rows = [
@@ -170,7 +170,7 @@ def sites(options: Namespace, output: Output) -> bool:
 
 
 def reason(site: lnn.Site) -> str:
-    """Say in words why a site is read as it is."""
+    """Explain in words how a site is read."""
     side = "writes the residual stream" if site.writer else "reads the residual stream"
     words = [f"{site.heads} heads of {site.head_dim}, {side} of width {site.width}"]
     if site.heads != site.query_heads:
@@ -189,7 +189,7 @@ def reason(site: lnn.Site) -> str:
 
 
 def check(options: Namespace, output: Output) -> bool:
-    """Say whether an adapter is sound, and fits a model: ``check FOLDER``."""
+    """Check that an adapter is sound, and fits a model: ``check FOLDER``."""
     if options.trust_remote_code and not options.model:
         raise ValueError(
             "--trust-remote-code goes with --model only: the file of an adapter names no code to run"
@@ -212,7 +212,7 @@ def check(options: Namespace, output: Output) -> bool:
             lnn.load(shape_of(name, options.trust_remote_code), folder)
             findings["fits"] = True
         except (OSError, ValueError, ImportError) as error:
-            # A model that nobody asked about says nothing about the adapter.
+            # Without --model, a failure to load says nothing against the adapter.
             findings["fits"] = False if options.model else None
             findings["why"] = str(error).strip().partition("\n\n")[0]
     elif named:
@@ -226,23 +226,23 @@ def check(options: Namespace, output: Output) -> bool:
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
-    except OSError:  # a name that no folder can have
+    except OSError:  # the system allows no folder of this name
         return False
 
 
 def merge(options: Namespace, output: Output) -> bool:
-    """Write a model with an adapter in its weights: ``merge MODEL FOLDER OUT``."""
+    """Write a model with an adapter merged into its weights: ``merge MODEL FOLDER OUT``."""
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    lnn.read_description(options.folder)  # before a large model is read for nothing
+    lnn.read_description(options.folder)  # fails before a large model is read
     model = load(options.model, options.dtype, options.trust_remote_code)
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder)
     adapter.remove(merged=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
-        whole = Path(aside, "model")  # takes its place in one step, so nobody sees half a model
+        whole = Path(aside, "model")  # renamed in one step, so OUT is never half a model
         model.save_pretrained(whole)
         without = _copy_tokenizer(options.model, whole, options.trust_remote_code)
         os.replace(whole, out)
@@ -260,7 +260,7 @@ def merge(options: Namespace, output: Output) -> bool:
 
 
 def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None:
-    """Copy the tokenizer of a model; returns why there is none, if there is none."""
+    """Copy the tokenizer of a model; return the reason if this fails, else None."""
     from transformers import AutoTokenizer
 
     try:
@@ -268,7 +268,7 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
         tokenizer.save_pretrained(out)
     except (
         Exception
-    ) as error:  # a model need not have one, and a merged one is not thrown away for it
+    ) as error:  # some models have no tokenizer; the merged model is kept all the same
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None
 
@@ -304,7 +304,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
 
 
 def convert(options: Namespace, output: Output) -> bool:
-    """Write an adapter in the other kind of folder: ``convert FOLDER OUT``."""
+    """Convert an adapter's folder between the kinds of lortalib and PEFT: ``convert FOLDER OUT``."""
     folder = lnn.convert(options.folder, options.out)
     files = sorted(file.name for file in folder.iterdir())
     findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}

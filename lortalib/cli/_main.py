@@ -11,7 +11,7 @@ from . import _commands
 from ._models import DTYPES
 from ._output import Output
 
-#: What a user can mend: a wrong path, a damaged file, a model that does not fit.
+#: Errors that a user can fix: a wrong path, a damaged file, a model that does not fit.
 _USER_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; those of the process by default.
+        arguments: the arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0 done; 1 refused, or `check` found something wrong; 130 interrupted. Wrong
-        usage leaves through argparse with 2.
+        The exit code: 0 for success; 1 if the command failed or `check` found a fault; 130 after an
+        interrupt. Wrong usage makes argparse exit with 2.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _targets(text: str) -> str | list[str]:
-    """Read names with commas between them as a list; a comma within a regular expression stays."""
+    """Split names with commas between them to a list; return a regular expression unchanged."""
     plain = all(each.isidentifier() for each in text.replace(",", ".").split("."))
     return text.split(",") if "," in text and plain else text
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-#: What ``--dtype`` may name, beside "auto"; transformers can hold a model in each.
+#: The dtypes that ``--dtype`` accepts besides "auto"; transformers can load a model in each.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -19,14 +19,14 @@ def shape_of(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Make the model on the meta device, from its configuration alone; no weight is read.
 
     Args:
-        name: of a folder, or of a model on the hub.
+        name: name of a folder, or of a model on the hub.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        OSError: no such model.
-        ValueError: a configuration of which no model can be made.
+        OSError: there is no such model.
+        ValueError: no model can be made from the configuration.
     """
-    # A configuration may name a kernel of the hub as its attention; plain attention loads no code.
+    # A configuration may name an attention kernel on the hub; eager attention loads no such code.
     plain: dict[str, Any] = {"attn_implementation": "eager"}
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
@@ -44,13 +44,13 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
     """Read the model with its weights, as the class that its configuration names.
 
     Args:
-        name: of a folder, or of a model on the hub.
-        dtype: of the weights: one of `DTYPES`, or "auto" for that in which they are stored.
+        name: name of a folder, or of a model on the hub.
+        dtype: dtype of the weights: one of `DTYPES`, or "auto" for the dtype of the stored weights.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        OSError: no such model.
-        ValueError: an unknown dtype, or a configuration of which no model can be made.
+        OSError: there is no such model.
+        ValueError: the dtype is unknown, or no model can be made from the configuration.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
@@ -67,7 +67,7 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
 
 @contextmanager
 def _told_of(name: str) -> Iterator[None]:
-    """Say of which model an error is that transformers did not foresee in a configuration."""
+    """Add the model's name to errors that transformers raises for a damaged configuration."""
     try:
         yield
     except (OSError, ValueError, ImportError):
@@ -87,7 +87,7 @@ def _checked(name: str) -> str:
 
 
 def _class_of(config: Any) -> type[Any] | None:
-    """Find the class of transformers that a configuration names, if it names one of a model."""
+    """Find the model class of transformers that a configuration names; None if it names none."""
     names = getattr(config, "architectures", None)
     for name in names if isinstance(names, list) else ():
         found = getattr(transformers, name, None) if isinstance(name, str) else None

@@ -11,21 +11,21 @@ Item = TypeVar("Item")
 
 
 class Output:
-    """Prints a command's findings as tables, with rich where it is installed, or as one JSON object.
+    """Prints a command's findings as tables, with rich if it is installed, or as one JSON object.
 
     Attributes:
-        machine: whether JSON was asked for.
+        machine: whether to print JSON.
     """
 
     def __init__(self, machine: bool) -> None:
         self.machine = machine
 
     def show(self, findings: dict[str, Any], *tables: Iterable[dict[str, Any]]) -> None:
-        """Print what was found.
+        """Print the findings.
 
         Args:
-            findings: everything, for JSON.
-            tables: for people: records with the same keys; the keys are the head.
+            findings: all findings, for JSON.
+            tables: tables for people: records with the same keys, which become the headings.
         """
         if self.machine:
             print(json.dumps(findings, indent=2))
@@ -41,7 +41,7 @@ class Output:
             print(_printable(line))
 
     def error(self, error: BaseException) -> None:
-        """Print what went wrong, without a traceback."""
+        """Print an error's message, without a traceback."""
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         text = text.strip() or type(error).__name__
         if self.machine:
@@ -50,7 +50,7 @@ class Output:
             print(f"lortalib: {_printable(text)}", file=sys.stderr)
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
-        """Yield the items, with a bar on the standard error where it is a terminal."""
+        """Yield the items, with a progress bar if standard error is a terminal."""
         if self.machine or not sys.stderr.isatty():
             yield from items
             return
@@ -68,7 +68,7 @@ def _cell(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escape what no terminal should see of a file's names: control characters, halves of characters."""
+    """Escape characters that a terminal should not get, such as control characters in file names."""
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
         for each in text
@@ -76,7 +76,7 @@ def _printable(text: str) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell is a number, or stands for one that there is not."""
+    """Return True if a cell is a number, or the mark of a missing number."""
     return cell == _cell(None) or cell.replace(",", "").replace(".", "").isdigit()
 
 
@@ -97,7 +97,7 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 160
-    # Names out of files are text, and no markup of rich.
+    # Names from files may look like markup of rich, and are printed as plain text.
     console = Console(width=width, markup=False, emoji=False)
     console.print(table)
     console.print()

@@ -1,4 +1,4 @@
-"""The adapter: tensor networks, and the projections that they update."""
+"""Defines the adapter: tensor networks, and the projections that they update."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from ._trained_modules import TrainedModules
 class Adapter(AdapterModule):
     """One fine-tuning of a model: tensor networks, and the projections that they update.
 
-    Made by `lortalib.nn.apply` and `lortalib.nn.load`, never by hand. It is a submodule of its model
-    (``model.lortalib.<name>``), so it moves, trains and is saved with it; nothing of the model is
-    replaced. A call that changes its state and fails leaves model and adapter as they were.
+    `lortalib.nn.apply` and `lortalib.nn.load` make adapters; user code never does. An adapter is a
+    submodule of its model (``model.lortalib.<name>``), so it moves, trains and is saved with the model; no
+    module of the model is replaced. If a call that changes the adapter's state fails, model and adapter
+    are unchanged.
 
     Attributes:
         name: name on the model.
-        config: how it was asked for.
-        groups: which sites share which network.
-        networks: the networks by name of the group; every trainable parameter, once.
-        active: whether it takes part in the model's forward.
-        merged: whether its update stands in the weights instead.
+        config: the settings that the adapter was made with.
+        groups: the groups of sites, each of which shares one network.
+        networks: the networks by name of the group; they own every trainable parameter once.
+        active: whether the adapter takes part in the model's forward.
+        merged: whether the update is merged into the weights instead of added by hooks.
     """
 
     def __init__(
@@ -62,21 +63,21 @@ class Adapter(AdapterModule):
 
     @property
     def sources(self) -> Sequence[PairSource]:
-        """What makes the low-rank pairs, one for each group."""
+        """The sources of the low-rank pairs, one for each group."""
         return self._sources
 
     @property
     def scaling(self) -> float:
-        """The factor of the tensor in the update."""
+        """The number that the tensor is multiplied by to give the update."""
         return self.config.scaling
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an input feature of the adapter in training."""
+        """The probability of dropping an input feature of the adapter in training."""
         return self.config.dropout
 
     def count(self, trainable_only: bool = True) -> int:
-        """How many parameters the networks have; modules trained as a whole are not counted.
+        """Count the parameters of the networks; modules trained as a whole are not counted.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
@@ -90,7 +91,7 @@ class Adapter(AdapterModule):
         return sum(numbers.values())
 
     def network(self, group: Group) -> Network:
-        """The network of a group."""
+        """Return the network of a group."""
         network = self.networks[group.name]
         assert isinstance(network, Network)
         if "_hf_hook" in network.__dict__:  # accelerate has seen it, and may have offloaded it
@@ -98,18 +99,18 @@ class Adapter(AdapterModule):
         return network
 
     def _whole(self, group: Group) -> TensorNetwork:
-        """The network of a group, gathered where it is divided over processes."""
+        """Return the network of a group; tensors that are divided over processes are gathered."""
         self._reshard()
         return whole_network(self.network(group))
 
     def _reshard(self) -> None:
-        """Let FSDP2 divide what it gathered for forwards, which may be rounded."""
+        """Let FSDP2 divide gathered parameters again, because it may gather them in a rounded dtype."""
         if self.is_on_model and self.scope.running is None:
             divide_again(self.model)
 
     def snapshot(self) -> Adapter:
-        """The adapter with the numbers that its networks have now, on no model and without the modules
-        that train with it. Where it is divided over processes, every process has to call it."""
+        """Copy the adapter with the present values of its networks. The copy is on no model and has no
+        modules that train as a whole. If the adapter is divided over processes, each has to call this."""
         networks = {}
         for group in self.groups:
             network = self.network(group)
@@ -118,7 +119,7 @@ class Adapter(AdapterModule):
         return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
 
     def low_rank_pair(self, site: Site | str) -> Cut:
-        """The low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p).
+        """Return the low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p).
 
         Args:
             site: one of `sites`, or its module path.
@@ -130,12 +131,12 @@ class Adapter(AdapterModule):
         return group.pair(self._whole(group), site)
 
     def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
-        """The change of one weight, dense and scaled, in the shape in which the weight is stored.
+        """Return the scaled update of one weight as a dense tensor, in the shape of the stored weight.
 
         Args:
             site: one of `sites`, or its module path.
-            weight: of the base, as stored, for an adapter that acts on the stream; that of its model by
-                default.
+            weight: the base's weight, as stored, for an adapter that acts on the stream; the weight of its
+                model by default.
 
         Returns:
             A tensor in the dtype of the factors (float32), also under autocast; differentiable.
@@ -151,7 +152,7 @@ class Adapter(AdapterModule):
         return group.delta(self._whole(group), site, weight) * self.scaling
 
     def base_weight(self, site: Site) -> Tensor:
-        """The weight of a site as it is without anything merged into it, as stored.
+        """Return the base's weight of a site, without any merged update, in the shape in which it is stored.
 
         Args:
             site: one of `sites`.
@@ -163,7 +164,7 @@ class Adapter(AdapterModule):
         return self._require_host().base_weight(site)
 
     def norms(self, site: Site | str) -> Tensor:
-        """Frobenius norm of the scaled update of each head; no update is formed.
+        """Return the Frobenius norm of each head's scaled update, without forming the update.
 
         Args:
             site: one of `sites`, or its module path.
@@ -204,12 +205,12 @@ class Adapter(AdapterModule):
 
     @property
     def is_on_model(self) -> bool:
-        """Whether a model carries it."""
+        """True while the adapter is on a model."""
         return bool(self._host)
 
     @property
     def model(self) -> nn.Module:
-        """The model that carries it.
+        """The model that the adapter is on.
 
         Raises:
             RuntimeError: the adapter was removed from its model.
@@ -217,7 +218,7 @@ class Adapter(AdapterModule):
         return self._require_host().model
 
     def belong_to(self, host: Host | None) -> None:
-        """Say what carries the adapter; None for nothing. For those who put adapters on models."""
+        """Set the host that carries the adapter; None for no host. Code that installs adapters calls this."""
         self._host = [] if host is None else [host]
 
     def _require_host(self) -> Host:
@@ -229,24 +230,24 @@ class Adapter(AdapterModule):
         return host
 
     def enable(self) -> None:
-        """Take part in the forward again (a merged adapter already does).
+        """Switch the adapter on in the forward (a merged adapter is on already).
 
         Raises:
-            ValueError: a module trained with it is in use by another active adapter.
+            ValueError: another active adapter uses a module that trains with this one.
         """
         self._require_host().enable(self)
 
     def disable(self) -> None:
-        """Leave the forward: the model computes what its base does, bit for bit.
+        """Switch the adapter off: without others, the model computes the same bits as its base.
 
         Raises:
-            ValueError: a module trained with it was resized meanwhile.
+            ValueError: a module that trains with the adapter was resized meanwhile.
         """
         self._require_host().disable(self)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model computes what it would without this adapter."""
+        """Switch the adapter off within a context."""
         active, merged = self.active, self.merged
         self.disable()
         try:
@@ -258,11 +259,12 @@ class Adapter(AdapterModule):
                 self.enable()
 
     def keep_pairs(self) -> AbstractContextManager[None]:
-        """Within this context no forward compares the parameters' numbers with those of the forward before.
+        """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.
 
-        On a CPU they are compared once in each forward; on a GPU, which that would wait for, each forward
-        makes its low-rank pairs anew. For decoding, where every token is a forward, this context spares both.
-        It notices every change but writes through ``p.data`` and those of some fused optimisers.
+        Otherwise each forward on a CPU compares the values once, and each forward on a GPU, where a
+        comparison would wait for the device, makes its low-rank pairs again. This context saves both when
+        decoding, where every token is a forward. It notices every change of the parameters except writes
+        through ``p.data`` and by some fused optimisers.
 
         Example:
             >>> import lortalib, torch
@@ -278,30 +280,30 @@ class Adapter(AdapterModule):
     # In the weights
 
     def merge(self) -> None:
-        """Write the update into the base's weights; the forward is then the base's own.
+        """Add the update to the base's weights; the forward then needs no hooks of the adapter.
 
-        The weights keep the numbers that the networks have now. If these change later, `unmerge` and
-        merge again; until then nothing takes them, neither another adapter's merge nor
+        The weights keep the update that the networks give now. If the networks change later, `unmerge`
+        and merge again; until then the old update stays, also after another adapter's merge or
         ``remove(merged=True)``.
 
         Raises:
-            ValueError: a factor that is not finite, a weight that cannot take the update (quantised,
-                shared with a module that has no such update, or its dtype overflows).
+            ValueError: a factor is not finite, or a weight cannot take the update: it is quantised or
+                shared with a module that has no such update, or its dtype overflows.
         """
         self._require_host().merge(self)
 
     def unmerge(self) -> None:
-        """Take the update out of the weights; the base gets back every bit. May be called again."""
+        """Take the update out of the weights and restore the base bit for bit. May be called again."""
         self._require_host().unmerge(self)
 
     def remove(self, *, merged: bool = False) -> None:
-        """Take the adapter off its model, which is then as it was before `apply`.
+        """Remove the adapter from its model, which is then the same as before `apply`.
 
         Args:
             merged: leave the update (and the modules trained with it) in the weights for good.
 
         Raises:
-            RuntimeError: it was removed already.
+            RuntimeError: the adapter was removed already.
             ValueError: ``merged=True`` and the update cannot be merged.
         """
         self._require_host().remove(self, merged)
@@ -309,16 +311,16 @@ class Adapter(AdapterModule):
     # In words
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the adapter to a folder; see `lortalib.nn.load`.
+        """Write the adapter to a folder; `lortalib.nn.load` reads it.
 
         Args:
-            folder: made where it is not there.
+            folder: the folder, which is made if it does not exist.
 
         Returns:
             The folder.
 
         Raises:
-            OSError: the folder cannot be written. Files that were there are then as they were.
+            OSError: the folder cannot be written. Files in it are then unchanged.
             ValueError: the factors are on the meta device.
         """
         from ._files import save  # deferred on purpose: files know adapters
@@ -327,15 +329,14 @@ class Adapter(AdapterModule):
         return save(self, folder)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
-        """Write a standard LoRA of PEFT that makes the very same model; see
-        `lortalib.nn.export_lora`.
+        """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.
 
         Args:
-            folder: made where it is not there.
+            folder: the folder, which is made if it does not exist.
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: a weight that LoRA has no pair for.
+            ValueError: PEFT's LoRA has no low-rank pair for one of the weights.
         """
         from ._files import export_lora  # deferred on purpose: files know adapters
 

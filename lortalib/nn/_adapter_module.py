@@ -1,4 +1,4 @@
-"""An adapter as torch and its engines see it: what they save, load, copy, move and run again."""
+"""Defines the part of an adapter that torch and training engines save, load, copy, move and run again."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ._trained_modules import TrainedModules
 
 
 class AdapterModule(nn.Module):
-    """The networks of an adapter, and the state of it that a forward looks at.
+    """The networks of an adapter, and the state of the adapter that a forward reads.
 
     Attributes:
-        networks: the networks by name of the group; every trainable parameter, once.
-        active: whether it takes part in the model's forward.
-        merged: whether its update stands in the weights.
+        networks: the networks by name of the group; they own every trainable parameter once.
+        active: whether the adapter takes part in the model's forward.
+        merged: whether the update is merged into the weights.
         scope: the forward under way.
-        remembered: whether it took part in forwards that checkpoints may run again.
-        trained_modules: whole modules that train with it.
+        remembered: whether the adapter took part in forwards that checkpoints may run again.
+        trained_modules: whole modules that train with the adapter.
     """
 
     name: str
@@ -52,18 +52,18 @@ class AdapterModule(nn.Module):
 
     @property
     def adds_update(self) -> bool:
-        """Whether the forward under way adds its update; within a backward that runs a forward again
-        (checkpointing), whether that one did."""
+        """True if the forward under way adds the update. If a checkpoint runs a forward again in a backward,
+        the answer is that of the first run."""
         if torch.compiler.is_compiling():
             return self.active and not self.merged
         return added_in_forward(self)
 
     def bring_back(self) -> None:
-        """Let what trains stay where it computes, if accelerate offloaded it: the networks, and with
-        gradients the modules that train with them.
+        """Bring trainable parameters that accelerate offloaded back to the device that computes with them:
+        the networks, and with gradients also the modules that train with the adapter.
 
         Raises:
-            ValueError: a module that trains with it shares a weight that is offloaded.
+            ValueError: a module that trains with the adapter shares a weight that is offloaded.
         """
         for name, network in self.networks.items():
             own = [alias for alias in self._aliases if alias.startswith(f"{name}.")]
@@ -72,10 +72,10 @@ class AdapterModule(nn.Module):
         if torch.is_grad_enabled() and self._host:
             self._host[0].bring_back(self)
 
-    # State dicts, in which a parameter of several networks is once
+    # State dicts, which contain a parameter of several networks once
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Torch's state dict; a parameter that several networks share is in it once."""
+        """Return torch's state dict; it contains a parameter that several networks share once."""
         with torch.no_grad():
             self.bring_back()
         state = super().state_dict(*args, **kwargs)
@@ -91,7 +91,7 @@ class AdapterModule(nn.Module):
     # Copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
-        """A copy on the copy of its model, where that is being copied too; else one on no model."""
+        """Copy the adapter: onto the copy of its model if that is being copied too, else onto no model."""
         copied = type(self).__new__(type(self))
         memo_is_empty = not memo
         memo[id(self)] = copied

@@ -1,4 +1,4 @@
-"""The adapters of a model, as its users find, name, switch and install them."""
+"""Finds, names, switches and installs the adapters of a model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ._sharded import sharded_parts
 
 
 def install(adapter: Adapter, model: nn.Module, *, active: bool, freeze: bool) -> None:
-    """Put a finished adapter on a model; the one place where `apply` and `load` touch it.
+    """Put a finished adapter on a model. `apply` and `load` change a model only here.
 
     Args:
-        adapter: on no model yet.
+        adapter: an adapter that is on no model yet.
         model: the model.
-        active: whether it takes part in the forward at once.
-        freeze: whether all else of the model stops requiring gradients.
+        active: whether the adapter takes part in the forward at once.
+        freeze: whether all other parameters of the model stop requiring gradients.
 
     Raises:
-        ValueError: a module that it trains is in use by another active adapter, or the model has an
-            attribute of the adapters' name that is something else.
+        ValueError: another active adapter uses a module that this one trains, or the model has an
+            attribute ``lortalib`` that holds no adapters.
     """
     model = unwrapped(model)
     if sharded_parts(model):
@@ -92,19 +92,19 @@ def _trained_by_peft(model: nn.Module) -> int:
 
 
 def host_of(model: nn.Module) -> AdapterHost | None:
-    """The host of a model, if any adapter was applied to it."""
+    """Return the host of a model's adapters; None if the model has no adapter."""
     host = home_of(unwrapped(model))._modules.get(ATTRIBUTE)
     return host if isinstance(host, AdapterHost) else None
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name, in the order in which they were applied."""
+    """Return the adapters of a model by name, in the order in which they were applied."""
     host = host_of(model)
     return {adapter.name: adapter for adapter in host.adapters()} if host else {}
 
 
 def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
-    """Let exactly these adapters take part in the forward; their updates add up.
+    """Switch exactly these adapters on in the forward; their updates add up.
 
     The cost does not depend on the size of the model.
 
@@ -114,7 +114,7 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         KeyError: a name that no adapter has.
-        ValueError: two of them train the same module. Whatever is raised, nothing is changed.
+        ValueError: two of them train the same module. After any error the model is unchanged.
 
     Example:
         >>> import lortalib
@@ -148,14 +148,14 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
 
 def check_name(model: nn.Module, name: str) -> nn.Module:
-    """Refuse what is no model, and a name that no adapter on it can have.
+    """Check the model and the name of a new adapter.
 
     Returns:
-        The model, out of its wrappers.
+        The model without its wrappers.
 
     Raises:
-        TypeError: no model.
-        ValueError: a name that is in use or impossible.
+        TypeError: the model is no torch module.
+        ValueError: the name is in use or impossible.
     """
     if _is_in_ddp(model):
         warnings.warn(

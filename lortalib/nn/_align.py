@@ -1,4 +1,4 @@
-"""Starting directions from the gradient of the first batches."""
+"""Sets the initial directions of an adapter from the gradient of the first batches."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def align_to_gradient(
     name: str = "default",
     generator: torch.Generator | None = None,
 ) -> None:
-    """Point an adapter that has not been trained along the gradient of the loss.
+    """Align the parameters of an untrained adapter to the gradient of the loss.
 
-    The gradient of the mean loss by T itself is found, one tensor for each network, and the network
-    starts along it (see `lortalib.decomp.start_along`): the update stays zero and every parameter keeps
-    its size, but directions are no longer random. That is what LoRA-GA (arXiv 2407.05000) does for
-    LoRA and, with frozen sides, what lets ``"lora_xs"`` do with r * r numbers for each matrix. A few
-    batches suffice. While it runs, memory holds one float32 number for each weight that is adapted,
+    The function computes the gradient of the mean loss with respect to the tensor T of each network, and
+    starts the network along it (see `lortalib.decomp.start_along`): the update stays zero and every
+    parameter keeps its size, but its directions are no longer random. LoRA-GA (arXiv 2407.05000) does so
+    for LoRA; for ``"lora_xs"``, whose sides are frozen, r * r parameters for each matrix then suffice. A
+    few batches are enough. Meanwhile memory holds one float32 number for each entry of the adapted weights,
     as a step of full fine-tuning would.
 
     Args:
-        model: with the adapter; its mode (train or eval) and its gradients are left as they are.
-        batches: of the data to train on; all are used, so cut a loader short with
+        model: a model with the adapter; its mode (train or eval) and its gradients stay unchanged.
+        batches: batches of the training data; all are used, so cut a loader short with
             ``itertools.islice(loader, 4)``.
-        loss: from a batch to the mean loss; by default ``model(**batch).loss``.
-        name: of the adapter.
+        loss: a function from a batch to the mean loss; by default ``model(**batch).loss``.
+        name: name of the adapter.
         generator: source of the first guess of the directions; torch's global one by default.
 
     Raises:
         KeyError: no adapter has that name.
-        ValueError: the adapter has been trained, is merged or not active, its format has no
-            directions along a tensor (CP, ring), networks share a parameter, no batch, or a gradient
-            that is zero or not finite. The adapter is then as it was.
+        ValueError: the adapter has been trained, is merged or not active; its format has no directions
+            along a tensor (CP, ring); networks share a parameter; there is no batch; or a gradient is zero
+            or not finite. The adapter is then unchanged.
 
     Example:
         >>> import lortalib, torch
@@ -96,14 +96,14 @@ def align_to_gradient(
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write tensors into others."""
+    """Copy the second tensor of each pair into the first."""
     with torch.no_grad():
         for own, tensor in pairs:
             own.copy_(tensor)
 
 
 def _check(adapter: Adapter) -> None:
-    """Refuse an adapter whose directions mean something, or that can have none."""
+    """Refuse an adapter that has been trained, or whose parameters cannot be aligned."""
     if adapter.merged or not adapter.active:
         state = "merged" if adapter.merged else "not active"
         raise ValueError(f"adapter {adapter.name!r} is {state}; unmerge and enable it to align it")
@@ -132,9 +132,9 @@ def _check(adapter: Adapter) -> None:
 def _gradients(
     model: nn.Module, adapter: Adapter, batches: Iterable[Any], loss: Callable[[Any], Tensor]
 ) -> dict[str, Tensor]:
-    """The mean gradient by each group's tensor.
+    """Compute the mean gradient with respect to each group's tensor.
 
-    A network of one parameter that carries every mode is T, so its gradient is T's.
+    A network with a single parameter that carries every mode is T itself, so its gradient is that of T.
     """
     whole = _whole(model, adapter)
     try:
@@ -157,7 +157,7 @@ def _gradients(
 
 
 def _take_off(whole: Adapter) -> None:
-    """Remove the second adapter from its model, also where its removal is interrupted."""
+    """Remove the second adapter from its model, also if an interrupt stops the first attempt."""
     try:
         if whole.is_on_model:
             whole.remove()
@@ -168,7 +168,7 @@ def _take_off(whole: Adapter) -> None:
 
 
 def _number(loss: Any) -> Tensor:
-    """What a loss function returned, if a gradient can be asked of it."""
+    """Return the loss if it is one number with a gradient; refuse it otherwise."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else loss
         raise ValueError(
@@ -181,7 +181,7 @@ def _number(loss: Any) -> Tensor:
 
 
 def _whole(model: nn.Module, adapter: Adapter) -> Adapter:
-    """A second adapter for the same sites whose networks are T itself."""
+    """Make a second adapter for the same sites whose networks are the tensors T themselves."""
     networks = {}
     for group in adapter.groups:
         net = adapter.network(group)

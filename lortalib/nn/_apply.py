@@ -1,4 +1,4 @@
-"""The verb that puts an adapter on a model: plan, verify, make, install."""
+"""Puts an adapter on a model: plans it, checks the plan, makes the adapter and installs it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ def apply(
 ) -> Adapter:
     """Put an adapter on a transformers model: one low-rank tensor for all its attention projections.
 
-    Without arguments it is what scored best for its size in the study (docs/quality.md): INDSCAL of rank
-    16 on the residual stream. LoRTA itself is ``"cp"``.
+    The default format scored best for its size in the study (docs/quality.md): INDSCAL of rank 16 on the
+    residual stream. LoRTA itself is ``"cp"``.
 
-    Sites of equal head count and widths form one tensor T[layer, head, matrix, in, out] for each
-    stack; ``in`` is the residual stream, ``head`` and ``out`` the other side, of readers (q, k, v)
-    and writers (o) alike. Forward hooks add their updates; no module is replaced.
+    The projections of one stack that have equal head counts and widths share one tensor
+    T[layer, head, matrix, in, out]. ``in`` is the side of the residual stream, ``head`` and ``out`` are
+    the other side, for readers of the stream (q, k, v) and writers (o) alike. Forward hooks add the
+    updates; no module is replaced.
 
     Args:
         model: the model; it is changed in place, until ``adapter.remove()``.
@@ -56,41 +57,41 @@ def apply(
             function such as ``lortalib.decomp.tt``, or any callable ``(shape, rank, ...)`` that
             returns a network of that shape.
         rank: as for `lortalib.decomp.network`.
-        alpha: the update is ``alpha * T``. The start makes the effect of the first step independent
-            of the rank, so nothing is divided by it; only ``init="lorta"`` uses ``alpha / rank``.
+        alpha: the update is ``alpha * T``. The initial values make the effect of the first step
+            independent of the rank; only ``init="lorta"`` divides alpha by the rank.
         dropout: probability of dropping an input feature of the adapter in training.
-        targets: letters out of ``"qkvo"`` (those that the model has), ``"mlp"``, ``"all"`` (or
-            ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
+        targets: letters out of ``"qkvo"`` (a letter that the model lacks is ignored), ``"mlp"``, ``"all"``
+            (or ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
             paths match, or a predicate on an attention `Site`.
         layers: only these layers of each stack; all by default.
         init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
-            slices) or ``"split"`` (tensors of their own for k and v).
+            slices) or ``"split"`` (k and v have a tensor of their own).
         acts_on: ``"weights"``: the updates are added to the weights. ``"stream"``: the tensor is
             S[layer, matrix, in, out] over the residual stream; readers read ``x + x S`` and writers write
-            ``y + y S``, so their far sides, heads among them, need no parameters. See docs/stream.md.
-            By default the stream for formats with one parameter on both sides (``"indscal"``,
+            ``y + y S``, so heads and the other side of each weight need no parameters. See docs/stream.md.
+            The default is the stream for formats with one parameter on both sides (``"indscal"``,
             ``"rescal"``, a line with ``(tied)``), else the weights.
         name: name of the adapter on the model.
-        train_also: modules that train as a whole with it and are saved with it.
-        share_residual: let the networks of one stack with equal width and rank have one factor for
-            ``in``, the residual stream: attention and MLP then share it.
-        rules: rows that explain a remote-code model; see `sites`.
-        verify_with: example inputs of the model. The plan of the attention is compared with one forward of
-            the live model before anything is changed (see `lortalib.nn.verify`); that of the MLP, and of
-            all that acts on the stream, by its effect (see `lortalib.nn.check_effect`), and where it has
-            none the adapter is taken off again.
-        freeze: whether all else of the model stops requiring gradients.
-        generator: source of randomness for the start.
-        dtype: of the factors; computation follows the model's dtype.
+        train_also: modules that train as a whole with the adapter and are saved with it.
+        share_residual: let the networks of one stack with equal width and rank, such as those of attention
+            and MLP, share one factor for ``in``, the residual stream.
+        rules: rules that describe the attention blocks of a remote-code model; see `sites`.
+        verify_with: example inputs of the model. One forward of the live model checks the plan of the
+            attention before anything is changed (see `lortalib.nn.verify`). Networks of the MLP or on the
+            stream are checked by their effect (see `lortalib.nn.check_effect`); if one has no effect, the
+            adapter is removed again.
+        freeze: whether all other parameters of the model stop requiring gradients.
+        generator: source of randomness for the initial values.
+        dtype: dtype of the factors; computation follows the model's dtype.
 
     Returns:
-        The `Adapter`, active.
+        The `Adapter`, which is active.
 
     Raises:
-        UnsupportedModelError: the model's attention was not, or not wholly, found.
-        ValueError: a bad argument, a name that is in use, targets that choose nothing, a plan that
-            the live model contradicts. The model is then as it was.
+        UnsupportedModelError: the model's attention was not found, or only in part.
+        ValueError: a bad argument, a name that is in use, targets that choose no projection, or a plan
+            that the live model contradicts. The model is then unchanged.
 
     Example:
         >>> import lortalib
@@ -130,8 +131,8 @@ def apply(
 
 
 def _check_acts(adapter: Adapter, example_inputs: Any) -> None:
-    """Refuse an adapter of which a network that `verify` does not look at changes nothing: those of the
-    MLP, and all that act on the stream, where heads have no part."""
+    """Refuse an adapter if one of its networks has no effect. This covers the networks that `verify` cannot
+    check: those of the MLP, and those on the stream, which have no heads."""
     groups = [
         group for group in adapter.groups if group.on_stream or set(group.roles) & set(MLP_ROLES)
     ]

@@ -1,4 +1,4 @@
-"""The base's weights while adapters are merged into them."""
+"""Keeps the base's weights while adapters are merged into the model."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from ._sharded import (
 
 
 class Merged(Protocol):
-    """What is merged: an adapter, as far as its weights know it."""
+    """The interface of an adapter that merging uses."""
 
     name: str
 
     @property
     def sites(self) -> list[Site]:
-        """Every projection that it updates."""
+        """Every projection that the adapter updates."""
 
     def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
-        """The change of one weight, which is the base's."""
+        """Return the dense update of one weight; ``weight`` is the base's."""
 
 
 class BaseWeights:
-    """Keeps the weights of the base that something is merged into, and writes the merged ones.
+    """Keeps the base's weights that adapters are merged into, and writes the merged weights.
 
-    Merged weights are always computed from the base's own: so adapters can be merged and unmerged in
-    any order, and the last unmerge restores every bit.
+    Every merged weight is computed from the base's weight, so adapters can be merged and unmerged in any
+    order, and the last unmerge restores every bit.
 
     Args:
         model: the model.
-        modules: finds its modules.
+        modules: finds the modules of the model.
     """
 
     def __init__(self, model: nn.Module, modules: FoundModules | None = None) -> None:
@@ -51,15 +51,15 @@ class BaseWeights:
         self._base: dict[str, Tensor] = {}
 
     def write(self, sites: Iterable[Site], merged: Sequence[Merged]) -> None:
-        """Set the weights of these sites to the base's plus the updates of some adapters.
+        """Set the weights of these sites to the base's weights plus the updates of some adapters.
 
         Args:
-            sites: whose weights.
-            merged: all adapters that are to stand in them afterwards.
+            sites: the sites.
+            merged: all adapters that are to be merged into these weights.
 
         Raises:
-            ValueError: a weight that is quantised, on a disk, or shared with a module that is not updated
-                alike, or a result that is not finite. Whatever is raised, every weight is then as it was.
+            ValueError: a weight is quantised, on a disk, or shared with a module that is not updated
+                alike, or a result is not finite. After any error every weight is unchanged.
         """
         divide_again(self._model)
         updates = _by_weight(merged)
@@ -82,8 +82,8 @@ class BaseWeights:
             raise
 
     def restore(self, sites: Iterable[Site]) -> None:
-        """Give the weights of these sites every bit of the base's back. It allocates nothing, and may be
-        called again where it was interrupted."""
+        """Restore the base's weights of these sites bit for bit. This allocates no memory, and may be called
+        again after an interrupt."""
         divide_again(self._model)
         for site in {weight_name(site): site for site in sites}.values():
             base = self._base.get(weight_name(site))
@@ -91,16 +91,16 @@ class BaseWeights:
                 _copy(base, self._stored(site))
 
     def base(self, site: Site) -> Tensor:
-        """The base's weight of a site, whatever is merged into the model's.
+        """Return the base's weight of a site, also while adapters are merged into the model's weight.
 
         Raises:
-            ValueError: a weight that is quantised, or of another shape than the site's.
+            ValueError: the weight is quantised, or has another shape than the site.
         """
         kept = self._base.get(weight_name(site))
         return self._weight(site).detach() if kept is None else kept
 
     def settle(self, adapter: Merged) -> None:
-        """Let the update of a merged adapter become part of the base."""
+        """Make the update of a merged adapter part of the base's weights."""
         settled = {}
         for name, members in _by_weight([adapter]).items():
             base = self._base[name]
@@ -108,15 +108,15 @@ class BaseWeights:
         self._base |= settled
 
     def forget(self, names: Iterable[str]) -> None:
-        """Let go of the base's weights of these names."""
+        """Drop the kept weights of these names."""
         self._base = {name: base for name, base in self._base.items() if name not in set(names)}
 
     def keep_only(self, merged: Sequence[Merged]) -> None:
-        """Let go of the base's weights that none of these adapters stands in."""
+        """Drop the kept weights that none of these adapters is merged into."""
         self.forget(set(self._base) - set(_by_weight(merged)))
 
     def _stored(self, site: Site) -> Any:
-        """The weight of a site as it is stored, also by accelerate."""
+        """Return the stored weight of a site, which accelerate may have offloaded."""
         module = self._modules.get_submodule(site.path)
         numbers = offloaded_numbers(module, site.parameter)
         return original_weight(module, site.parameter) if numbers is None else numbers
@@ -158,10 +158,10 @@ class BaseWeights:
         weights: Mapping[str, Tensor],
         updates: Mapping[str, Sequence[tuple[Merged, Site]]],
     ) -> None:
-        """Refuse a weight that a module holds whose forward the update does not change."""
+        """Refuse a weight that is shared with a module whose forward the update does not change."""
         holders: dict[object, dict[int, str]] = {_memory(weight): {} for weight in weights.values()}
         for path, module in self._model.named_modules(remove_duplicate=False):
-            if isinstance(module, ParametrizationList):  # its owner counts
+            if isinstance(module, ParametrizationList):  # its parent module counts instead
                 continue
             for name, parameter in original_parameters(module).items():
                 numbers = offloaded_numbers(module, name)
@@ -182,24 +182,24 @@ class BaseWeights:
 
 
 def _memory(weight: Tensor) -> object:
-    """What two places that hold one weight have in common. Tensors that accelerate keeps are made anew
-    for every place, over one memory."""
+    """Return a key that is equal for all modules that share a weight. accelerate keeps an offloaded weight as
+    several tensors over one memory."""
     return id(weight) if isinstance(weight, nn.Parameter) else ("memory", weight.data_ptr())
 
 
 def _holds_numbers(weight: Tensor) -> bool:
-    """Return True for a weight of floating-point numbers; the quantised tensors of torchao only call
-    themselves that."""
+    """Return True for a weight of floating-point numbers. The quantised tensors of torchao report such a
+    dtype too, and are excluded."""
     return weight.is_floating_point() and not type(weight).__module__.startswith("torchao")
 
 
 def weight_name(site: Site) -> str:
-    """The name of a site's weight in its model."""
+    """Return the name of a site's weight in its model."""
     return f"{site.path}.{site.parameter}"
 
 
 def _by_weight(merged: Sequence[Merged]) -> dict[str, list[tuple[Merged, Site]]]:
-    """The adapters and sites of every weight, by its name."""
+    """Group the adapters and sites by the name of their weight."""
     found: dict[str, list[tuple[Merged, Site]]] = {}
     for adapter in merged:
         for site in adapter.sites:
@@ -210,13 +210,13 @@ def _by_weight(merged: Sequence[Merged]) -> dict[str, list[tuple[Merged, Site]]]
 def _sum(
     name: str, base: Tensor, updates: Sequence[tuple[Merged, Site]], dtype: torch.dtype
 ) -> Tensor:
-    """The base plus the updates, summed in float32 at least."""
+    """Add the updates to the base's weight, in float32 or a wider dtype."""
     wide = torch.promote_types(base.dtype, torch.float32)
     total = base.to(wide)
     for adapter, site in updates:
         delta = adapter.delta(site, base).detach().to(base.device, wide)
         total = total + divided_like(delta, base)
-    result = total.to(dtype)  # the model may have been cast since it was merged
+    result = total.to(dtype)  # the model may have been cast since the base's weight was kept
     if not is_finite(result) and is_finite(base):
         raise ValueError(
             f"merging would write NaN or infinity into {name.removesuffix('.weight')} ({dtype}); nothing was "

@@ -1,4 +1,4 @@
-"""What an adapter asks of that which carries it."""
+"""Defines the interface that an adapter needs from its host."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ._anatomy import Site
 
 
 class Host(Protocol):
-    """Where an adapter lives: what it asks of the model that carries it."""
+    """The host of an adapter: the calls that reach the model and its other adapters."""
 
     @property
     def model(self) -> nn.Module:
-        """The model."""
+        """The model that the adapter is on."""
 
     def base_weight(self, site: Site) -> Tensor:
-        """A weight as it is without anything merged into it."""
+        """Return the base's weight of a site, without any merged update."""
 
     def bring_back(self, adapter: Any) -> None:
-        """Let the modules that train with an adapter stay where they compute, if accelerate offloads them."""
+        """Bring the modules that train with an adapter back from accelerate's offloading."""
 
     def prepare_files(self, adapter: Any) -> None:
-        """Make ready what goes into a file, or refuse to write one."""
+        """Prepare the parameters for a file, or refuse to write one."""
 
     def enable(self, adapter: Any) -> None:
-        """See `Adapter.enable`."""
+        """Switch an adapter on, as `Adapter.enable` describes."""
 
     def disable(self, adapter: Any) -> None:
-        """See `Adapter.disable`."""
+        """Switch an adapter off, as `Adapter.disable` describes."""
 
     def merge(self, adapter: Any) -> None:
-        """See `Adapter.merge`."""
+        """Merge an adapter into the weights, as `Adapter.merge` describes."""
 
     def unmerge(self, adapter: Any) -> None:
-        """See `Adapter.unmerge`."""
+        """Take an adapter out of the weights, as `Adapter.unmerge` describes."""
 
     def remove(self, adapter: Any, merged: bool) -> None:
-        """See `Adapter.remove`."""
+        """Remove an adapter from the model, as `Adapter.remove` describes."""

@@ -1,4 +1,4 @@
-"""How an adapter is asked for, and what no adapter can be made with."""
+"""Defines the settings of an adapter, and refuses settings that no adapter can have."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..decomp import StartLike, get_format, get_start
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How an adapter was asked for; written to its file.
+    """The settings that an adapter was made with; its file contains them.
 
     Attributes:
         decomposition: name of the format, or the line of legs.
-        alpha: what the user gave.
-        scaling: the factor of the tensor in the update, made from alpha.
+        alpha: the alpha that the user gave.
+        scaling: the number that the tensor is multiplied by to give the update, computed from alpha.
         dropout: probability of dropping an input feature of the adapter in training.
         gqa: ``"pool"`` or ``"split"``.
-        init: name of the start.
-        share_residual: whether networks of one stack have one factor for ``in``.
-        acts_on: ``"weights"``, to which T is added, or ``"stream"``, which S changes.
+        init: name of the initialization.
+        share_residual: whether networks of one stack share one factor for ``in``.
+        acts_on: ``"weights"`` (T is added to the weights) or ``"stream"`` (S acts on the residual stream).
     """
 
     decomposition: str
@@ -38,11 +38,11 @@ class AdapterConfig:
 def check_settings(
     alpha: object, dropout: object, init: StartLike, acts_on: str | None = None
 ) -> None:
-    """Refuse what no adapter can be made with.
+    """Refuse settings that no adapter can have.
 
     Raises:
-        ValueError: an alpha that is zero or not a finite float32, a dropout outside [0, 1), an unknown
-            init, an unknown place to act on.
+        ValueError: alpha is zero or not a finite float32, dropout is outside [0, 1), or init or acts_on is
+            unknown.
     """
     if acts_on is not None:
         check_acts_on(acts_on)
@@ -53,10 +53,10 @@ def check_settings(
 
 
 def check_alpha(alpha: object) -> None:
-    """Refuse a scaling that makes no update, or none that float32 can hold.
+    """Refuse an alpha that is zero, and so makes no update, or that float32 cannot hold.
 
     Raises:
-        ValueError: an alpha that is zero, or beyond the range of float32.
+        ValueError: alpha is zero, or beyond the range of float32.
     """
     largest = torch.finfo(torch.float32).max
     if not isinstance(alpha, Real) or not 0 < abs(alpha) <= largest:  # type: ignore[operator]
@@ -64,21 +64,21 @@ def check_alpha(alpha: object) -> None:
 
 
 def check_acts_on(acts_on: object) -> None:
-    """Refuse what is no place for a tensor to act on.
+    """Refuse an unknown value of acts_on.
 
     Raises:
-        ValueError: neither ``"weights"`` nor ``"stream"``.
+        ValueError: the value is neither ``"weights"`` nor ``"stream"``.
     """
     if acts_on not in ("weights", "stream"):
         raise ValueError(f"acts_on must be 'weights' or 'stream'; found {acts_on!r}")
 
 
 def settle_acts_on(decomposition: object, acts_on: str | None) -> str:
-    """What a tensor acts on if nobody says: the stream, where one parameter is on both ``in`` and ``out``.
+    """Choose what a tensor acts on: by default the stream if one parameter is on both ``in`` and ``out``.
 
     Args:
         decomposition: as for `apply`.
-        acts_on: what the user said; None for nothing.
+        acts_on: the choice of the user; None for the default.
 
     Example:
         >>> settle_acts_on("cp", None), settle_acts_on("indscal", None), settle_acts_on("cp", "stream")

@@ -1,4 +1,4 @@
-"""The modules of a model that are updated, wherever other tools move them."""
+"""Finds the updated modules of a model, also after other tools have moved them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class FoundModules:
         self._known: dict[str, nn.Module] = {}
 
     def get_submodule(self, path: str) -> nn.Module:
-        """The module that was first found at a path, if it is there still or within what is there now;
-        else what is there now.
+        """Return the module that was first found at a path, if the module there now is or contains it;
+        else the module there now.
 
         Args:
-            path: in the model.
+            path: path in the model.
 
         Raises:
-            AttributeError: nothing is there.
+            AttributeError: the model has no module at this path.
         """
         present = module_at(self._model, path)
         known = self._known.setdefault(path, present)

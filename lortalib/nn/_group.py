@@ -1,4 +1,4 @@
-"""Which sites share one tensor: those of a stack whose head count and widths are equal."""
+"""Groups the sites that share one tensor: the sites of a stack with equal head count and widths."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Group:
 
     @cached_property
     def members(self) -> frozenset[Site]:
-        """The sites, for looking one up."""
+        """The sites as a set, for fast look-up."""
         return frozenset(self.sites)
 
     @property
     def shape(self) -> Shape:
-        """Shape of the group's tensor."""
+        """The shape of the group's tensor."""
         site = self.sites[0]
         expert = {"expert": site.experts} if site.experts else {}
         head = {} if self.on_stream else {"head": self.heads}
@@ -58,18 +58,18 @@ class Group:
         )
 
     def head_means(self, heads: int, like: Tensor) -> Tensor:
-        """(heads, query heads): each key/value head takes the mean of its group of query heads.
+        """Make the matrix (heads, query heads) that averages the query heads of each key/value head.
 
         Args:
-            heads: heads of a site with grouped queries.
-            like: a tensor of the dtype and device that the matrix is to have.
+            heads: number of heads of a site with grouped queries.
+            like: a tensor with the dtype and device of the result.
         """
         size = self.heads // heads
         eye = torch.eye(heads, dtype=like.dtype, device=like.device)
         return eye.repeat_interleave(size, 1) / size
 
     def slice(self, network: TensorNetwork, site: Site) -> TensorNetwork:
-        """The part of the group's network that is one site's update, over its own heads."""
+        """Return the slice of the group's network that is one site's update, over the site's heads."""
         at = {"layer": self.layers.index(site.layer), "matrix": self.roles.index(site.role)}
         view = network.select(**at)
         if site.heads == self.heads:
@@ -77,13 +77,13 @@ class Group:
         return view.mode_dot(self.head_means(site.heads, network.stored[0]), "head")
 
     def pair(self, network: TensorNetwork, site: Site) -> Cut:
-        """The low-rank pair of one site, before scaling: A (p, width), B (heads*head_dim, p), or
+        """Return the low-rank pair of one site, before scaling: A (p, width), and B (heads*head_dim, p), or
         (width, p) on the stream."""
         return self.slice(network, site).cut()
 
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
-        """The slice of one site before scaling, also under autocast in the factors' dtype:
-        (heads*head_dim, width), or (width, width) on the stream, with a leading axis for packed experts."""
+        """Return the dense slice of one site, before scaling: (heads*head_dim, width), or (width, width) on
+        the stream, with a leading axis for packed experts. Its dtype is the factors', also under autocast."""
         with without_autocast(network.stored[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)
@@ -94,12 +94,12 @@ class Group:
             return view.dense().permute(order).reshape(site.experts, -1, site.width)
 
     def delta(self, network: TensorNetwork, site: Site, weight: Tensor | None) -> Tensor:
-        """The change of one weight before scaling, in the shape in which it is stored, as `dense`.
+        """Return the update of one weight, before scaling, in the shape of the stored weight.
 
         Args:
-            network: the group's.
-            site: one of the group.
-            weight: of the base, as stored; only a tensor on the stream needs it.
+            network: the network of the group.
+            site: a site of the group.
+            weight: the base's weight, as stored; only a tensor on the stream needs it.
         """
         dense = self.dense(network, site)
         if not self.on_stream:
@@ -113,7 +113,7 @@ class Group:
             return through_weight(weight.to(dense.device, dense.dtype), dense, site)
 
     def head_norms(self, network: TensorNetwork, site: Site) -> Tensor:
-        """Frobenius norm of the slice of each head, before scaling, from the pair: no slice is formed.
+        """Return the Frobenius norm of each head's slice, before scaling, from the pair alone.
 
         Returns:
             (heads,), or (experts, heads) for packed experts; a tensor on the stream has one head.
@@ -131,13 +131,13 @@ def group_sites(sites: Iterable[Site], gqa: str, on_stream: bool = False) -> lis
     """Divide sites into groups of equal stack, heads, width and head_dim.
 
     Args:
-        sites: what to group.
+        sites: the sites to group.
         gqa: ``"pool"`` gives keys and values the query heads, so that they share the queries'
-            tensor; ``"split"`` gives them a tensor of their own where their head count differs.
-        on_stream: whether the tensors act on the stream, where only its width counts.
+            tensor; ``"split"`` gives keys and values another tensor if their head count differs.
+        on_stream: whether the tensors act on the stream, whose width alone then matters.
 
     Raises:
-        ValueError: an unknown ``gqa``.
+        ValueError: ``gqa`` is unknown.
     """
     if gqa not in ("pool", "split"):
         raise ValueError(f"gqa must be 'pool' or 'split'; found {gqa!r}")
@@ -161,6 +161,6 @@ def group_sites(sites: Iterable[Site], gqa: str, on_stream: bool = False) -> lis
 
 
 def _order(role: str) -> int:
-    """Position of a role on the mode ``matrix``; names of other projections follow as they come."""
-    first = role.partition("+")[0]  # of those that are one on the stream
+    """Return the position of a role on the mode ``matrix``; unknown roles come last, in their own order."""
+    first = role.partition("+")[0]  # a fused projection on the stream has a role such as "q+k+v"
     return ROLES.index(first) if first in ROLES else len(ROLES)

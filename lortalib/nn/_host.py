@@ -1,8 +1,8 @@
-"""The adapters of one model, and their life on it: on and off, in the weights and out, frozen flags.
+"""Holds the adapters of one model: switches, merges, unmerges and removes them, and freezes the base.
 
-Every change of state is a transaction: what can fail comes first, the flag that counts is set last, and
-whatever is raised before it (an interrupt too) leaves all as it was. Flags are set through ``vars``: past
-nn.Module's ``__setattr__``, which is code that can be interrupted.
+Every change of state is a transaction: the steps that can fail come first and the flag (``active``,
+``merged``) is set last, so an error or interrupt before that leaves everything unchanged. Flags are set
+through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be interrupted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ._trained_modules import TrainedModules
 
 
 class AdapterHost(nn.ModuleDict):
-    """The adapters of one model by name; a submodule of the model (see `home_of`), so that they move with
-    it.
+    """The adapters of one model by name. The host is a submodule of the model (see `home_of`), so the
+    adapters move with the model.
 
     Args:
         model: the model.
@@ -38,11 +38,11 @@ class AdapterHost(nn.ModuleDict):
         self._weights = BaseWeights(model, self._modules_found)
         self._standing: dict[
             str, Adapter
-        ] = {}  # the numbers of merged adapters as they were merged
+        ] = {}  # snapshots of the merged adapters, as they were merged
         self._handles: dict[str, list[Handle]] = {}
         self._required_grad = {plain_name(k): p.requires_grad for k, p in model.named_parameters()}
         self._freezing: set[str] = set()  # names of the adapters that keep the base frozen
-        self._frozen: list[nn.Parameter] = []  # what they stopped from requiring gradients
+        self._frozen: list[nn.Parameter] = []  # the parameters that these adapters froze
 
     @property
     def model(self) -> nn.Module:
@@ -50,7 +50,7 @@ class AdapterHost(nn.ModuleDict):
         return self._model[0]
 
     def adapters(self) -> list[Adapter]:
-        """Every adapter, in the order in which they were applied."""
+        """Return every adapter, in the order in which they were applied."""
         return list(cast("Iterable[Adapter]", self.values()))
 
     def _others(self, adapter: Adapter) -> list[Adapter]:
@@ -61,21 +61,21 @@ class AdapterHost(nn.ModuleDict):
         return [other.trained_modules for other in others if other.active or not active]
 
     def base_weight(self, site: Site) -> Tensor:
-        """The weight of a site as it is without anything merged into it."""
+        """Return the base's weight of a site, without any merged update."""
         return self._weights.base(site)
 
     def bring_back(self, adapter: Adapter) -> None:
-        """See `TrainedModules.bring_back`."""
+        """Bring the modules that train with an adapter back from accelerate's offloading."""
         adapter.trained_modules.bring_back(self.model)
 
     def prepare_files(self, adapter: Adapter) -> None:
-        """Let FSDP2 divide again what it gathered for a forward: that may be rounded."""
+        """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype."""
         divide_again(self.model)
 
     # On and off
 
     def enable(self, adapter: Adapter) -> None:
-        """See `Adapter.enable`."""
+        """Switch an adapter on, as `Adapter.enable` describes."""
         self._check_order(adapter)
         self._enable(adapter)
 
@@ -86,7 +86,7 @@ class AdapterHost(nn.ModuleDict):
             vars(adapter)["active"] = True
 
     def disable(self, adapter: Adapter) -> None:
-        """See `Adapter.disable`."""
+        """Switch an adapter off, as `Adapter.disable` describes."""
         if not adapter.active:
             return
         merged = adapter.merged
@@ -94,7 +94,7 @@ class AdapterHost(nn.ModuleDict):
             adapter.trained_modules.swap_out(self.model)
             self._unmerge(adapter)
         except BaseException:
-            if merged and not adapter.merged:  # the base is back: what is left cannot fail
+            if merged and not adapter.merged:  # the base is restored; setting the flag cannot fail
                 vars(adapter)["active"] = False
             else:
                 adapter.trained_modules.swap_in(self.model, [])
@@ -102,7 +102,7 @@ class AdapterHost(nn.ModuleDict):
         vars(adapter)["active"] = False
 
     def set_active(self, wanted: list[Adapter]) -> None:
-        """Let exactly these adapters take part in the forward."""
+        """Switch exactly these adapters on in the forward."""
         with ExitStack() as undo:
             for adapter in self.adapters():
                 if adapter.active and adapter not in wanted:
@@ -117,7 +117,7 @@ class AdapterHost(nn.ModuleDict):
     # In the weights
 
     def merge(self, adapter: Adapter) -> None:
-        """See `Adapter.merge`."""
+        """Merge an adapter into the weights, as `Adapter.merge` describes."""
         if adapter.merged:
             return
         _check_finite(adapter)
@@ -141,11 +141,11 @@ class AdapterHost(nn.ModuleDict):
             raise
 
     def _in_order(self, standing: dict[str, Adapter]) -> list[Adapter]:
-        """The adapters that stand in the weights, in the order in which they were applied."""
+        """Return the snapshots of merged adapters, in the order in which the adapters were applied."""
         return [standing[other.name] for other in self.adapters() if other.name in standing]
 
     def unmerge(self, adapter: Adapter) -> None:
-        """See `Adapter.unmerge`."""
+        """Take an adapter out of the weights, as `Adapter.unmerge` describes."""
         if adapter.merged:
             self._check_order(unmerging=adapter)
         self._unmerge(adapter)
@@ -169,11 +169,11 @@ class AdapterHost(nn.ModuleDict):
             raise
 
     def _restore(self, adapter: Adapter, rest: list[Adapter]) -> None:
-        """Take the update out of the weights and set the flag; ``rest`` stays in them."""
+        """Take an adapter's update out of the weights and set the flag; ``rest`` stays merged."""
         names = {weight_name(site) for other in rest for site in other.sites}
         if any(weight_name(site) in names for site in adapter.sites):
             self._weights.write(adapter.sites, rest)
-        else:  # nothing to compute, hence nothing that could not be brought to its end
+        else:  # only copies, so an interrupted restore can be repeated to its end
             try:
                 self._weights.restore(adapter.sites)
             except BaseException:
@@ -189,7 +189,7 @@ class AdapterHost(nn.ModuleDict):
         merging: Adapter | None = None,
         unmerging: Adapter | None = None,
     ) -> None:
-        """Refuse a change after which an adapter on the stream would meet a merged weight."""
+        """Refuse a change after which an active adapter on the stream would act on a merged weight."""
         adapters = self.adapters()
         merged = [a for a in adapters if (a.merged or a is merging) and a is not unmerging]
         beside = [a for a in adapters if (a.active or a is enabling) and a not in merged]
@@ -198,7 +198,7 @@ class AdapterHost(nn.ModuleDict):
     # Off the model
 
     def remove(self, adapter: Adapter, merged: bool) -> None:
-        """See `Adapter.remove`."""
+        """Remove an adapter from the model, as `Adapter.remove` describes."""
         settled = False
         if merged:
             check_settled(adapter, [a for a in self._others(adapter) if a.merged])
@@ -216,7 +216,7 @@ class AdapterHost(nn.ModuleDict):
             raise
 
     def _settle(self, adapter: Adapter) -> None:
-        """Let an adapter's update become part of the base."""
+        """Make an adapter's update part of the base."""
         with ExitStack() as undo:
             if not adapter.active:
                 undo.callback(self.disable, adapter)
@@ -227,7 +227,7 @@ class AdapterHost(nn.ModuleDict):
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
-        """Forget an adapter that takes no part any more; may be called again."""
+        """Forget an adapter that is switched off or part of the base; may be called again."""
         self._detach(adapter)
         vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
@@ -246,7 +246,7 @@ class AdapterHost(nn.ModuleDict):
             self.release()
 
     def _reset_flags(self, trained: TrainedModules) -> None:
-        """The flags of modules that no adapter trains any more."""
+        """Restore ``requires_grad`` in modules that no adapter trains any more."""
         for path in trained.paths:
             for name, parameter in self.model.get_submodule(path).named_parameters():
                 before = self._required_grad.get(plain_name(f"{path}.{name}"), False)
@@ -258,19 +258,19 @@ class AdapterHost(nn.ModuleDict):
             attach(found, adapter, self._handles.setdefault(adapter.name, []))
 
     def _detach_merged(self, adapter: Adapter) -> None:
-        """Take the hooks of a merged adapter off; they stay where a checkpoint may run a forward again
-        that had no merged weights, to refuse it."""
+        """Remove the hooks of a merged adapter. They stay if a checkpoint may run a forward again that had
+        no merged weights: the hooks then refuse that forward."""
         if not len(adapter.remembered):
             self._detach(adapter)
 
     def _detach(self, adapter: Adapter) -> None:
-        """Take the hooks of an adapter off; may be called again."""
+        """Remove the hooks of an adapter; may be called again."""
         detach(self._handles.get(adapter.name, []))
         self._handles.pop(adapter.name, None)
         adapter.scope.forget()
 
     def release(self) -> None:
-        """Take the host off the model and give back the ``requires_grad`` flags of the base."""
+        """Remove the host from the model and restore the ``requires_grad`` flags of the base."""
         home = home_of(self.model)
         if home._modules.get(ATTRIBUTE) is self:
             for name, parameter in self.model.named_parameters():
@@ -283,7 +283,7 @@ class AdapterHost(nn.ModuleDict):
     # Onto the model
 
     def install(self, adapter: Adapter, active: bool, freeze: bool, undo: ExitStack) -> None:
-        """Put a finished adapter on the model; ``undo`` gets what takes each step back."""
+        """Put a finished adapter on the model; ``undo`` gets a callback that reverses each step."""
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         undo.callback(_set_flags, flags)
         undo.callback(self._take_off, adapter)
@@ -306,8 +306,8 @@ class AdapterHost(nn.ModuleDict):
 
 
 def home_of(model: nn.Module) -> nn.Module:
-    """Where the adapters of a model are registered: in itself. A Sequential runs all that is registered in
-    it, so it is the first module in there.
+    """Return the module that the adapters of a model are registered in: the model itself, or the first
+    module within a Sequential, because a Sequential runs every module that is registered in it.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""Says what the words of a LoRA's configuration are called here."""
+"""Explains the arguments of PEFT's LoraConfig by the names that they have in lortalib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: What every door says of words of PEFT's LoraConfig that it does not have.
+#: Arguments of PEFT's LoraConfig that no door has, each with an explanation for the error message.
 LORA_WORDS = {
     "r": "the size of the bonds is called rank",
     "lora_alpha": "the factor is called alpha, and is not divided by the rank: leave it out, or give "
@@ -19,7 +19,7 @@ LORA_WORDS = {
     "use_dora": "DoRA trains a magnitude for each feature of each module, which one tensor for all modules "
     "does not have; leave it out",
 }
-#: What `lortalib.nn` says of further ones.
+#: The same, with further arguments that only `lortalib.nn` lacks.
 _WORDS_OF_NN = LORA_WORDS | {
     "target_modules": "the modules are called targets",
     "exclude_modules": "targets takes a function of a site, such as lambda site: site.layer > 0",
@@ -34,7 +34,7 @@ _WORDS_OF_NN = LORA_WORDS | {
 
 
 def explains_lora_words(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function say what a word of PEFT's LoraConfig is called here, when it is given one.
+    """Make a function refuse arguments of PEFT's LoraConfig with a message that explains them.
 
     Args:
         function: a function of `lortalib.nn` that makes adapters.

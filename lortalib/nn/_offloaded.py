@@ -1,5 +1,5 @@
-"""Finds the parameters that accelerate offloads: their modules have placeholders between two forwards, and
-the numbers are in a map that accelerate's hook of the module keeps.
+"""Finds the parameters that accelerate offloads. Between two forwards their modules have parameters on the
+meta device, and the hook that accelerate puts on the module keeps their values in a map.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks of accelerate by which a module's parameters are offloaded."""
+    """Yield the hooks of accelerate that offload a module's parameters."""
     hook: Any = module.__dict__.get("_hf_hook")
     for each in getattr(hook, "hooks", (hook,)):
         if getattr(each, "offload", False) and getattr(each, "weights_map", None) is not None:
@@ -20,14 +20,14 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def offloaded_numbers(module: nn.Module, name: str) -> Tensor | None:
-    """The numbers of an offloaded parameter, read from where accelerate keeps them.
+    """Read the values of an offloaded parameter from the map of accelerate's hook.
 
     Args:
-        module: the module that has it.
-        name: its name there.
+        module: the module that has the parameter.
+        name: name of the parameter in the module.
 
     Returns:
-        The tensor in main memory, or what was read from a disk; None where nothing is offloaded.
+        The tensor in main memory, or a tensor read from a disk; None if the parameter is not offloaded.
     """
     parameter = module._parameters.get(name)
     if parameter is None or not parameter.is_meta:
@@ -37,11 +37,11 @@ def offloaded_numbers(module: nn.Module, name: str) -> Tensor | None:
 
 
 def is_on_disk(module: nn.Module, name: str) -> bool:
-    """Whether an offloaded parameter is read from a disk each time, so that writes to it are lost.
+    """Return True if an offloaded parameter is read from a disk each time, so that writes to it are lost.
 
     Args:
-        module: the module that has it.
-        name: its name there.
+        module: the module that has the parameter.
+        name: name of the parameter in the module.
     """
     for hook in _hooks(module):
         numbers, again = hook.weights_map[name], hook.weights_map[name]
@@ -50,7 +50,7 @@ def is_on_disk(module: nn.Module, name: str) -> bool:
 
 
 def has_no_numbers(model: nn.Module) -> bool:
-    """Whether a parameter of the model is a placeholder whose numbers nobody keeps."""
+    """Return True if a parameter of the model is on the meta device and accelerate keeps no values of it."""
     return any(
         parameter.is_meta and not any(_hooks(module))
         for module in model.modules()
@@ -60,13 +60,13 @@ def has_no_numbers(model: nn.Module) -> bool:
 
 
 def check_unshared(module: nn.Module) -> None:
-    """Refuse a module whose weight is offloaded and also another module's: brought back, the two would part.
+    """Refuse a module with an offloaded weight that another module shares: bringing it back ends the sharing.
 
     Args:
-        module: one whose parameters train.
+        module: a module whose parameters train.
 
     Raises:
-        ValueError: it is such a module.
+        ValueError: the module has such a weight.
     """
     for path, part in module.named_modules():
         if any(hook.tied_params_names for hook in _hooks(part)):
@@ -78,14 +78,14 @@ def check_unshared(module: nn.Module) -> None:
 
 
 def bring_back(module: nn.Module, without: Container[str] = ()) -> None:
-    """Let the parameters of a module, and of those within it, stay where the module computes.
+    """Bring the offloaded parameters of a module and its submodules back to the device that computes.
 
-    They remain the very same objects, so an optimiser that has them trains them. accelerate's hooks still
-    move the inputs.
+    The parameters remain the same objects, so an optimiser that has them trains them. accelerate's hooks
+    still move the inputs.
 
     Args:
-        module: one whose parameters train; nothing happens where none of them is offloaded.
-        without: names of its parameters that stay what they are.
+        module: a module whose parameters train; if none of them is offloaded, nothing happens.
+        without: names of parameters that are not brought back.
     """
     for part in module.modules():
         for hook in list(_hooks(part)):
@@ -96,7 +96,7 @@ def bring_back(module: nn.Module, without: Container[str] = ()) -> None:
 
 
 def _fill(parameter: nn.Parameter, numbers: Tensor, device: Any) -> None:
-    """Give a placeholder a copy of its numbers."""
+    """Replace a parameter on the meta device by a copy of its values; the object stays the same."""
     with torch.no_grad():
         copy = numbers.to("cpu" if device is None else device, copy=True)
         torch.utils.swap_tensors(parameter, nn.Parameter(copy, parameter.requires_grad))

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimiser: a learning rate for each parameter of an adapter by its legs."""
+"""Makes parameter groups for an optimiser: the legs of a parameter decide its learning rate."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ def parameter_groups(
     modules_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Divide what trains with an adapter into parameter groups for a torch optimiser.
+    """Divide the trainable parameters of an adapter into parameter groups for a torch optimiser.
 
     Args:
         adapter: an adapter on a model.
         lr: learning rate of the tensor's parameters.
-        speeds: factors of it by leg (a mode or a bond): a parameter has the product of its legs'
-            factors, and 1 where none is given. A vector of hashed parameters has the factor of its name,
-            since the legs of several parameters may meet in it.
+        speeds: factors of ``lr`` by leg (a mode or a bond). The learning rate of a parameter is ``lr`` times
+            the factors of all its legs; a leg without a factor counts as 1. A vector of hashed parameters has
+            the factor of its own name, because several parameters with different legs may share it.
         modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
-        weight_decay: of every group. Decay of one factor shrinks the whole tensor, so it is 0 by default.
+        weight_decay: weight decay of every group. Decay of one factor shrinks the whole tensor, so the
+            default is 0.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, each parameter in one of them;
-        none is empty.
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``. Each parameter is in one group, and no
+        group is empty.
 
     Raises:
-        ValueError: a rate or factor that is not a positive number, or a leg that no network has.
+        ValueError: a rate or factor is not a positive number, or no network has the leg.
         RuntimeError: the adapter is on no model.
 
     Example:
@@ -88,12 +89,12 @@ def parameter_groups(
 
 
 def _legs(term: Term) -> tuple[str, ...]:
-    """The names by which a parameter is given a factor."""
+    """Return the names of the factors that a parameter's learning rate is multiplied by."""
     return (term.of,) if term.of else term.legs
 
 
 def _modules(model: nn.Module, paths: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters of these modules that train, each once."""
+    """Return the trainable parameters of these modules, each once."""
     found = {
         id(parameter): parameter
         for path in paths

@@ -1,4 +1,4 @@
-"""Plans an adapter: chooses sites, groups them, makes a network for each group. Changes nothing."""
+"""Plans an adapter: chooses sites, groups them, makes a network for each group. The model is unchanged."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Device = Union[torch.device, str, None]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What an adapter would be, before it is on a model; printed, a table of its tensors.
+    """A plan of an adapter that is on no model yet; it prints as a table of the adapter's tensors.
 
     Attributes:
-        groups: which sites share which network.
-        networks: a network for each group, by its name.
-        config: how the adapter is asked for.
+        groups: the groups of sites, each of which shares one network.
+        networks: the networks by name of the group.
+        config: the settings of the adapter.
     """
 
     groups: tuple[Group, ...]
@@ -45,7 +45,7 @@ class Plan:
         return [site for group in self.groups for site in group.sites]
 
     def count(self, trainable_only: bool = True) -> int:
-        """How many parameters the networks have; one that several share counts once.
+        """Count the parameters of the networks; a parameter that several networks share counts once.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
@@ -59,10 +59,10 @@ class Plan:
         return sum(tensors.values())
 
     def lora_count(self, rank: int) -> int:
-        """How many parameters PEFT's LoRA of this rank has on the same modules.
+        """Count the parameters that PEFT's LoRA of this rank has on the same modules.
 
         Args:
-            rank: of the LoRA.
+            rank: rank of the LoRA.
         """
         return lora_count(self.groups, rank)
 
@@ -98,11 +98,11 @@ def plan(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """What `apply` would put on a model; nothing is changed.
+    """Plan the adapter that `apply` would put on a model, without changing the model.
 
     Args:
         model: the model, also on the meta device.
-        decomposition: as for `apply`, like all that follow but ``device``.
+        decomposition: as for `apply`, like all further arguments except ``device``.
         rank: as for `apply`.
         alpha: as for `apply`.
         dropout: as for `apply`.
@@ -115,11 +115,12 @@ def plan(
         rules: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
-        device: of the networks, by default that of the weights; ``"meta"`` makes no numbers.
+        device: device of the networks, by default the device of the weights; ``"meta"`` makes parameters
+            without values.
 
     Raises:
-        UnsupportedModelError: the model's attention was not, or not wholly, found.
-        ValueError: a bad argument, or targets that choose nothing.
+        UnsupportedModelError: the model's attention was not found, or only in part.
+        ValueError: a bad argument, or targets that choose no projection.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -167,11 +168,11 @@ def plan_sites(
     device: Device | Callable[[Site], Device] = None,
     dtype: torch.dtype = torch.float32,
 ) -> Plan:
-    """The plan of an adapter on these sites, for doors that find the sites themselves.
+    """Plan an adapter on given sites, for tools such as PEFT that find the sites themselves.
 
     Args:
-        sites: what is to be updated.
-        decomposition: as for `apply`, like all that follow but ``device``.
+        sites: the projections to update.
+        decomposition: as for `apply`, like all further arguments except ``device``.
         rank: as for `apply`.
         alpha: as for `apply`.
         dropout: as for `apply`.
@@ -181,7 +182,7 @@ def plan_sites(
         share_residual: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
-        device: of the networks, or a function from the first site of each to it.
+        device: device of the networks, or a function from the first site of each network to its device.
 
     Raises:
         ValueError: a bad argument.
@@ -211,14 +212,14 @@ def plan_sites(
 
 
 def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of which every process holds a part (tensor parallelism).
+    """Refuse weights that tensor parallelism divides over processes.
 
     Args:
-        model: that they belong to.
-        weights: by path of their module.
+        model: the model that the weights belong to.
+        weights: the weights by path of their module.
 
     Raises:
-        ValueError: a weight that is a DTensor, unless FSDP2 made it, which gathers the whole.
+        ValueError: a weight is a DTensor, and FSDP2, which gathers whole weights, did not make it.
     """
     divided = {path: w for path, w in weights.items() if hasattr(w, "device_mesh")}
     if divided and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
@@ -234,7 +235,7 @@ def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
 def make_network(
     decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
 ) -> Network:
-    """The network of a group, checked against the group's shape."""
+    """Make the network of a group and check that it has the group's shape."""
     shape = group.shape
     if isinstance(decomposition, str):
         return get_format(decomposition)(shape, rank, **options)
@@ -253,7 +254,7 @@ def make_network(
 
 
 def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any]) -> Network:
-    """Call with those of the options that it takes by name; a second position takes the rank."""
+    """Call a function with the options that it takes by name; a second positional parameter gets the rank."""
     parameters = list(inspect.signature(function).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(shape, **options)
@@ -270,8 +271,8 @@ def _device_of(model: nn.Module, site: Site) -> Device:
 
 
 def execution_device(module: nn.Module, weight: Any) -> Device:
-    """Where a module computes: the device of its weight, or, where accelerate keeps that elsewhere and
-    leaves a placeholder, the device that it brings it to."""
+    """Return the device that a module computes on: the device of its weight, or, for a weight that
+    accelerate offloads, the device that accelerate brings the weight to."""
     hook = getattr(module, "_hf_hook", None)
     if getattr(weight, "is_meta", False) and hook is not None:
         return getattr(hook, "execution_device", None) or "cpu"
@@ -279,7 +280,7 @@ def execution_device(module: nn.Module, weight: Any) -> Device:
 
 
 def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network]) -> None:
-    """Give the networks of one stack one parameter for ``in``, where it has the same legs and size."""
+    """Let the networks of one stack share the parameter for ``in`` if its legs and size are equal."""
     owners: dict[tuple[object, ...], nn.Parameter] = {}
     for group in groups:
         network = networks[group.name]
@@ -302,7 +303,7 @@ def _name_of(decomposition: Decomposition) -> str:
 
 
 def _published_rank(networks: Mapping[str, Network]) -> int:
-    """The r of alpha/r: the size of the bonds at the parameter that starts at zero."""
+    """Return the r of alpha/r: the product of the bond sizes at the parameter that starts at zero."""
     network = next(iter(networks.values()))
     term = network.legs.terms[network.legs.zero]
     return math.prod(network.sizes[leg] for leg in term.legs if leg in network.ranks)

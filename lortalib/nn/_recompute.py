@@ -1,7 +1,7 @@
-"""What an adapter was in a forward that a checkpoint runs again within the backward.
+"""Remembers which adapters a forward used, for checkpoints that run the forward again in the backward.
 
-A checkpoint keeps the arguments of a function in place of what it computed, and runs it again in the
-backward. If adapters were switched in between, it has to run with those of the forward.
+A checkpoint keeps the arguments of a function instead of its results, and runs the function again in the
+backward. If adapters were switched in between, the second run must use the adapters of the first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.utils import checkpoint
 from .._torch import has_saved_tensor_hooks, is_in_backward
 from ._forward import ForwardScope
 
-#: The functions of torch's checkpoints that stand on the stack while a checkpointed function runs, in the
-#: forward and in the backward, each with what the two have in common: for the reentrant kind the node, for
-#: the other the record of the checkpoint.
+#: Functions of torch.utils.checkpoint that are on the call stack while a checkpointed function runs, in the
+#: forward or again in the backward. Each maps its local variables to an object that both runs share: the
+#: autograd node of a reentrant checkpoint, the record of the checkpoint otherwise.
 _STACK = {
     "forward": lambda values: values.get("ctx"),
     "backward": lambda values: values.get("ctx"),
@@ -29,7 +29,7 @@ _STACK = {
 }
 
 
-#: What `Remembered` has of a checkpoint in which it did not see the adapter.
+#: Stands in `Remembered.recall` for a checkpoint whose first run did not see the adapter.
 _UNKNOWN = object()
 
 
@@ -39,8 +39,8 @@ def _suspended(generator: Any) -> dict[str, Any]:
 
 
 def checkpoints() -> Iterator[object]:
-    """The checkpoints that are being run, innermost first: equal objects in a forward and where it is run
-    again."""
+    """Yield an object for each checkpoint that is running, innermost first. A checkpoint has the same object
+    in the forward and in the run that repeats it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -52,16 +52,16 @@ def checkpoints() -> Iterator[object]:
 
 
 class AdapterScope(ForwardScope):
-    """The forwards of the modules that one adapter updates.
+    """Tracks the forwards of the modules that one adapter updates.
 
     Attributes:
-        adapter: whose; set by itself.
+        adapter: the adapter, which sets this attribute.
     """
 
     adapter: Any
 
     def begin(self, module: Any, frame: FrameType) -> None:
-        """The forward of a module around projections begins; see `ForwardScope`."""
+        """Begin the forward of a module around projections, as `ForwardScope.begin` describes."""
         before = self.running
         super().begin(module, frame)
         if self.running is not before:
@@ -70,7 +70,7 @@ class AdapterScope(ForwardScope):
             self.adapter.bring_back()
 
     def may_be_checkpointed(self) -> bool:
-        """Whether the forward under way could be within a checkpoint. That costs nothing where it is not."""
+        """Return True if the forward under way could be within a checkpoint; the test is cheap."""
         if torch.is_grad_enabled():
             return has_saved_tensor_hooks()
         # A reentrant checkpoint runs its function without gradients, in a forward with gradients.
@@ -87,28 +87,31 @@ class AdapterScope(ForwardScope):
 
 
 class Remembered:
-    """Whether an adapter added its update in the forwards that checkpoints may run again."""
+    """Remembers if an adapter added its update in the forwards that checkpoints may run again."""
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()
 
     def record(self, now: bool) -> None:
-        """Remember it for every checkpoint that is being run."""
-        for each in checkpoints():
-            if self._known.setdefault(each, now) is not now:
-                self._known[each] = None  # it was switched inside, and will be again
-
-    def recall(self, now: bool, merged: bool, name: str) -> bool:
-        """Whether it was added in the forward that is run again; what it is now where none is.
+        """Remember for every running checkpoint whether the adapter adds its update.
 
         Args:
-            now: whether it is added now.
-            merged: whether it stands in the weights now.
-            name: of the adapter.
+            now: whether the update is added now.
+        """
+        for each in checkpoints():
+            if self._known.setdefault(each, now) is not now:
+                self._known[each] = None  # the function itself switches the adapter
+
+    def recall(self, now: bool, merged: bool, name: str) -> bool:
+        """Return whether the update was added in the forward that runs again; ``now`` if none runs again.
+
+        Args:
+            now: whether the update is added now.
+            merged: whether the update is merged into the weights now.
+            name: name of the adapter.
 
         Raises:
-            RuntimeError: it stands in the weights now and did not then, or the other way round, or it was
-                not on the model.
+            RuntimeError: the adapter was merged, unmerged or applied since that forward.
         """
         running = list(checkpoints())
         known = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
@@ -120,7 +123,7 @@ class Remembered:
         return now if known is _UNKNOWN or known is None else bool(known)
 
     def __len__(self) -> int:
-        """For how many checkpoints."""
+        """Return the number of remembered checkpoints."""
         return len(self._known)
 
     def __reduce__(self) -> Any:
@@ -128,14 +131,14 @@ class Remembered:
 
 
 def added_in_forward(adapter: Any) -> bool:
-    """Whether the forward under way adds an adapter's update; it may be one that is run again.
+    """Return True if the forward under way, which a checkpoint may run again, adds an adapter's update.
 
     Args:
         adapter: the adapter.
 
     Raises:
-        RuntimeError: the forward cannot be run again, since it was with other values of the modules that
-            the adapter trains, or with other weights.
+        RuntimeError: the forward cannot run again, because the weights, or the modules that train with the
+            adapter, have other values now.
     """
     remembered: Remembered = adapter.remembered
     merged: bool = adapter.merged

@@ -1,4 +1,4 @@
-"""Lets `save_pretrained` of a transformers model with adapters write these as adapters."""
+"""Makes `save_pretrained` of a transformers model write the model's adapters to adapter files."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ an ordinary LoRA.
 
 
 class SavePretrained:
-    """Stands for ``save_pretrained`` of a model while it has adapters.
+    """Replaces ``save_pretrained`` of a model while the model has adapters.
 
-    The folder gets the adapters that are not merged: one as ``adapter.safetensors``, several in a folder each
-    under their names. The model itself is written beside them, under its ordinary names, if something is
-    merged into its weights, if none is left unmerged, or if parameters of its own train.
+    It writes every adapter that is not merged: a single adapter as ``adapter.safetensors``, several adapters
+    each to a subfolder of its name. It also writes the model itself, to the usual files, if an adapter is
+    merged into its weights, or if parameters of the base train.
 
     Args:
-        host: the adapters of the model.
+        host: the host of the model's adapters.
     """
 
     def __init__(self, host: AdapterHost) -> None:
         self._host = host
 
     def __call__(self, save_directory: str | PathLike[str], *args: Any, **options: Any) -> Any:
-        """Write the model as it has to be saved; takes what ``save_pretrained`` of the model takes.
+        """Save the adapters, and the model if needed, with the arguments of the model's ``save_pretrained``.
 
         Raises:
-            ValueError: the folder holds an adapter that would be read beside this model, a factor is not
-                finite, or ``push_to_hub`` is asked for.
+            ValueError: the folder contains another adapter that would be read together with this model, a
+                factor is not finite, or ``push_to_hub`` is given.
         """
         model, folder = self._host.model, Path(save_directory)
         unmerged = [adapter for adapter in self._host.adapters() if not adapter.merged]
@@ -77,7 +77,7 @@ class SavePretrained:
         return written
 
     def _trains_the_base(self) -> bool:
-        """Return True if parameters train that no file of an adapter holds."""
+        """Return True if parameters of the model train that no adapter file contains."""
         model = self._host.model
         own = {id(p) for p in self._host.parameters()}
         for adapter in self._host.adapters():
@@ -90,8 +90,8 @@ def saved_in(folder: Path, adapters: list[Adapter]) -> dict[str, Path]:
     """Return the folder of each adapter by name: the folder itself for one, subfolders for several.
 
     Args:
-        folder: where a model is saved.
-        adapters: its adapters that are not merged.
+        folder: the folder that a model is saved to.
+        adapters: the adapters of the model that are not merged.
     """
     if len(adapters) == 1:
         return {adapters[0].name: folder}
@@ -99,15 +99,15 @@ def saved_in(folder: Path, adapters: list[Adapter]) -> dict[str, Path]:
 
 
 def stand_in(model: nn.Module, host: AdapterHost) -> None:
-    """Let `SavePretrained` stand for ``save_pretrained`` of a model that has it."""
+    """Replace ``save_pretrained`` of a model, if the model has it, by `SavePretrained`."""
     if callable(getattr(type(model), _NAME, None)):
         vars(model)[_NAME] = SavePretrained(host)
 
 
 @contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    """Within this context transformers leaves the names of the adapters out of what it saves."""
-    ignored = "_keys_to_ignore_on_save"  # transformers' own list of such names
+    """Make transformers leave the adapters' parameters out of the files that it writes within a context."""
+    ignored = "_keys_to_ignore_on_save"  # transformers does not save parameters of these names
     had, before = ignored in vars(model), getattr(model, ignored, None)
     own = {name for name in model.state_dict() if ATTRIBUTE in name.split(".")}
     vars(model)[ignored] = {*(before or ()), *own}
@@ -121,7 +121,7 @@ def _without_adapters(model: Any) -> Iterator[None]:
 
 
 def _write_about(model: Any, folder: Path, places: dict[str, Path]) -> None:
-    """Write the page that a repository shows, unless there is one."""
+    """Write README.md, the page that a repository shows, unless the folder has one."""
     page = folder / "README.md"
     if page.exists():
         return

@@ -1,5 +1,5 @@
-"""Reads and writes what FSDP2 divides over processes; every process has to take part. What DeepSpeed ZeRO-3
-divides is read where the user gathers it."""
+"""Reads and writes tensors that FSDP2 divides over processes; every process must take part. Parameters that
+DeepSpeed ZeRO-3 divides can be read only while the user gathers them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ..decomp import NetworkView, TensorNetwork
 
 
 def is_divided(tensor: Any) -> bool:
-    """Whether every process holds a part of a tensor."""
+    """Return True if a tensor is divided over processes."""
     return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Any) -> Any:
-    """Gather a tensor that is divided over processes; any other is returned as it is. Differentiable.
+    """Gather a tensor that is divided over processes, differentiably; return any other tensor unchanged.
 
     Raises:
-        RuntimeError: DeepSpeed ZeRO-3 divides it, and it is not gathered.
+        RuntimeError: DeepSpeed ZeRO-3 divides the tensor, and the user has not gathered it.
     """
     check_gathered(tensor)
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def check_gathered(tensor: Any) -> None:
-    """Refuse a parameter that DeepSpeed ZeRO-3 divides: outside of its modules' forwards it is empty.
+    """Refuse a parameter that DeepSpeed ZeRO-3 divides: it is empty outside of its modules' forwards.
 
     Raises:
-        RuntimeError: it is divided now.
+        RuntimeError: the parameter is divided now.
     """
     if is_zero_parameter(tensor) and tuple(tensor.ds_shape) != tuple(tensor.shape):
         raise RuntimeError(
@@ -40,12 +40,12 @@ def check_gathered(tensor: Any) -> None:
 
 
 def is_zero_parameter(tensor: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds a parameter."""
+    """Return True if DeepSpeed ZeRO-3 manages a parameter."""
     return hasattr(tensor, "ds_shape")
 
 
 def whole_network(network: TensorNetwork) -> TensorNetwork:
-    """A network with whole tensors; the very same where none is divided."""
+    """Gather the tensors of a network; return the network itself if none is divided."""
     stored = network.stored
     found = [whole(tensor) for tensor in stored]
     if all(one is other for one, other in zip(found, stored)):
@@ -55,7 +55,7 @@ def whole_network(network: TensorNetwork) -> TensorNetwork:
 
 
 def divided_like(tensor: Any, other: Any) -> Any:
-    """A tensor as another one is held: whole, or divided over the processes in the same way."""
+    """Make a tensor whole, or divide it over processes, in the same way as another tensor."""
     if not is_divided(other):
         return whole(tensor)
     same = is_divided(tensor) and tensor.device_mesh == other.device_mesh
@@ -67,21 +67,21 @@ def divided_like(tensor: Any, other: Any) -> Any:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite, on any process."""
+    """Return True if every entry is finite, on every process."""
     broken: Tensor = whole(torch.isfinite(tensor).logical_not().sum())
     return not broken.item()
 
 
 def sharded_parts(model: nn.Module) -> list[Any]:
-    """The modules of a model that FSDP2 divides over processes."""
+    """Find the modules of a model that FSDP2 divides over processes."""
     return [module for module in model.modules() if type(module).__name__.startswith("FSDP")]
 
 
 def divide_again(model: nn.Module) -> list[Any]:
-    """Let FSDP2 divide what it gathered for a forward: a change of the gathered weights would be lost.
+    """Let FSDP2 divide gathered parameters again, because changes of gathered parameters would be lost.
 
     Returns:
-        The modules that it divides.
+        The modules that FSDP2 divides.
     """
     parts = sharded_parts(model)
     for part in parts:

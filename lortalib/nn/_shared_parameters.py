@@ -1,4 +1,4 @@
-"""Parameters that are registered at several places of a module: state dicts have each of them once."""
+"""Keeps state dicts free of duplicates if a parameter is registered under several names in a module."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-#: Name of a further place of a parameter, and the name of its first place.
+#: A mapping from every further name of a parameter to its first name.
 Aliases = Mapping[str, str]
 
 
 def find_aliases(module: nn.Module) -> dict[str, str]:
-    """The further places of the parameters of a module, each with the first.
+    """Find the parameters with several names in a module: each further name with the first name.
 
     Example:
         >>> module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
@@ -28,20 +28,20 @@ def find_aliases(module: nn.Module) -> dict[str, str]:
 
 
 def leave_out(aliases: Aliases, state: dict[str, Any], prefix: str) -> None:
-    """Take the aliases out of a state dict: formats of files refuse one memory under two names."""
+    """Remove the aliases from a state dict, because file formats refuse one tensor under two names."""
     for alias in aliases:
         state.pop(prefix + alias, None)
 
 
 def put_back(aliases: Aliases, state: dict[str, Any], prefix: str) -> None:
-    """Give a state dict that is to be loaded the aliases that it lacks."""
+    """Add missing aliases to a state dict before it is loaded."""
     for alias, owner in aliases.items():
         if prefix + owner in state:
             state.setdefault(prefix + alias, state[prefix + owner])
 
 
 def share_again(module: nn.Module, aliases: Aliases) -> None:
-    """Let every alias be the parameter at the first place, whatever replaced the two."""
+    """Register the parameter of the first name under every alias again, after either was replaced."""
     for alias, owner in aliases.items():
         path, _, name = alias.rpartition(".")
         holder, parameter = module.get_submodule(path), module.get_parameter(owner)

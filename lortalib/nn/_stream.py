@@ -1,8 +1,8 @@
-"""Tensors that act on the residual stream: S[layer, matrix, in, out] in place of T.
+"""Prepares sites for tensors that act on the residual stream: S[layer, matrix, in, out] instead of T.
 
-A projection that reads the stream reads ``x + x S`` in place of x; one that writes it writes ``y + y S`` in
-place of y (its bias apart). The far side comes from the frozen weight, so heads have no part in it: the
-sites of one module are one.
+A projection that reads the residual stream reads ``x + x S`` instead of x; a projection that writes to it
+writes ``y + y S`` instead of y (without the bias). The frozen weight maps to the other side, so S has no
+heads, and the sites of one weight become one site.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ._config import AdapterConfig
 
 
 def stream_sites(sites: Iterable[Site]) -> list[Site]:
-    """The sites of a tensor on the stream: one for each weight, with one head and every feature.
+    """Make the sites of a tensor on the stream: one site for each weight, with one head and all features.
 
-    The role of a fused projection is that of its parts: ``"q+k+v"``.
+    The role of a fused projection joins the roles of its parts: ``"q+k+v"``.
 
     Args:
-        sites: as the anatomy has them.
+        sites: the sites of the model.
 
     Raises:
-        UnsupportedModelError: a fused projection of which only a part is asked for.
+        UnsupportedModelError: only a part of a fused projection is among the sites.
 
     Example:
         >>> site = Site("decoder", 0, "q", "q_proj", heads=4, query_heads=4, head_dim=8, width=16,
@@ -41,7 +41,7 @@ def stream_sites(sites: Iterable[Site]) -> list[Site]:
 
 
 def _whole(name: str, parts: Sequence[Site]) -> Site:
-    """The sites of one weight as one."""
+    """Join the sites of one weight to one site."""
     first = parts[0]
     features = sum(site.features for site in parts)
     if first.fused not in (None, features):
@@ -63,7 +63,7 @@ def _whole(name: str, parts: Sequence[Site]) -> Site:
 
 
 class OnModel(Protocol):
-    """An adapter on a model, as far as others have to stay apart from it."""
+    """The interface of an adapter that the checks of merged and active adapters use."""
 
     name: str
     active: bool
@@ -72,18 +72,18 @@ class OnModel(Protocol):
 
     @property
     def sites(self) -> list[Site]:
-        """Every projection that it updates."""
+        """Every projection that the adapter updates."""
 
 
 def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
-    """Refuse a state in which a tensor on the stream would meet a weight that others are merged into.
+    """Refuse a state in which an active tensor on the stream acts on a weight with other merged adapters.
 
-    ``W (x + x S)`` with W the merged weight would hold the product of the two updates, which belongs to
-    neither.
+    For a merged weight W, ``W (x + x S)`` contains the product of the two updates, which belongs to neither
+    adapter.
 
     Args:
-        merged: the adapters that would stand in the weights.
-        unmerged: those that would be active beside them.
+        merged: the adapters that would be merged into the weights.
+        unmerged: the adapters that would be active and not merged.
 
     Raises:
         ValueError: there is such a weight.
@@ -104,11 +104,11 @@ def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
 
 
 def check_settled(adapter: OnModel, merged: Iterable[OnModel]) -> None:
-    """Refuse to make an update part of the base under a merged tensor on the stream, which acts through it.
+    """Refuse to make an update part of a weight that a merged adapter on the stream multiplies.
 
     Args:
-        adapter: whose update would become part of the base.
-        merged: the other adapters that stand in the weights.
+        adapter: the adapter whose update would become part of the base.
+        merged: the other merged adapters.
 
     Raises:
         ValueError: one of them acts on the stream, at a weight of the adapter.

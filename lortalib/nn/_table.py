@@ -1,4 +1,4 @@
-"""Tensors of an adapter in words: a table of its networks, and how many parameters a LoRA would have."""
+"""Describes an adapter in a table of its networks, and counts the parameters of a LoRA in its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._trained_modules import TrainedModules
 
 
 class Described(Protocol):
-    """An adapter, as far as it is put into words."""
+    """The interface of an adapter that its description uses."""
 
     name: str
     config: AdapterConfig
@@ -26,29 +26,29 @@ class Described(Protocol):
 
     @property
     def sites(self) -> list[Site]:
-        """Every projection that it updates."""
+        """Every projection that the adapter updates."""
 
     @property
     def is_on_model(self) -> bool:
-        """Whether a model carries it."""
+        """True while the adapter is on a model."""
 
     @property
     def model(self) -> nn.Module:
-        """The model that carries it."""
+        """The model that the adapter is on."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything of it that trains."""
+        """Return the parameters of the adapter's networks."""
 
     def count(self) -> int:
-        """How many parameters its networks have."""
+        """Count the parameters of the adapter's networks."""
 
 
 def describe(adapter: Described, networks: Mapping[str, TensorNetwork]) -> str:
-    """What an adapter updates, with how many parameters, and how many LoRA would need.
+    """Describe the networks of an adapter and their parameter counts, and the count of a LoRA in its place.
 
     Args:
         adapter: the adapter.
-        networks: its networks by name of the group.
+        networks: the networks by name of the group.
     """
     config = adapter.config
     rank = max((n for net in networks.values() for n in net.ranks.values()), default=1)
@@ -74,11 +74,11 @@ def describe(adapter: Described, networks: Mapping[str, TensorNetwork]) -> str:
 
 
 def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]) -> list[str]:
-    """A line for each network, below a line of heads.
+    """Return the lines of a table: a line of headings, then a line for each network.
 
     Args:
         groups: the groups.
-        networks: by name of the group.
+        networks: the networks by name of the group.
     """
     rows = [("stack", "matrices", "layers", "heads", "in", "out", "legs", "ranks", "parameters")]
     for group in groups:
@@ -108,13 +108,13 @@ def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]
 
 
 def lora_count(groups: Iterable[Group], rank: int) -> int:
-    """How many parameters PEFT's LoRA of this rank has on the modules of these groups.
+    """Count the parameters of PEFT's LoRA of this rank on the modules of these groups.
 
     A fused projection is one module with one pair; packed experts have a pair for each expert.
 
     Args:
         groups: the groups.
-        rank: of the LoRA.
+        rank: rank of the LoRA.
     """
     modules = {
         (site.path, site.parameter): max(1, site.experts)

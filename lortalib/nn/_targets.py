@@ -1,4 +1,4 @@
-"""Targets: which of a model's projections an adapter updates."""
+"""Chooses the projections of a model that an adapter updates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from ._anatomy import BlockRule, Site, UnsupportedModelError, mlp_sites, sites
 
-#: The letters of targets; queries and keys may pass through latents of their own.
+#: The roles that each letter of targets means; q, k and v may first project to a latent ("q_a", "kv_a").
 _LATENT = {"q": ("q", "q_a"), "k": ("k", "kv_a"), "v": ("v", "kv_a"), "o": ("o",)}
 
-#: Targets that mean attention and MLPs together; PEFT's users write the second.
+#: Targets that mean attention and MLP together; PEFT's name for them is the second.
 _EVERYTHING = ("all", "all-linear")
 
 #: Letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, one text (a module name, a path, or a regular expression
@@ -24,7 +24,7 @@ Targets = Union[str, Sequence[str], Callable[[Site], bool]]
 def find_candidates(
     model: nn.Module, targets: Targets, rules: BlockRule | Sequence[BlockRule]
 ) -> list[Site]:
-    """The sites that targets of this kind choose from."""
+    """Find the sites that targets of this kind choose from."""
     if targets == "mlp":
         return mlp_sites(model)
     attention = sites(model, rules=rules)
@@ -46,17 +46,17 @@ def are_letters(targets: object) -> bool:
 def choose_sites(
     sites: Sequence[Site], targets: Targets, layers: int | Iterable[int] | None
 ) -> list[Site]:
-    """The sites that ``targets`` and ``layers`` name.
+    """Choose the sites that ``targets`` and ``layers`` name.
 
     Raises:
-        ValueError: nothing is named, or a name or layer that fits no site.
+        ValueError: no site is chosen, or a name or layer fits no site.
     """
     if not callable(targets) and not isinstance(targets, (str, Sequence)):
         raise ValueError(
             f"targets must be letters, names or a function of a site; found {targets!r}"
         )
     if targets in ("mlp", *_EVERYTHING):
-        chosen = [site for site in sites if site.role != "router"]  # only when it is named
+        chosen = [site for site in sites if site.role != "router"]  # a router must be named
     elif callable(targets):
         chosen = [site for site in sites if targets(site)]
     else:

@@ -1,4 +1,4 @@
-"""Modules of the model that train as a whole with an adapter, such as a new classifier head."""
+"""Manages modules of the model that train as a whole with an adapter, such as a new classifier head."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ Values = dict[str, dict[str, Tensor]]
 
 
 class TrainedModules:
-    """Whole modules that an adapter trains in place, owns and takes with it.
+    """Whole modules that train in place with an adapter; the adapter owns their trained values.
 
-    While the adapter is active the modules have its values, else those of the base. So a disabled
-    adapter leaves no trace, and two adapters can each have a head of their own (but not both be
-    active).
+    While the adapter is active the modules have the adapter's values, otherwise the base's. So a disabled
+    adapter has no effect, and two adapters can each have their own head (but cannot both be active).
 
     Args:
         paths: paths of the modules.
-        values: the adapter's own values; by default those that the modules have when swapped in.
+        values: the adapter's values; by default the values of the modules when they are swapped in.
     """
 
     def __init__(self, paths: Iterable[str] = (), values: Values | None = None) -> None:
         self.paths = tuple(paths)
         self._inside = False
-        self._other: Values = values or {}  # the base's values while inside, else the adapter's own
+        self._other: Values = values or {}  # the base's values while inside, else the adapter's
 
     def values(self, model: nn.Module | None) -> Values:
-        """The adapter's own values: path of the module, name in it, tensor."""
+        """Return the adapter's values by path of the module and name of the tensor."""
         if model is not None and (self._inside or not self._other):
             return _read(model, self.paths)
         return self._other
 
     def conflict(self, others: Iterable[TrainedModules]) -> str | None:
-        """A module that one of ``others`` trains too."""
+        """Return the path of a module that one of ``others`` trains too; None if there is none."""
         taken = {path for other in others for path in other.paths}
         return next((path for path in self.paths if path in taken), None)
 
     def set_values(self, model: nn.Module, values: Values) -> None:
-        """Take values of its own from elsewhere, of the same names and shapes; see `values`."""
+        """Replace the adapter's values, in the form that `values` returns; names and shapes must agree."""
         if self._inside:
             _write(model, values)
         else:
             self._other = values
 
     def swap_in(self, model: nn.Module, others: Iterable[TrainedModules]) -> None:
-        """Put the adapter's values into the modules and keep the base's. Where this fails, all is as
-        it was.
+        """Write the adapter's values into the modules and keep the base's. After an error all values are
+        unchanged.
 
         Args:
             model: the model.
-            others: those of the other active adapters.
+            others: the trained modules of the other active adapters.
 
         Raises:
             ValueError: one of the modules has the values of another active adapter, or was resized.
@@ -72,8 +71,8 @@ class TrainedModules:
         self._swap(model)
 
     def swap_out(self, model: nn.Module) -> None:
-        """Give the modules the base's values back and keep the adapter's. Where this fails, all is as it
-        was.
+        """Write the base's values back into the modules and keep the adapter's. After an error all values are
+        unchanged.
 
         Raises:
             ValueError: a module was resized meanwhile.
@@ -82,19 +81,19 @@ class TrainedModules:
             self._swap(model)
 
     def bring_back(self, model: nn.Module, also: Sequence[str] = ()) -> None:
-        """Let the modules stay where they compute, if accelerate offloads them: they train.
+        """Bring the modules back to the device that computes with them, if accelerate offloads them.
 
         Args:
             model: the model.
             also: paths of modules that another tool trains with the adapter.
 
         Raises:
-            ValueError: one of their weights is also another module's, and offloaded.
+            ValueError: one of their weights is offloaded and shared with another module.
         """
         _bring_back(model, (*self.paths, *also))
 
     def leave_in(self) -> None:
-        """Let the modules keep the adapter's values for good."""
+        """Leave the adapter's values in the modules for good."""
         self._inside, self._other = False, {}
 
     def set_trainable(self, model: nn.Module, trainable: bool) -> None:
@@ -143,7 +142,7 @@ def _write(model: nn.Module, values: Values) -> None:
 
 
 def _check_shapes(model: nn.Module, values: Values) -> None:
-    """Refuse values that do not fit their modules any more."""
+    """Refuse values whose shapes no longer fit their modules."""
     for path, tensors in values.items():
         own = module_at(model, path).state_dict()
         for name, tensor in tensors.items():
@@ -157,11 +156,11 @@ def _check_shapes(model: nn.Module, values: Values) -> None:
 
 
 def find_modules(model: nn.Module, names: Sequence[str], site_paths: Iterable[str]) -> list[str]:
-    """Paths of the modules that ``names`` mean: a path, or the end of one.
+    """Find the paths of the modules that ``names`` mean; a name is a path or the end of a path.
 
     Raises:
-        ValueError: a name that fits no module, one without parameters, or one that holds an
-            adapted projection.
+        ValueError: a name fits no module, or a module that has no parameters or contains an adapted
+            projection.
     """
     if isinstance(names, str):
         names = [names]

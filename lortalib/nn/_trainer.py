@@ -1,4 +1,4 @@
-"""Teaches a Trainer of transformers to go on from checkpoints that hold adapters without their base."""
+"""Lets a Trainer of transformers resume from checkpoints that contain adapters without their base."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ else:
 
 
 class AdapterTrainerMixin(_Trainer):
-    """Goes before a Trainer: ``class MyTrainer(AdapterTrainerMixin, Trainer): pass``, or any subclass of it.
+    """Mixin for a Trainer, or any subclass of it: ``class MyTrainer(AdapterTrainerMixin, Trainer): pass``.
 
-    Checkpoints of a model with adapters of `lortalib.nn.apply` hold the adapters, their optimiser and no
-    base; this mixin reads them for ``resume_from_checkpoint`` and ``load_best_model_at_end``. It warns where
-    a step cannot train an adapter, because it is merged, and of the first loss that is not finite.
+    Checkpoints of a model with adapters of `lortalib.nn.apply` contain the adapters and the optimiser, but no
+    base; this mixin reads them for ``resume_from_checkpoint`` and ``load_best_model_at_end``. It warns if an
+    adapter cannot train because it is merged, and of the first loss that is not finite.
 
     Example:
         >>> import lortalib, tempfile, torch
@@ -45,7 +45,7 @@ class AdapterTrainerMixin(_Trainer):
     _warned_of_loss = False
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """Take one step; see ``Trainer.training_step``."""
+        """Take one training step, as ``Trainer.training_step`` does, with the warnings of this class."""
         merged = [name for name, adapter in adapters(model).items() if adapter.merged]
         if merged:
             warnings.warn(
@@ -81,7 +81,7 @@ class AdapterTrainerMixin(_Trainer):
             self._restore(best, None)
 
     def _restore(self, folder: str, model: nn.Module | None) -> bool:
-        """Give the adapters their numbers in a checkpoint; returns whether they are in it."""
+        """Restore the adapters from a checkpoint; return False if the checkpoint contains none of them."""
         found: Any = self.model if model is None else model
         unmerged = [adapter for adapter in adapters(found).values() if not adapter.merged]
         places = saved_in(Path(folder), unmerged)

@@ -1,15 +1,15 @@
-"""Lends what a further door to the library is built on, as PEFT's and the command line's are.
+"""Collects the functions that further doors to the library use, such as PEFT and the command line.
 
-A door does four things:
+A door is an interface that puts adapters on models in its own way. It takes four steps:
 
-1. It plans: `plan` finds the sites of a model itself; `plan_sites` takes those that the door found, with
-   `understood_sites` and `linear_sites`. `check_settings` and `check_whole` refuse before anything is made.
-2. It makes an `Adapter` of the plan with `make_adapter`, and registers it where its parameters shall be.
-3. It lets modules add the updates: `by_module` says which, `ModuleUpdate` is what one module adds,
-   ``update(x, y)``: x and y are the module's input and its output, or, as `Place` says for a tensor on the
-   stream, one of them twice. `may_write_output` tells whether y may be written in place.
-4. It watches: `watch_forwards` marks where forwards begin and end, so that the low-rank pairs of all layers
-   are made once in each. `detach` takes those hooks off again.
+1. Plan: `plan` finds the sites of a model itself; `plan_sites` takes sites that the door found with
+   `understood_sites` and `linear_sites`. `check_settings` and `check_whole` refuse bad input first.
+2. Make: `make_adapter` makes the `Adapter` of a plan; the door registers it as a submodule of its choice.
+3. Update: `by_module` lists the modules with their sites, and a `ModuleUpdate` adds the update of one module:
+   ``update(x, y)``. x and y are the module's input and output, or, for a tensor on the stream, one of the
+   two twice, as `Place` says. `may_write_output` tells whether y may be changed in place.
+4. Watch: `watch_forwards` marks where forwards begin and end, so that each forward makes the low-rank pairs
+   of all layers once. `detach` removes these hooks.
 
 Example:
     >>> import torch
@@ -85,10 +85,10 @@ __all__ = [
 
 
 def make_adapter(name: str, planned: Plan) -> Adapter:
-    """Make the adapter of a plan, on no model yet.
+    """Make the adapter of a plan; it is on no model yet.
 
     Args:
-        name: its name.
-        planned: what `plan` or `plan_sites` returned.
+        name: name of the adapter.
+        planned: the result of `plan` or `plan_sites`.
     """
     return Adapter(name, planned.config, planned.groups, dict(planned.networks), TrainedModules())

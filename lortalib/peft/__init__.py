@@ -1,7 +1,7 @@
-"""One low-rank tensor as a PEFT method: `LortaConfig` for ``get_peft_model`` and all that takes one.
+"""Offers one low-rank tensor as a PEFT method: pass a `LortaConfig` wherever PEFT takes a configuration.
 
-Needs the extra ``peft`` (peft 0.21 or later). Whoever imports lortalib need not import this module:
-it registers the method with PEFT as soon as both are imported, in either order.
+This module needs the extra ``peft`` (peft 0.21 or later). ``import lortalib`` is enough to use it: the
+method is registered with PEFT as soon as both libraries are imported, in either order.
 
 Example:
     >>> import peft
@@ -11,7 +11,7 @@ Example:
     ...                             intermediate_size=64))
     >>> model = peft.get_peft_model(base, LortaConfig(rank=2))
     >>> model.get_nb_trainable_parameters()[0]
-    100
+    80
 """
 
 try:

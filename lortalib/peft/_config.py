@@ -1,4 +1,4 @@
-"""Describes the configuration of the method, in the words that PEFT's users know."""
+"""Defines the configuration of the method, in the terms that PEFT's users know."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..decomp import Legs, get_format
 from ..nn.door import LORA_WORDS, check_settings
 from ._peft_type import peft_type
 
-#: A model's width is less, and a larger bond adds nothing to a network that crosses it.
+#: The largest size of a bond: every model's width is smaller, and a larger bond adds no expressiveness.
 _LARGEST_BOND = 2**16
-#: Arguments of other methods that have no meaning here, and why.
+#: Arguments of other methods that have no meaning here, each with the reason.
 _REFUSED = {
     "rank_pattern": "all modules of a group share one tensor, whose rank cannot differ by module; give "
     "rank a mapping from bonds to sizes, or use two adapters",
@@ -33,7 +33,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _are(fits: Callable[[object], bool], value: object) -> bool:
-    """Whether a value is a list of values that fit; a text is no list of letters here."""
+    """Return True if a value is a list of values that fit; a text does not count as a list of letters."""
     return isinstance(value, (list, tuple, set)) and all(map(fits, value))
 
 
@@ -42,7 +42,7 @@ def _are_names(value: object) -> bool:
 
 
 def _are_named(fits: Callable[[object], bool], value: object) -> bool:
-    """Whether a value is a mapping from names to values that fit."""
+    """Return True if a value is a mapping from names to values that fit."""
     return isinstance(value, Mapping) and _are_names([*value]) and all(map(fits, value.values()))
 
 
@@ -58,7 +58,7 @@ _A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
     lambda value: value is None or isinstance(value, str) or _are_names(value),
     "a list of names, one text (a regular expression), or None",
 )
-#: What a field may be, and the same in words. Configurations are read from files of others.
+#: A check for each field, and its description. Configurations are read from files of other people.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (
         lambda value: _is_integer(value) or _are_sizes(value),
@@ -103,11 +103,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass
 class LortaConfig(PeftConfig):
-    """Asks for one low-rank tensor for all target modules of a model (LoRTA, arXiv 2410.04060).
+    """Configures one low-rank tensor for all target modules of a model (LoRTA, arXiv 2410.04060).
 
-    Attention and MLP projections that lortalib knows in the model become the modes layer, head and
-    matrix of one tensor for each size, as with `lortalib.nn.apply`; any other linear module is a
-    matrix with one head.
+    Attention and MLP projections that lortalib finds in the model share one tensor for each size, with the
+    modes layer, head and matrix, as with `lortalib.nn.apply`; any other linear module is a matrix with one
+    head.
 
     Args:
         rank: size of the bonds: one integer, or a mapping from bond to size, which may also give the
@@ -120,22 +120,22 @@ class LortaConfig(PeftConfig):
             projections of a transformers model.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: layers to adapt, by index; all by default.
-        layers_pattern: name of the list of layers, where PEFT cannot tell.
+        layers_pattern: name of the list of layers, if PEFT cannot find it.
         modules_to_save: modules that train as a whole and are saved with the adapter.
-        trainable_token_indices: rows of the embedding that train, as PEFT understands it.
-        init_weights: True or ``"invariant"`` (no update at first; the first step does not depend on
-            the rank), False or ``"normal"`` (random), ``"lorta"`` (the published start).
+        trainable_token_indices: rows of the embedding that train, as PEFT defines it.
+        init_weights: True or ``"invariant"`` (no update at first; the effect of the first step does not
+            depend on the rank), False or ``"normal"`` (random), ``"lorta"`` (the published initialization).
         gqa: ``"pool"`` or ``"split"``, as for `lortalib.nn.apply`.
-        acts_on: ``"weights"`` or ``"stream"``; by default what suits the format, as for
+        acts_on: ``"weights"`` or ``"stream"``; the default depends on the format, as for
             `lortalib.nn.apply`.
-        bias: only ``"none"``; it is there for those who write it out.
-        ranks: sizes of the bonds of each network by name; written by ``add_weighted_adapter``.
-        description: what the adapter consists of; written when it is made, for those who read its folder
-            without PEFT or without a model (see `lortalib.nn.read`).
+        bias: only ``"none"``, for configurations that state it.
+        ranks: sizes of the bonds of each network by name; ``add_weighted_adapter`` writes them.
+        description: a description of the adapter's networks, which lortalib writes when it makes the
+            adapter, so that its folder can be read without PEFT or a model (see `lortalib.nn.read`).
 
     Raises:
-        ValueError: a bad value, a bond above 65,536, or an argument that has no meaning for a shared tensor.
-        TypeError: a value of another type, or another ``bias``.
+        ValueError: a value is bad, a bond is above 65,536, or an argument has no meaning for a shared tensor.
+        TypeError: a value has another type, or ``bias`` is not ``"none"``.
 
     Example:
         >>> LortaConfig(rank=4, target_modules=["q_proj", "v_proj"]).peft_type.value
@@ -203,15 +203,15 @@ class LortaConfig(PeftConfig):
 
     @property
     def start(self) -> str:
-        """The name of the start that ``init_weights`` means, as `lortalib.nn.apply` calls it."""
+        """The name that `lortalib.nn.apply` has for the initialization that ``init_weights`` chooses."""
         if isinstance(self.init_weights, bool):
             return "invariant" if self.init_weights else "normal"
         return self.init_weights
 
 
 def _check_bonds(config: LortaConfig) -> None:
-    """Refuse bonds of any size: a file of others shall not ask for any memory it likes. The vectors that
-    parameters are hashed from are longer, and are cut at the number of hashed entries."""
+    """Refuse bonds that are too large, so that a file of other people cannot ask for any amount of memory.
+    The vectors of hashed parameters may be longer, and are cut at the number of hashed entries."""
     sizes = [config.rank] if isinstance(config.rank, int) else []
     mappings = [config.rank] if isinstance(config.rank, dict) else []
     for mapping in (*mappings, *(config.ranks or {}).values()):
@@ -229,6 +229,6 @@ def _vectors(decomposition: str) -> set[str]:
     """Find the names of the vectors in a line of legs."""
     try:
         line = get_format(decomposition).line
-    except ValueError:  # it is refused later, with the model
+    except ValueError:  # a wrong line is refused later, together with the model
         return set()
     return set(Legs.parse(line).vectors) if isinstance(line, str) else set()

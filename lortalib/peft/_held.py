@@ -1,4 +1,4 @@
-"""Answers for the adapters of a PEFT model: what of `lortalib.nn` they can do, and what is PEFT's to do."""
+"""Defines the host of adapters on a PEFT model, which refuses the calls that PEFT has its own calls for."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ class PeftHost:
         self.model = model
 
     def base_weight(self, site: Site) -> Tensor:
-        """Return a weight as it is without anything merged into it."""
+        """Return the base's weight of a site, without any merged update."""
         layer = self.model.get_submodule(site.path)
         assert isinstance(layer, LortaLayer)
         return layer.unmerged_weight
 
     def bring_back(self, adapter: Any) -> None:
-        """Let the modules that PEFT trains with an adapter stay where they compute, if accelerate offloads
-        them."""
+        """Bring the modules that PEFT trains with an adapter back from accelerate's offloading."""
         paths = [
             f"{path}.modules_to_save.{adapter.name}"
             for path, module in self.model.named_modules()
@@ -38,27 +37,27 @@ class PeftHost:
         adapter.trained_modules.bring_back(self.model, paths)
 
     def prepare_files(self, adapter: Any) -> NoReturn:
-        """Refuse: PEFT may train modules with it that only PEFT's files know."""
+        """Refuse to write a file, because PEFT may train modules that only its own files contain."""
         _refuse(adapter, "save_pretrained(folder), or base_model.export_lora(folder)")
 
     def enable(self, adapter: Any) -> NoReturn:
-        """Refuse."""
+        """Refuse to switch the adapter on; PEFT's ``set_adapter`` does that."""
         _refuse(adapter, "set_adapter(name)")
 
     def disable(self, adapter: Any) -> NoReturn:
-        """Refuse."""
+        """Refuse to switch the adapter off; PEFT's ``disable_adapter`` does that."""
         _refuse(adapter, "disable_adapter()")
 
     def merge(self, adapter: Any) -> NoReturn:
-        """Refuse."""
+        """Refuse to merge the adapter; PEFT's ``merge_adapter`` does that."""
         _refuse(adapter, "merge_adapter()")
 
     def unmerge(self, adapter: Any) -> NoReturn:
-        """Refuse."""
+        """Refuse to unmerge the adapter; PEFT's ``unmerge_adapter`` does that."""
         _refuse(adapter, "unmerge_adapter()")
 
     def remove(self, adapter: Any, merged: bool) -> NoReturn:
-        """Refuse."""
+        """Refuse to remove the adapter; PEFT's ``delete_adapter`` or ``merge_and_unload`` does that."""
         _refuse(adapter, "merge_and_unload()" if merged else "delete_adapter(name)")
 
 

@@ -35,13 +35,13 @@ from ..nn.door import (
 
 @dataclass
 class AdapterSlot:
-    """Holds what one adapter adds to one module.
+    """The update of one adapter in one module.
 
     Attributes:
         adapter: the adapter.
-        sites: its sites in the module.
-        update: what it adds.
-        tied: whether the weight is that of another module, which merges into it.
+        sites: the adapter's sites in the module.
+        update: the update that the module adds.
+        tied: whether the module shares its weight with another layer, which does the merging.
     """
 
     adapter: Adapter
@@ -53,13 +53,13 @@ class AdapterSlot:
 class LortaLayer(nn.Module, BaseTunerLayer):
     """Wraps a linear module and adds the updates of adapters to its output.
 
-    The trainable parameters are the tuner's: a layer only refers to them, so that each is registered, saved
-    and counted once.
+    The tuner owns the trainable parameters. A layer only refers to them, so that each parameter is
+    registered, saved and counted once.
 
     Attributes:
         base_layer: the module of the base.
         lorta_networks: for each adapter the networks whose pairs the layer uses.
-        lorta_slots: for each adapter what it adds.
+        lorta_slots: for each adapter its update.
     """
 
     lorta_networks: nn.ModuleDict
@@ -74,14 +74,14 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         )
         features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = features
-        # Past nn.Module's registration, which would save the tuner's parameters once more.
+        # nn.Module's registration is bypassed, because it would save the tuner's parameters once more.
         self.__dict__["lorta_networks"] = nn.ModuleDict()
         self.lorta_slots: dict[str, AdapterSlot] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
 
     def add(self, name: str, adapter: Adapter, sites: Sequence[Site], tied: bool = False) -> None:
-        """Add the updates of an adapter from now on; the arguments are the fields of `AdapterSlot`."""
+        """Add an adapter to the layer; the arguments are the fields of `AdapterSlot`."""
         slot = AdapterSlot(adapter, list(sites), ModuleUpdate(adapter, sites), tied)
         self.lorta_slots[name] = slot
         self.lorta_networks[name] = nn.ModuleList(
@@ -93,14 +93,14 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         return {name: slot.sites for name, slot in self.lorta_slots.items()}
 
     def forget(self, name: str) -> None:
-        """Add the updates of an adapter no more; nothing happens where it is not there."""
+        """Remove an adapter from the layer; if the layer does not have it, nothing happens."""
         self.lorta_slots.pop(name, None)
         if name in self.lorta_networks:
             del self.lorta_networks[name]
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer computes: where its weight is, or accelerate brings it."""
+        """The device that the base layer computes on, to which accelerate brings an offloaded weight."""
         hook = getattr(self.base_layer, "_hf_hook", None)
         if self.weight.is_meta and hook is not None:
             return torch.device(getattr(hook, "execution_device", None) or "cpu")
@@ -109,7 +109,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the base layer has a placeholder for its weight, which accelerate keeps elsewhere."""
+        """True if accelerate offloads the weight of the base layer, which is then on the meta device."""
         return self.device != self.weight.device
 
     # What it computes
@@ -125,7 +125,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         read = self._added(Place.INPUT, x, x, names)
         output = self.base_layer(read, *args, **kwargs)
-        if isinstance(output, tuple):  # quantised layers that return their scale beside the output
+        if isinstance(output, tuple):  # some quantised layers return (output, scale)
             return (self._with_updates(x, output[0], names), *output[1:])
         return self._with_updates(x, output, names)
 
@@ -142,7 +142,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     def _added(
         self, place: Place, x: Tensor, y: Tensor, names: Sequence[str] | None, own: bool = False
     ) -> Tensor:
-        """Return y with the updates for x of all adapters that act at one place."""
+        """Return y with the updates for x of all adapters whose updates have this place."""
         if names is not None:
             return self._add_by_row(place, x, y, names, own)
         for name in self.active_adapters:
@@ -167,7 +167,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     def _add_by_row(
         self, place: Place, x: Tensor, y: Tensor, names: Sequence[str], own: bool
     ) -> Tensor:
-        """Add to every row the update of the adapter named for it, all rows in two products."""
+        """Add the update of its own adapter to every row, with two products for all rows."""
         here = {name for name, slot in self.lorta_slots.items() if slot.update.place is place}
         used = [name for name in dict.fromkeys(names) if name in here]
         if not used:
@@ -189,12 +189,12 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def unmerged_weight(self) -> Tensor:
-        """The weight as it is without anything merged into it."""
+        """The base's weight, without any merged update."""
         weight: Tensor = self.get_base_weight() if self._unmerged is None else self._unmerged
         return weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what an adapter adds to the weight, whole and in the shape in which it is stored."""
+        """Return the update of an adapter as a dense tensor, in the shape of the stored weight."""
         slot = self.lorta_slots[adapter]
         delta = sum(slot.adapter.delta(site, self.unmerged_weight) for site in slot.sites)
         assert isinstance(delta, Tensor)
@@ -202,14 +202,14 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of adapters to the weight, which is kept as it was for `unmerge`.
+        """Add the updates of adapters to the weight; the base's weight is kept for `unmerge`.
 
         Args:
-            safe_merge: refuse a result that is not finite.
-            adapter_names: which; the active ones by default.
+            safe_merge: whether to refuse a result that is not finite.
+            adapter_names: names of the adapters; the active adapters by default.
 
         Raises:
-            ValueError: with ``safe_merge``, NaN or infinity; the weight is then as it was.
+            ValueError: ``safe_merge`` is set and the result is not finite; the weight is then unchanged.
         """
         if self.is_offloaded:
             with onload_layer(self):
@@ -236,7 +236,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight back, every bit of it.
+        """Restore the base's weight bit for bit.
 
         Raises:
             RuntimeError: FSDP2 has gathered the weight.
@@ -255,7 +255,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _write(self, weight: Tensor) -> None:
-        """Give the base layer a weight; one that FSDP2 divides stays in the memory that FSDP2 knows."""
+        """Set the weight of the base layer; a weight that FSDP2 divides is copied into FSDP2's memory."""
         own = self.get_base_weight()
         if hasattr(own, "device_mesh") != hasattr(weight, "device_mesh"):
             raise RuntimeError(
@@ -269,7 +269,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
             self.set_base_weight(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Yes: the update is a matrix."""
+        """Return True, because every update is a matrix."""
         return True
 
     # What PEFT's other calls need to know
@@ -291,7 +291,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Factors that were read into main memory go where the first of their modules is."""
+        """Move factors that were read into main memory to the device of the first of their modules."""
         target = self.device if device is None or device.type == "meta" else device
         for network in self._networks(adapter_name):
             if network.stored[0].device.type == "cpu" and target.type != "meta":
@@ -301,22 +301,22 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         return "lorta." + super().__repr__()
 
     def extra_repr(self) -> str:
-        """The adapters, and how the base is quantised."""
+        """Return the names of the adapters and the quantisation of the base, for ``repr``."""
         names = ", ".join(self.lorta_slots)
         return f"adapters=[{names}]" + str(quantization_extra_repr(self) or "")
 
 
 class LortaLinear(LortaLayer):
-    """The layer, under a name by which PEFT tells that it wraps a linear module ("all-linear")."""
+    """The same layer under a name with which PEFT recognises a wrapped linear module ("all-linear")."""
 
 
 def _row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Make the indices of the rows of a batch; all layers take the very same tensor, as handing numbers to a
-    GPU would wait for it."""
+    """Make the indices of the rows of a batch. All layers use the same tensor, because a copy of numbers to a
+    GPU waits for the GPU."""
     return integers(rows, device) if is_tracing() else _known_row_index(rows, device)
 
 
 @lru_cache(maxsize=8)
 def _known_row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it serves later batches in any mode
+    with torch.inference_mode(False):  # later batches use the tensor in any mode
         return integers(rows, device)

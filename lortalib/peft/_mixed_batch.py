@@ -16,13 +16,13 @@ BASE = "__base__"
 
 @contextmanager
 def named_rows(tuner: nn.Module, names: Sequence[str], repeats: Iterable[int]) -> Iterator[None]:
-    """Let the layers of a tuner see a name for every row, within this context.
+    """Give the layers of a tuner a name for every row, within this context.
 
     Args:
-        tuner: whose layers.
+        tuner: the tuner.
         names: a name for each row of the batch, or ``"__base__"``.
-        repeats: how often generation may repeat a row (beams, several sequences); a layer that sees so
-            many times the rows repeats their names.
+        repeats: the numbers of times that generation may repeat a row (beams, several sequences). A layer
+            whose batch is so many times larger gets each name as often.
     """
     pass_names = _PassNames(tuple(names), frozenset(repeats))
     handles = []
@@ -43,7 +43,7 @@ class _PassNames:
         self.names, self.repeats = names, repeats
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Torch's forward pre-hook with keyword arguments."""
+        """Return the arguments with the names added, as torch calls a forward pre-hook with keywords."""
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next((value for value in given if value.dim()), None)
         rows = len(self.names) if first is None else len(first)
@@ -53,12 +53,12 @@ class _PassNames:
 
 
 def repeats_of(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> set[int]:
-    """Find how often generation with these arguments may repeat a row: by beams, by sequences, by both.
+    """Find how often generation with these arguments may repeat a row, for beams, sequences or both.
 
     Args:
-        model: whose generation config counts where the arguments say nothing.
-        args: the arguments of the call, a generation config among them or not.
-        kwargs: those with a name.
+        model: the model; its generation config is the default for the arguments.
+        args: the positional arguments of the call, which may contain a generation config.
+        kwargs: the keyword arguments of the call.
     """
     configs = [*args, kwargs.get("generation_config"), getattr(model, "generation_config", None)]
 

@@ -41,13 +41,13 @@ from ._whole_modules import whole_modules
 
 
 class LortaModel(BaseTuner):
-    """Puts adapters on a model whose target modules share low-rank tensors; made by ``get_peft_model``.
+    """Puts adapters on a model whose target modules share low-rank tensors; ``get_peft_model`` makes it.
 
-    Every trainable parameter is one of ``lorta_adapters.<adapter>.networks.<group>``, once; the wrappers of
-    the modules only refer to them.
+    Every trainable parameter is registered once, in ``lorta_adapters.<adapter>.networks.<group>``; the
+    wrappers of the modules only refer to the parameters.
 
     Attributes:
-        lorta_adapters: the adapters by name, those of `lortalib.nn`.
+        lorta_adapters: the adapters, as `lortalib.nn.Adapter`, by name.
     """
 
     uses_shared_state = SharedState()  # type: ignore[assignment]
@@ -82,10 +82,10 @@ class LortaModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Wrap the target modules and make the networks that they share; see `BaseTuner`.
+        """Wrap the target modules and make the networks that they share, as `BaseTuner` asks.
 
         Raises:
-            ValueError: targets that lortalib cannot adapt. The model is then as it was.
+            ValueError: lortalib cannot adapt a target. The model is then unchanged.
         """
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name, None)
@@ -102,13 +102,13 @@ class LortaModel(BaseTuner):
             )
             config = self._config(adapter_name)
             self._put(adapter_name, self._make(adapter_name, config, low_cpu_mem_usage), config)
-            for parameter, flag in known:  # as PEFT does with the parameters that it sees
+            for parameter, flag in known:  # as PEFT does for the parameters of layers
                 parameter.requires_grad_(flag)
             self._targets = {}
             undo.pop_all()
 
     def _forget(self, adapter_name: str) -> None:
-        """Take an adapter from the layers that were just targeted."""
+        """Remove an adapter from the layers that were just targeted."""
         for layer in self._targets.values():
             layer.forget(adapter_name)
 
@@ -161,13 +161,13 @@ class LortaModel(BaseTuner):
             acts_on=config.acts_on,
             device=torch.device("meta") if meta or config.ranks is not None else device,
         )
-        if config.ranks is not None:  # as a weighted sum wrote them
+        if config.ranks is not None:  # add_weighted_adapter wrote them
             planned = with_ranks(planned, config.ranks, torch.device("meta") if meta else device)
         return make_adapter(name, planned)
 
     def _put(self, name: str, adapter: Adapter, config: LortaConfig) -> None:
-        """Let the targeted modules add the updates of an adapter."""
-        adapter.active = True  # which of the installed ones a layer adds is PEFT's to say
+        """Register an adapter and let the targeted modules add its updates."""
+        adapter.active = True  # PEFT decides which of the installed adapters a layer adds
         self.lorta_adapters[name] = adapter.train(self.training)
         adapter.belong_to(PeftHost(self.model))
         config.description = describe_for_peft(adapter, self.model)
@@ -190,23 +190,23 @@ class LortaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put a layer, or what it wraps, in the place of a module; it has no parameters of its own."""
+        """Replace a module by a layer, or a layer by its module; a layer has no parameters to move."""
         setattr(parent, child_name, new_module)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Add the updates of adapters to the weights; see `BaseTuner`.
+        """Add the updates of adapters to the weights, as `BaseTuner` describes.
 
         Raises:
-            ValueError: a weight that another module holds too, which the adapters do not change.
+            ValueError: a weight is shared with a module that the adapters do not change in the same way.
         """
         check_tied(self.model, adapter_names)
         divide_again(self.model, self._weights())
         super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the weights back, every bit of them; see `BaseTuner`."""
+        """Restore the base's weights bit for bit, as `BaseTuner` describes."""
         divide_again(self.model, {})
         super().unmerge_adapter()
 
@@ -215,7 +215,7 @@ class LortaModel(BaseTuner):
         return {path: layer.weight for path, layer in named if isinstance(layer, LortaLayer)}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; see `BaseTuner`."""
+        """Remove an adapter, as `BaseTuner` describes."""
         super().delete_adapter(adapter_name)
         self._release(adapter_name)
         del self.lorta_adapters[adapter_name]
@@ -236,7 +236,7 @@ class LortaModel(BaseTuner):
         return model
 
     def _release(self, name: str) -> None:
-        """Take the hooks of an adapter off; it is then on no model."""
+        """Remove the hooks of an adapter, which is then on no model."""
         detach(self._handles.pop(name, []))
         adapter = self._adapters()[name]
         adapter.scope.forget()
@@ -245,13 +245,13 @@ class LortaModel(BaseTuner):
     # Parameters
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Let what accelerate offloads be there before numbers for it are read."""
+        """Bring back parameters that accelerate offloads before values are loaded into them."""
         for adapter in self._adapters().values():
             adapter.bring_back()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Factors are float32, or of the base's dtype where PEFT was asked not to cast them."""
+        """Cast half-precision factors to float32; without autocasting, cast factors to the base's dtype."""
         if adapter_name not in self.lorta_adapters:
             return
         networks = self._adapters()[adapter_name].networks
@@ -265,7 +265,7 @@ class LortaModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Turn ``lorta_adapters.<adapter>.networks`` into ``lorta_adapters.networks``, as in a file."""
+        """Shorten ``lorta_adapters.<adapter>.networks`` to ``lorta_adapters.networks``, as files have it."""
         own = rf"(^|\.)lorta_adapters\.{re.escape(adapter_name)}\."
         return re.sub(own, r"\1lorta_adapters.", key, count=1)
 
@@ -276,19 +276,19 @@ class LortaModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """Add an adapter whose update is exactly the weighted sum of the updates of others.
+        """Add an adapter whose update is exactly the weighted sum of the updates of other adapters.
 
         The ranks add up: the new networks are direct sums along the bonds.
 
         Args:
-            adapters: names, all of one decomposition and on the same modules.
-            weights: a factor for each.
-            adapter_name: name of the new one.
-            combination_type: only ``"cat"``; the others of LoRA are approximations.
+            adapters: names of adapters with the same decomposition and modules.
+            weights: a factor for each adapter.
+            adapter_name: name of the new adapter.
+            combination_type: only ``"cat"``; LoRA's other types are approximations.
 
         Raises:
-            ValueError: unknown adapters, unlike decompositions or targets, a name that is in use,
-                another combination type.
+            ValueError: an adapter is unknown, decompositions or targets differ, the name is in use, or the
+                combination type is another.
         """
         check_sum([*self.lorta_adapters], adapters, weights, adapter_name, combination_type)
         owners = [self._adapters()[name] for name in adapters]
@@ -309,13 +309,13 @@ class LortaModel(BaseTuner):
             raise
 
     def export_lora(self, folder: str | PathLike[str], adapter_name: str = "default") -> Path:
-        """Write an adapter as a standard LoRA, exactly; see `lortalib.nn.export_lora`.
+        """Write an adapter as a standard LoRA with the same updates; see `lortalib.nn.export_lora`.
 
-        Modules that are saved with the adapter (``modules_to_save``) go into the file too.
+        The file also contains the modules that are saved with the adapter (``modules_to_save``).
 
         Raises:
-            KeyError: no such adapter.
-            ValueError: it trains rows of an embedding (``trainable_token_indices``).
+            KeyError: no adapter has this name.
+            ValueError: the adapter trains rows of an embedding (``trainable_token_indices``).
         """
         if adapter_name not in self.lorta_adapters:
             raise KeyError(
@@ -328,7 +328,7 @@ class LortaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let the layers see ``adapter_names``, a name or "__base__" for each row, while it is open."""
+        """Pass ``adapter_names`` (a name or "__base__" for each row) to the layers within a context."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield

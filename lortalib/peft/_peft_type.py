@@ -8,10 +8,10 @@ NAME = "LORTA"
 
 
 def peft_type() -> PeftType:
-    """Return ``PeftType.LORTA``, added if it is not there.
+    """Return ``PeftType.LORTA``; add the member first if it is missing.
 
-    The enumeration is closed and PEFT looks methods up by its members, so one is made the way that
-    `enum` makes them.
+    PEFT looks methods up by the members of a closed enumeration, so the member is made in the same way as
+    `enum` makes members.
     """
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)

@@ -1,4 +1,4 @@
-"""Makes the method known to PEFT, which has no public way for one from outside."""
+"""Registers the method with PEFT, which has no public call for methods of other libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._peft_type import NAME, peft_type
 
 
 def register() -> None:
-    """Enter the method in PEFT's tables, once."""
+    """Add the method to PEFT's tables; a second call does nothing."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type()) is not LortaConfig:

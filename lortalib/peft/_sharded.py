@@ -1,4 +1,4 @@
-"""Lets FSDP2 divide what it gathered for a forward, before PEFT changes weights."""
+"""Lets FSDP2 divide gathered parameters again before PEFT changes weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..nn import door
 
 
 def divide_again(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Let FSDP2 divide what it gathered for a forward, so that a change of a weight is not lost.
+    """Let FSDP2 divide gathered parameters again, so that changes of weights are not lost.
 
     Args:
-        model: the model; nothing happens where FSDP2 divides no part of it.
-        weights: those that are to change, by path of their module.
+        model: the model; if FSDP2 divides no part of it, nothing happens.
+        weights: the weights that are to change, by path of their module.
     """
     parts = door.divide_again(model)
     left = [path for path, weight in weights.items() if not door.is_divided(weight)]

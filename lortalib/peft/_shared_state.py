@@ -1,20 +1,20 @@
-"""Tells transformers, which would put an adapter into a plain model, that PEFT's model has to hold it."""
+"""Refuses calls by which transformers would put an adapter into a plain model instead of PEFT's model."""
 
 from __future__ import annotations
 
 
 class SharedState:
-    """Stands for True where PEFT asks whether modules share state; being asked is being refused.
+    """Stands for True where PEFT asks whether modules share state, and raises an error when asked.
 
-    PEFT asks only in ``inject_adapter_in_model``, on behalf of ``from_pretrained``, ``pipeline``,
-    ``load_adapter`` and ``add_adapter`` of transformers.
+    PEFT asks only in ``inject_adapter_in_model``, which ``from_pretrained``, ``pipeline``, ``load_adapter``
+    and ``add_adapter`` of transformers call.
     """
 
     def __bool__(self) -> bool:
-        """Refuse.
+        """Refuse to put the adapter into a plain model.
 
         Raises:
-            ValueError: always, with what to call instead.
+            ValueError: always; the message says which calls to use instead.
         """
         raise ValueError(
             "a LORTA adapter has one tensor for all modules, which transformers cannot put into a plain "

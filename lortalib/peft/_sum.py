@@ -1,4 +1,4 @@
-"""Makes weighted sums of adapters, exactly: networks whose ranks add up."""
+"""Makes exact weighted sums of adapters, as networks whose ranks add up."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ._config import LortaConfig
 def check_sum(
     known: Sequence[str], names: Sequence[str], weights: Sequence[float], name: str, kind: str
 ) -> None:
-    """Refuse a weighted sum that cannot be asked for.
+    """Check the arguments of a weighted sum.
 
     Args:
-        known: names of the adapters that there are.
-        names: of those to add.
-        weights: a factor for each.
-        name: of the sum.
-        kind: how they are to be combined.
+        known: names of the adapters of the model.
+        names: names of the adapters to add.
+        weights: a factor for each adapter.
+        name: name of the sum.
+        kind: the combination type.
 
     Raises:
-        ValueError: unknown adapters, a weight too few or too many, a name that is in use, another kind.
+        ValueError: an adapter is unknown, the numbers of adapters and weights differ, the name is in use,
+            or the kind is not ``"cat"``.
     """
     if kind != "cat":
         raise ValueError(f"combination_type must be 'cat', the exact sum; found {kind!r}")
@@ -40,10 +41,11 @@ def check_sum(
 
 
 def weighted_sum(owners: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Network]:
-    """Make the networks of the weighted sum of adapters, by name of their group; scalings are in them.
+    """Make the networks of the weighted sum of adapters, by name of their group. The networks include the
+    adapters' scalings.
 
     Raises:
-        ValueError: the adapters are not on the same modules, or of unlike decompositions.
+        ValueError: the adapters have different modules or decompositions.
     """
     networks = {}
     for group in owners[0].groups:
@@ -63,13 +65,13 @@ def describe_sum(
 ) -> None:
     """Turn the configuration of a summand into that of the sum.
 
-    Where parameters of the summands are hashed, those of the sum are not: it has more different entries
-    than their vectors have numbers. So its decomposition is the line of its networks.
+    If parameters of the summands are hashed, the parameters of the sum are not, because the sum has more
+    different entries than the vectors of the summands. Its decomposition is then the line of its networks.
 
     Args:
         config: a copy of the configuration of a summand.
         owners: the summands.
-        networks: those of the sum, by name of their group.
+        networks: the networks of the sum, by name of their group.
 
     Raises:
         ValueError: the summands are hashed, and the networks have different lines.
@@ -95,15 +97,15 @@ def with_ranks(
     ranks: Mapping[str, Mapping[str, int]],
     device: torch.device | Callable[[Site], torch.device],
 ) -> Plan:
-    """Make a plan whose networks are zero and have ranks of their own.
+    """Make a copy of a plan with other ranks and with zeros in its networks.
 
     Args:
-        planned: with the lines and the modes.
-        ranks: by network and bond, as ``add_weighted_adapter`` writes them into a configuration.
-        device: of the networks, or a function from the first site of each to it.
+        planned: the plan, which gives the lines and the modes.
+        ranks: rank by network and bond, as ``add_weighted_adapter`` writes them into a configuration.
+        device: device of the networks, or a function from the first site of each network to its device.
 
     Raises:
-        ValueError: other networks or bonds than those of the plan, or a rank below 1.
+        ValueError: networks or bonds differ from those of the plan, or a rank is below 1.
     """
     wanted = {
         group.name: {*net.ranks, *net.vectors}

@@ -1,4 +1,4 @@
-"""Finds the sites that the target modules of PEFT are."""
+"""Finds the sites of PEFT's target modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..nn.door import (
 
 
 def known_sites(model: nn.Module) -> list[Site]:
-    """Find the projections of a model that lortalib knows the role of; none where it understands none."""
+    """Find the projections of a model whose role lortalib knows; the list can be empty."""
     found: list[Site] = [*understood_sites(model)]
     with suppress(UnsupportedModelError):  # a model without an MLP
         found += mlp_sites(model)
@@ -28,7 +28,7 @@ def known_sites(model: nn.Module) -> list[Site]:
 
 
 def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
-    """Find the sites of these modules: known ones, and a matrix each for the others."""
+    """Find the sites of these modules: the known sites, and one matrix with one head for any other module."""
     own = [site for site in known if {site.path, *site.tied_paths} & set(modules)]
     named = {path for site in own for path in (site.path, *site.tied_paths)}
     others = {path: module for path, module in modules.items() if path not in named}
@@ -37,11 +37,11 @@ def sites_of(known: Sequence[Site], modules: Mapping[str, nn.Module]) -> list[Si
 
 
 def short_names(model: nn.Module, paths: set[str]) -> set[str]:
-    """Shorten paths to their last words, where these name nothing else.
+    """Shorten paths to their last words, if these words name no other modules.
 
     Args:
         model: the model, with or without PEFT's layers in it.
-        paths: of modules in it.
+        paths: paths of modules in the model.
     """
     words = {path.rpartition(".")[2] for path in paths}
     named = {
@@ -53,16 +53,16 @@ def short_names(model: nn.Module, paths: set[str]) -> set[str]:
 
 
 def named_targets(model: nn.Module, known: Sequence[Site], targets: Any) -> Any:
-    """Turn None, letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, and roles in a list, into names of modules;
-    all else is PEFT's language already.
+    """Convert None, letters out of ``"qkvo"``, ``"mlp"``, ``"all"``, and roles in a list to names of modules;
+    other targets are returned unchanged, because PEFT understands them.
 
     Args:
         model: the model, with or without PEFT's layers in it.
         known: the projections whose role is known.
-        targets: as in the configuration.
+        targets: the targets of the configuration.
 
     Raises:
-        ValueError: nothing is known that None, or these letters, could mean.
+        ValueError: no known projection fits None, or the letters.
     """
     own = [site for site in known if not site.weight_read_directly]
     if targets is None:

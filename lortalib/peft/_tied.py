@@ -1,4 +1,4 @@
-"""Refuses to merge into weights that modules hold which the adapters do not change."""
+"""Refuses to merge into weights that are shared with modules that the adapters do not change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ._layer import LortaLayer
 
 
 def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
-    """Refuse to merge where a weight is also that of a module which the adapters do not change alike.
+    """Refuse to merge if a weight is shared with a module that the adapters do not change in the same way.
 
     Args:
-        model: the model with its layers.
-        adapter_names: the adapters that are to be merged; the active ones by default.
+        model: the model with PEFT's layers.
+        adapter_names: the adapters that are to be merged; the active adapters by default.
 
     Raises:
-        ValueError: such a weight; the message names both modules.
+        ValueError: there is such a weight; the message names both modules.
     """
     holders: dict[int, list[str]] = {}
     updates: dict[str, dict[str, list[Site]]] = {}

@@ -1,4 +1,4 @@
-"""Puts a model back as it was before a call that changes it and fails."""
+"""Restores a model after a call that changes the model fails."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 class Snapshot:
-    """Remembers every module of a model with its attributes, and which parameters require gradients.
+    """Remembers the attributes of every module of a model, and which parameters require gradients.
 
-    Parameters, buffers, submodules and hooks are entries of dictionaries among the attributes, so wrappers,
-    adapters and hooks that come later are gone once it is restored. It copies no tensor.
+    Parameters, buffers, submodules and hooks are entries of dictionaries among the attributes, so `restore`
+    also removes wrappers, adapters and hooks that were added later. A snapshot copies no tensor.
 
     Args:
         model: the model.
@@ -25,7 +25,7 @@ class Snapshot:
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        """Put everything back; may be called again."""
+        """Restore all attributes and flags; may be called again."""
         for module, attributes in self._attributes:
             for name in vars(module).keys() - {name for name, *_ in attributes}:
                 del vars(module)[name]
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 def _entries(value: Any) -> Any:
-    """What a container holds now; None for all else."""
+    """Copy a dictionary, list or set; return None for any other value."""
     for kind in (dict, list, set):
         if isinstance(value, kind):
             return kind(value)

@@ -1,4 +1,4 @@
-"""Reads the modules that PEFT trains and saves as a whole beside an adapter."""
+"""Reads the modules that PEFT trains as a whole and saves with an adapter."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..nn.door import Values
 
 
 def whole_modules(model: nn.Module, adapter_name: str) -> Values:
-    """Read the values of the modules in ``modules_to_save``, by path and name in it.
+    """Read the values of the modules in ``modules_to_save``, by path of the module and name of the tensor.
 
     Args:
         model: the model with PEFT's wrappers.
-        adapter_name: of the adapter.
+        adapter_name: name of the adapter.
 
     Raises:
-        ValueError: the adapter trains something that no file of a LoRA by lortalib can say.
+        ValueError: the adapter trains rows of an embedding, which a file of a LoRA cannot contain.
     """
     values: Values = {}
     for path, module in model.named_modules():

@@ -145,7 +145,7 @@ class Bank:
         self.update({name: source})
 
     def update(self, sources: Mapping[Hashable, Source] | Bank) -> None:
-        """Store several adapters; those with the same names are replaced. If one is refused, none is stored.
+        """Store several adapters, replacing adapters of the same names. If one is refused, none is stored.
 
         Args:
             sources: a mapping from names to sources, as `add` takes them; or another bank of this shape,

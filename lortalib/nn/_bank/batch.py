@@ -163,10 +163,10 @@ def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
 
 
 class RowsView(NetworkView):
-    """A network with one more mode, the rows, on every parameter; it has sizes and no numbers.
+    """A network with one more mode, the rows, on every parameter; it has sizes and no values.
 
     Args:
-        network: the network of one row; its hashed parameters are computed as it does.
+        network: the network of one row, which also computes the hashed parameters.
         mode: the name of the new mode.
     """
 

@@ -107,7 +107,7 @@ class RowUpdate:
 
     @property
     def is_on(self) -> bool:
-        """Whether the rows of the running forward gathered any tensors."""
+        """True if the rows of the running forward gathered tensors."""
         return self._current.get() is not None
 
     def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:

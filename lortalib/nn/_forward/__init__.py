@@ -1,4 +1,4 @@
-"""What runs in a forward. Knows no adapter, only the small protocols of ``update``."""
+"""Runs the updates in a forward. This package knows adapters only by the protocols in ``update``."""
 
 from .attach import Handle, attach, detach
 from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards

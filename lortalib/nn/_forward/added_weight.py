@@ -1,8 +1,8 @@
-"""Adds an adapter's update to a weight that is read directly: the module's class reads it with the update.
+"""Adds an adapter's update to a weight whenever other code reads the weight, instead of by a hook.
 
-For the few modules whose forward is never called, such as the projections of
-torch.nn.MultiheadAttention, and for packed experts. The parameter stays where it is, under its name; only
-the class of the one module becomes a subclass of the same name, whose attribute is a property.
+A few modules need this because their forward is never called, such as the projections of
+torch.nn.MultiheadAttention, and packed experts. The parameter keeps its place and name; the class of the
+module becomes a subclass of the same name, with a property that returns weight plus update.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch import Tensor, nn
 from .._anatomy import Site
 from .update import AdapterLike
 
-#: The attribute of a module that has the updates of its weights: name, adapter, site.
+#: The attribute of a module that lists the updates of its weights as (adapter, site).
 _UPDATES = "_lortalib_updates"
 Updates = tuple[tuple[AdapterLike, Site], ...]
 
 
 class WeightHandle:
-    """Takes an adapter's update off a weight, as torch's handles take off hooks."""
+    """Removes an adapter's update from a weight, as torch's handles remove hooks."""
 
     def __init__(self, module: nn.Module, adapter: AdapterLike, site: Site) -> None:
         self.module, self.adapter, self.site = module, adapter, site
 
     def remove(self) -> None:
-        """Take the update off; may be called again."""
+        """Remove the update; may be called again."""
         updates: Updates = self.module.__dict__.get(_UPDATES, ())
         kept = tuple((a, s) for a, s in updates if a is not self.adapter or s != self.site)
         _set_updates(self.module, kept)
 
 
 def add_to_weight(module: nn.Module, adapter: AdapterLike, site: Site) -> WeightHandle:
-    """Let a site's weight be read with the adapter's update.
+    """Add an adapter's update to a site's weight whenever the weight is read.
 
     Args:
         module: the module that has the weight.
-        adapter: whose update.
-        site: where.
+        adapter: the adapter.
+        site: the site.
     """
     handle = WeightHandle(module, adapter, site)
     try:
@@ -51,7 +51,7 @@ def add_to_weight(module: nn.Module, adapter: AdapterLike, site: Site) -> Weight
 
 
 def _set_updates(module: nn.Module, updates: Updates) -> None:
-    """Give a module these updates, and the class that reads them."""
+    """Set the updates of a module, and the class that adds them."""
     cls = base_class(type(module))
     names = tuple(dict.fromkeys(site.parameter for _, site in updates))
     wanted = _reading_class(cast(Any, cls), names) if names else cls
@@ -63,14 +63,14 @@ def _set_updates(module: nn.Module, updates: Updates) -> None:
 
 
 def base_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module without updates."""
+    """Return the class that a module has without updates."""
     base: type[nn.Module] = cls.__dict__.get("_lortalib_base", cls)
     return base
 
 
 @cache
 def _reading_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of the same name, in which these weights are read with their updates."""
+    """Make a subclass of the same name with a property that adds the updates for each of these weights."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = cls.__reduce_ex__(self, protocol)
@@ -88,7 +88,7 @@ def _reading_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _restore(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """An unpickled module, before it has its attributes."""
+    """Make a module for unpickling, which then fills in the attributes."""
     module = cls.__new__(cls)
     module.__class__ = _reading_class(cast(Any, cls), names)
     return module

@@ -1,4 +1,4 @@
-"""Puts the hooks of an adapter on a model, and takes them off by torch's own handles."""
+"""Puts the hooks of an adapter on a model, and removes them with torch's own handles."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Handle = Union[RemovableHandle, WeightHandle]
 
 
 class AttachableAdapter(AdapterLike, Protocol):
-    """An adapter, as far as its hooks know it."""
+    """The interface of an adapter that its hooks use."""
 
     groups: tuple[Group, ...]
 
 
 def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) -> None:
-    """Let every site of the adapter add its update while the adapter is on.
+    """Put hooks on a model that add the adapter's updates while the adapter is on.
 
     Args:
         model: the model.
         adapter: the adapter.
-        handles: gets what takes each hook off again. Where this fails, nothing is left on the model.
+        handles: a list that gets the handle of each hook. If this call fails, no hook stays on the model.
     """
     try:
         for handle in watch_forwards(model, adapter.scope, adapter.groups):
@@ -50,7 +50,7 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
 
 
 def detach(handles: list[Handle]) -> None:
-    """Take off what `attach` put on, last first; may be called again."""
+    """Remove the hooks that `attach` put on, last first; may be called again."""
     if not handles:
         return
     try:

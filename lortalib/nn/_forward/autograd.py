@@ -11,24 +11,25 @@ from torch.autograd import Function
 
 
 class Counter:
-    """A number that only grows; its owner reads it, others count it up."""
+    """A counter that only grows: `MakePairs` increases it in every backward, and its owner reads it."""
 
     def __init__(self) -> None:
         self.value = 0
 
 
 class Contraction(NamedTuple):
-    """How the matrices of all pairs come out of the parameters of one network.
+    """The contraction that computes the matrices of all pairs from the parameters of one network.
 
     Attributes:
-        name: of the network, for messages.
+        name: name of the network, for messages.
         layers: number of layers.
-        spread: from the parameters to the tensors of the terms, which differ from them where a term is
-            hashed.
-        contract: from these tensors to others (layers, matrices, p, features), with size 1 on the first
-            axis where all layers are alike.
-        of_layers: from these tensors and positions of layers to the tensors restricted to these.
-        backwards: counted up by every backward.
+        spread: function of the parameters that returns the tensors of the terms; the two differ only for
+            hashed terms.
+        contract: function of the terms' tensors that returns tensors (layers, matrices, p, features); the
+            first axis has size 1 if all layers are alike.
+        of_layers: function of the terms' tensors and positions of layers that returns the tensors of these
+            layers.
+        backwards: counter that every backward increases.
     """
 
     name: str
@@ -42,11 +43,11 @@ class Contraction(NamedTuple):
 def matrices(
     how: Contraction, dtype: torch.dtype, device: torch.device, parameters: Sequence[Tensor]
 ) -> tuple[list[int], tuple[Tensor, ...]]:
-    """The matrices of all layers.
+    """Compute the matrices of all layers.
 
     Returns:
-        How many matrices a layer has in each tensor of ``how.contract``; and all matrices, ordered
-        by tensor, layer and matrix. Their graph holds the parameters and nothing of the caller.
+        The number of matrices that a layer has in each tensor of ``how.contract``; and all matrices,
+        ordered by tensor, layer and matrix. Their graph refers to the parameters and to no other tensor.
     """
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         counts: list[int] = []
@@ -66,11 +67,11 @@ def _rows(
 
 
 class MakePairs(Function):
-    """All matrices of a network's pairs as one node of the graph.
+    """Computes all matrices of a network's pairs as one node of the autograd graph.
 
-    It saves no tensor: the parameters are few, and the contraction is repeated in the backward. So
-    one set of pairs serves several backwards (accumulation, reentrant checkpoints), and a forward
-    that a checkpoint repeats saves what it saved at first, whoever made the pairs.
+    The node saves no tensor: the parameters are small, and the backward repeats the contraction. So one
+    set of pairs serves several backwards (accumulation, reentrant checkpoints), and a forward that a
+    checkpoint runs again saves the same tensors as the first time, whichever forward made the pairs.
     """
 
     @staticmethod
@@ -100,7 +101,7 @@ class MakePairs(Function):
                 "the forward and the backward; run the forward again after a step of the optimiser"
             )
         how.backwards.value += 1
-        # One that was frozen since the forward is passed over, as by autograd itself.
+        # A parameter that was frozen after the forward gets no gradient, as in autograd itself.
         trained = [k for k, p in enumerate(parameters) if p.requires_grad]
         given = iter(gradients)
         layers = range(how.layers)
@@ -110,7 +111,7 @@ class MakePairs(Function):
         if not used:
             return None, None, None, None, *none
         with torch.enable_grad():
-            # Aliases: hooks on a parameter are to see its gradient once, from the outer graph.
+            # Views keep hooks on the parameters from seeing this inner gradient besides the outer one.
             aliases = [p.view_as(p) for p in parameters]
             tensors = how.of_layers(how.spread(aliases), used)
             made = [_every(t, len(used)) for t in how.contract(tensors)]
@@ -135,7 +136,7 @@ class MakePairs(Function):
 
 
 def _every(tensor: Tensor, layers: int) -> Tensor:
-    """With a row for each layer, also where all layers are alike."""
+    """Expand a tensor to one row for each layer, also if all layers are alike."""
     return tensor.expand(layers, *tensor.shape[1:])
 
 
@@ -144,7 +145,7 @@ def _any(row: Sequence[Tensor | None]) -> bool:
 
 
 def _stack(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Gradients in the shape and dtype of what was made; zero where there is none."""
+    """Stack gradients in the shape and dtype of a tensor; a missing gradient becomes zeros."""
     zero = next(row for row in rows if row is not None).new_zeros(like.shape[2:])
     found = torch.stack([zero if row is None else row for row in rows])
     return found.to(like.device, like.dtype).view(like.shape)

@@ -1,4 +1,4 @@
-"""The hooks of an adapter: they add its updates, and mark where forwards begin and end."""
+"""Defines the hooks of an adapter: they add its updates, and mark where forwards begin and end."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from .update import OutputHook, Place, may_write_output, without_bias
 
 
 class Update(Protocol):
-    """What is added at a module: an adapter's update, or that of a bank's rows."""
+    """An update that a hook adds at a module: of an adapter, or of the rows of a bank's batch."""
 
     place: Place
 
     @property
     def is_on(self) -> bool:
-        """Whether it is to be added now."""
+        """True if the update is to be added now."""
 
     def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
         """Return y with the update for x added."""
 
 
 class UpdateHook(OutputHook):
-    """A forward hook: adds an update to a module's output while it is on.
+    """A forward hook that adds an update to a module's output while the update is on.
 
-    An object and not a closure, so that it follows deepcopy and pickle. It holds no parameter: these
-    belong to the adapter, and nothing of one forward outlives it.
+    It is an object and not a closure, so that deepcopy and pickle can copy it. It holds no parameters,
+    which belong to the adapter, and keeps no tensor after the forward.
     """
 
     def __init__(self, update: Update) -> None:
         self.update = update
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Torch's forward hook: the module's output with the update added."""
+        """Return the module's output with the update added, as torch calls a forward hook."""
         if not self.update.is_on:
             return None
         if isinstance(output, tuple):  # quantised layers return their scale beside the output
@@ -63,13 +63,13 @@ class UpdateHook(OutputHook):
 
 
 class InputHook:
-    """A forward pre-hook: adds an update to a module's input while it is on."""
+    """A forward pre-hook that adds an update to a module's input while the update is on."""
 
     def __init__(self, update: Update) -> None:
         self.update = update
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Torch's forward pre-hook: the module's arguments with the update added to the first."""
+        """Return the arguments with the update added to the first, as torch calls a forward pre-hook."""
         if not self.update.is_on:
             return None
         before = _before_updates(module, Place.INPUT, args[0])
@@ -79,66 +79,66 @@ class InputHook:
 
 
 def _mark(module: nn.Module, place: Place, after: Tensor, before: Tensor) -> None:
-    """Let the other hooks of a module find what was there before any update was added to it."""
+    """Mark a tensor with its value before any update, for the other hooks of the module."""
     after._lortalib_before = id(module), place.name, before  # type: ignore[attr-defined]
 
 
 def _before_updates(module: nn.Module, place: Place, x: Tensor) -> Tensor:
-    """The input or output of a module as it was before hooks added updates to it: the updates of several
-    adapters add up, and none reads what another added."""
+    """Return a module's input or output without the updates that hooks added: every adapter computes its
+    update from the same tensor, and the updates add up."""
     owner, where, before = getattr(x, "_lortalib_before", (None, None, x))
     return before if (owner, where) == (id(module), place.name) else x
 
 
 def put_hook(module: nn.Module, update: Update) -> RemovableHandle:
-    """Let a module add an update from now on.
+    """Put a hook on a module that adds an update.
 
     Args:
         module: the module.
-        update: what to add, where its place says.
+        update: the update; its ``place`` decides between input and output.
     """
     if update.place is Place.INPUT:
         return module.register_forward_pre_hook(InputHook(update))
-    # What reads the output has to see it before others add to it in place.
+    # An update that reads the output must run before other hooks add to the output in place.
     return module.register_forward_hook(UpdateHook(update), prepend=update.place is Place.OUTPUT)
 
 
 @dataclass(frozen=True)
 class ForwardBegin:
-    """A forward pre-hook of the modules around sites."""
+    """A forward pre-hook that marks the begin of a forward, on the modules around the sites."""
 
     scope: ForwardScope
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Torch's forward pre-hook."""
+        """Tell the scope that the module's forward begins, as torch calls a forward pre-hook."""
         if not is_tracing():
             self.scope.begin(module, _caller())
 
 
 @dataclass(frozen=True)
 class ForwardEnd:
-    """A forward hook of the modules around sites; torch calls it also where the forward raises."""
+    """A forward hook that marks the end of a forward; torch calls it also if the forward raises."""
 
     scope: ForwardScope
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Torch's forward hook."""
+        """Tell the scope that the module's forward ends, as torch calls a forward hook."""
         if not is_tracing():
             self.scope.end(module)
 
 
 def _caller() -> FrameType:
-    """The frame that calls the hook: that of the module's call."""
+    """Return the frame of the module's call, which runs the hook."""
     return sys._getframe(2)
 
 
 def watch_forwards(
     model: nn.Module, scope: ForwardScope, groups: Iterable[Group]
 ) -> Iterator[RemovableHandle]:
-    """Let the modules around the sites say when their forward begins and ends.
+    """Put hooks on the modules around the sites that mark where a forward begins and ends.
 
     Yields:
-        A handle for each hook, as soon as it is there.
+        A handle for each hook, as soon as the hook is on its module.
     """
     for module in _around(model, groups):
         yield module.register_forward_pre_hook(ForwardBegin(scope))
@@ -146,7 +146,7 @@ def watch_forwards(
 
 
 def by_module(sites: Iterable[Site]) -> Iterator[tuple[str, list[Site]]]:
-    """Every module that is updated, by path, with its sites."""
+    """Yield the path of every updated module with the sites of the module."""
     members: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         for path in (site.path, *site.tied_paths):
@@ -155,7 +155,7 @@ def by_module(sites: Iterable[Site]) -> Iterator[tuple[str, list[Site]]]:
 
 
 def _around(model: nn.Module, groups: Iterable[Group]) -> list[nn.Module]:
-    """The modules that hold all sites of a group, the model first, and the parent of each site."""
+    """List the modules that contain all sites of a group, the model first, and the parent of each site."""
     paths: dict[str, None] = {}
     for group in groups:
         parents = [p.rpartition(".")[0] for s in group.sites for p in (s.path, *s.tied_paths)]

@@ -1,4 +1,4 @@
-"""The low-rank pairs of all modules that one network updates, out of one contraction."""
+"""Computes the low-rank pairs of all modules that one network updates, in one contraction."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .autograd import Contraction, Counter, matrices
 
 
 class Pair(NamedTuple):
-    """The two maps of an update, ``y += (x @ first^T) @ second``; leading axes are slices.
+    """A low-rank pair in the order of use, ``y += (x @ first^T) @ second``; leading axes are slices.
 
     Attributes:
         first: (p, features that the module reads).
-        second: (p, features of the module's whole output). The scaling is in one of them.
+        second: (p, features of the module's whole output). One of the two contains the scaling.
     """
 
     first: Tensor
@@ -36,7 +36,7 @@ class ModuleSites:
 
     Attributes:
         group: the group.
-        sites: the sites, several where the projection is fused.
+        sites: the sites; a fused projection has several.
     """
 
     group: Group
@@ -44,27 +44,27 @@ class ModuleSites:
 
     @cached_property
     def layer(self) -> int:
-        """Position on the mode ``layer``."""
+        """The position on the mode ``layer``."""
         return self.group.layers.index(self.sites[0].layer)
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:
-        """Equal for modules of different layers whose pairs are made alike."""
+        """A key that is equal for modules of different layers whose pairs come from the same contraction."""
         return tuple((s.role, s.heads, s.writer, s.rows, s.fused) for s in self.sites)
 
     @property
     def writer(self) -> bool:
-        """Whether the pair's A is the second map, because the residual stream is the output of T's site; a
-        tensor on the stream reads and writes the same space."""
+        """True if the second map is A, because the module writes to the residual stream. On the stream A is
+        always first."""
         return self.sites[0].writer and not self.group.on_stream
 
     def in_parameters(self, cuts: Mapping[int, CutByMatrix]) -> tuple[int, ...] | None:
-        """The parameters that A is made of, if all these sites have one A."""
+        """Return the parameters that A depends on if all these sites share one A, else None."""
         found = {cuts[site.heads].in_parameters for site in self.sites}
         return found.pop() if len(found) == 1 else None
 
     def pair(self, cuts: Mapping[int, CutByMatrix], scaling: float) -> Pair:
-        """The pair of these sites out of the cuts of their group; its leading axes are theirs."""
+        """Make the pair of these sites from the cuts of their group, with the leading axes of the cuts."""
         parts = [cuts[site.heads].of(site) for site in self.sites]
         a, bs = parts[0].A, [part.B.mT for part in parts]
         if len(bs) > 1 and self.in_parameters(cuts) is None:
@@ -78,17 +78,17 @@ class ModuleSites:
             own = torch.cat(bs, -1)
             b = own.new_zeros(*own.shape[:-1], self.sites[0].fused or 0)
             b = b.index_copy(-1, columns, own)
-        a = a * scaling  # the smaller side, where all matrices have one A
+        a = a * scaling  # A is the smaller side if all matrices share it
         return Pair(b, a) if self.writer else Pair(a, b)
 
 
 class CutByMatrix(NamedTuple):
-    """Cuts of all sites of a group with one head count.
+    """The cuts of all sites of a group with one head count.
 
     Attributes:
         roles: role for each position of the axis ``matrix``.
         cut: A (..., matrix, p, width) and B (..., matrix, heads*head_dim, p).
-        in_parameters: the parameters that A is made of, if it is the same for every matrix.
+        in_parameters: the parameters that A depends on, if every matrix has the same A.
     """
 
     roles: tuple[str, ...]
@@ -96,14 +96,14 @@ class CutByMatrix(NamedTuple):
     in_parameters: tuple[int, ...] | None
 
     def of(self, site: Site) -> Cut:
-        """The cut of one site."""
+        """Return the cut of one site."""
         matrix = self.roles.index(site.role)
         at = (0 if side.shape[-3] == 1 else matrix for side in self.cut)
         return Cut(*(side.select(-3, position) for side, position in zip(self.cut, at)))
 
 
 class PairIndex(NamedTuple):
-    """Where a matrix is among the tensors that were contracted: which tensor, which of its matrices."""
+    """The position of a matrix in the result of `PairSource.contract`: the tensor, and the matrix in it."""
 
     tensor: int
     matrix: int
@@ -111,13 +111,13 @@ class PairIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class CutRecipe:
-    """How the cuts of the sites with one head count come out of the parameters.
+    """The steps that compute the cuts of the sites with one head count from the parameters.
 
     Attributes:
-        roles: their roles.
-        takes: which axis of which parameter is restricted to which positions.
-        constants: tensors of the network that are no parameters, behind these.
-        plan: where the network is divided.
+        roles: the roles of the sites.
+        takes: (parameter, axis, positions) for each parameter that is restricted to some positions.
+        constants: tensors of the network that are no parameters; they follow the parameters.
+        plan: the plan that divides the network.
         in_parameters: as in `CutByMatrix`.
     """
 
@@ -128,7 +128,7 @@ class CutRecipe:
     in_parameters: tuple[int, ...] | None
 
     def cut(self, tensors: Sequence[Tensor]) -> CutByMatrix:
-        """The cuts of these parameters."""
+        """Compute the cuts from these parameters."""
         own = [*tensors, *self.constants]
         for parameter, axis, at in self.takes:
             own[parameter] = own[parameter].index_select(axis, at)
@@ -136,13 +136,13 @@ class CutRecipe:
 
 
 class PairSource:
-    """Makes the pairs of all modules that one network updates. It keeps none of them.
+    """Makes the pairs of all modules that one network updates, and keeps none of the pairs.
 
     Attributes:
         group: the sites that share the network.
         network: the network.
-        scaling: the factor of the tensor in the update.
-        backwards: how many backwards have passed the network's parameters.
+        scaling: the number that the tensor is multiplied by to give the update.
+        backwards: the count of backwards that reached the network's parameters.
     """
 
     def __init__(
@@ -156,17 +156,17 @@ class PairSource:
         self.network = network
         self.scaling = scaling
         self.backwards = Counter()
-        self._batch_modes = batch_modes  # leading axes of every pair, behind that of the layers
+        self._batch_modes = batch_modes  # leading axes of every pair, after the axis of the layers
         self._signatures: list[ModuleSites] = []
         self._places: list[tuple[PairIndex, PairIndex]] = []  # a function of the signatures alone
         self._users: list[int] = []
         self._recipes: dict[object, CutRecipe] = {}
 
     def add(self, sites: ModuleSites) -> int:
-        """Let a module take part.
+        """Add a module.
 
         Returns:
-            The number of its signature, by which it asks for its pair.
+            The number of the module's signature, which `pair` takes.
         """
         for number, known in enumerate(self._signatures):
             if known.signature == sites.signature:
@@ -176,7 +176,7 @@ class PairSource:
         return len(self._signatures) - 1
 
     def signature(self, number: int) -> ModuleSites:
-        """The first module that has this number.
+        """Return the first module whose signature has this number.
 
         Args:
             number: what `add` returned.
@@ -184,27 +184,27 @@ class PairSource:
         return self._signatures[number]
 
     def prepare(self) -> None:
-        """Plan all contractions now: what cannot be contracted fails here, and a compiler that saw it
-        done later would compile twice."""
+        """Plan all contractions now, so that a network that cannot be contracted fails here, and
+        torch.compile does not compile a second time because of a later plan."""
         for heads in self._head_counts():
             for over_layers in (False, True):
                 self._recipe(heads, over_layers, self.network.stored[0])
 
     def users(self, number: int) -> int:
-        """How many modules of a layer have the same first map as this one, itself among them."""
+        """Count the modules of a layer that have the same first map as this one, including itself."""
         return self._users[number] if self._users else 1
 
     def pair(
         self, number: int, layer: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> Pair:
-        """The pair of one module by itself, in plain differentiable operations.
+        """Compute the pair of one module alone, in plain differentiable operations.
 
         Args:
             number: what `add` returned.
             layer: position on the mode ``layer``.
-            dtype: of the result.
-            device: of the result, where the module computes; that of the parameters by default. A
-                pair is smaller than what is read through it, so it is what travels.
+            dtype: dtype of the result.
+            device: device of the result, on which the module computes; the device of the parameters by
+                default. The pair moves there because it is smaller than the module's input.
         """
         self._check_numbers(device)
         cuts = self._cut(self.network.select(layer=layer).tensors, False)
@@ -213,11 +213,11 @@ class PairSource:
         return Pair(first.to(device, dtype), second.to(device, dtype))
 
     def pairs(self, dtype: torch.dtype, device: torch.device) -> list[list[Pair]]:
-        """The pairs of all layers, as one node of the graph, which saves no tensor.
+        """Compute the pairs of all layers as one node of the autograd graph, which saves no tensor.
 
         Returns:
-            For each layer the pair of every signature. Modules of a layer that have one A get the very
-            same tensor.
+            For each layer the pair of every signature. Modules of a layer that share one A get the
+            same tensor object.
         """
         self._check_numbers(device)
         how = Contraction(
@@ -238,7 +238,7 @@ class PairSource:
         ]
 
     def _check_numbers(self, device: torch.device | None) -> None:
-        """Refuse placeholders: an engine moved the parameters away and does not bring them back."""
+        """Refuse parameters on the meta device, which an engine offloaded and does not bring back."""
         if device is not None and device.type != "meta":
             gone = [t for t in self.network.stored if t.is_meta]
             if gone:
@@ -249,22 +249,22 @@ class PairSource:
                 )
 
     def place(self, number: int) -> tuple[PairIndex, PairIndex]:
-        """Where the two maps of a module are in what `contract` returns."""
+        """Return the positions of a module's two maps in the result of `contract`."""
         return self._places[number]
 
     def contract(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The matrices of every signature, of all layers at once.
+        """Compute the matrices of every signature for all layers at once.
 
         Args:
-            tensors: of the terms, over all layers or some.
+            tensors: the tensors of the terms, of all layers or of some.
 
         Returns:
-            Tensors (layers, batch modes, matrices, p, features), with size 1 where all layers or all
-            matrices are alike; `place` tells which is whose.
+            Tensors (layers, batch modes, matrices, p, features); an axis has size 1 if all layers or
+            matrices are alike. `place` returns the position of each module's matrices.
         """
         made: list[Tensor] = []
-        sides: dict[int, tuple[int, int]] = {}  # for each head count where its A and its B are
-        shared: dict[tuple[int, ...], int] = {}  # head counts with the same A have it once
+        sides: dict[int, tuple[int, int]] = {}  # positions of A and B for each head count
+        shared: dict[tuple[int, ...], int] = {}  # position of an A that several head counts share
         cuts = self._cut(tensors, True)
         for heads, (_, cut, parameters) in cuts.items():
             known = None if parameters is None else shared.get(parameters)
@@ -286,7 +286,7 @@ class PairSource:
             a, b = (PairIndex(k, matrix % made[k].shape[-3]) for k in sides[site.heads])
             places.append((b, a) if module.writer else (a, b))
         if places != self._places:
-            # On the stream a writer has the A of the readers, and another x.
+            # On the stream a writer has the same A as the readers, but another input x.
             firsts = [(first, m.sites[0].writer) for (first, _), m in zip(places, self._signatures)]
             self._places, self._users = places, [firsts.count(first) for first in firsts]
         return made
@@ -295,7 +295,7 @@ class PairSource:
         return dict.fromkeys(s.heads for module in self._signatures for s in module.sites)
 
     def _cut(self, tensors: Sequence[Tensor], over_layers: bool) -> dict[int, CutByMatrix]:
-        """The cuts over the matrices of each head count, over the layers too or for one of them."""
+        """Compute the cuts of each head count over all its matrices, for all layers or for one."""
         with without_autocast(tensors[0].device.type):
             return {
                 heads: self._recipe(heads, over_layers, tensors[0]).cut(tensors)
@@ -303,7 +303,7 @@ class PairSource:
             }
 
     def _of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
-        """The tensors of the terms, restricted to some layers."""
+        """Return the tensors of the terms, restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
         at = integers(layers, tensors[0].device)
@@ -311,7 +311,7 @@ class PairSource:
         return network.index_select("layer", at).tensors
 
     def _recipe(self, heads: int, over_layers: bool, like: Tensor) -> CutRecipe:
-        """How the cuts of a head count are made; worked out once."""
+        """Return the recipe for the cuts of a head count; it is worked out once."""
         key = heads, over_layers, like.dtype, like.device
         if key not in self._recipes:
             with torch.inference_mode(False), torch.no_grad():  # constants outlive this forward

@@ -1,8 +1,8 @@
-"""What belongs to one forward: its low-rank pairs, and the product that q, k and v share.
+"""Keeps the data of one forward: its low-rank pairs, and the product that q, k and v share.
 
-A forward here is that of the outermost module around projections, whichever part of the model is
-called. It begins by asking whether the pairs of the forward before are those of the parameters as they are
-now, numbers included; if not, it makes its own, once. Nothing else of a forward outlives it.
+A forward here is the forward of the outermost module around projections, whichever part of the model is
+called. A forward reuses the pairs of the forward before if no parameter, nor any of its values, has
+changed since; otherwise it makes new pairs once. No other data of a forward is kept after its end.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .pairs import Pair, PairSource
 
 
 def down(x: Tensor, a: Tensor, p: float) -> Tensor:
-    """``x @ a^T``, in the dtype of ``a``.
+    """Compute ``x @ a^T`` in the dtype of ``a``.
 
     Args:
         x: (..., features).
-        a: (p, features), or (rows, p, features) where each row of a batch has a map of its own.
+        a: (p, features), or (rows, p, features) if each row of a batch has its own map.
         p: probability of dropping a feature of x.
     """
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
-    if a.dim() == 3:  # each row has an equal part of x
+    if a.dim() == 3:  # x is divided equally over the rows
         return x.reshape(len(a), -1, x.shape[-1]) @ a.mT
     h = linear(dropout(x, p) if p else x, a)
     return h if h.dtype == a.dtype else h.to(a.dtype)
@@ -43,7 +43,7 @@ def down(x: Tensor, a: Tensor, p: float) -> Tensor:
 
 @dataclass
 class CachedProduct:
-    """``x @ first^T``, and what has to be the same for it to be used again."""
+    """A product ``x @ first^T``, with the state that must be unchanged for the product to be reused."""
 
     x: weakref.ref[Tensor]
     mark: tuple[Any, ...]
@@ -53,19 +53,19 @@ class CachedProduct:
 
 
 class PairSet:
-    """The pairs that a forward made of its sources, and the parameters as they were then."""
+    """The pairs that a forward made from its sources, and the state of the parameters at that time."""
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self._sources = sources
         self._state = _state(sources)
         tensors = _tensors(sources)
-        # On a GPU comparing would wait for the device, which costs more than making the pairs again.
+        # On a GPU a comparison would wait for the device, which costs more than making the pairs again.
         comparable = all(t.device.type == "cpu" for t in tensors)
         self._numbers = [t.detach().clone() for t in tensors] if comparable else None
         self._made: dict[tuple[Any, ...], list[list[Pair]]] = {}
 
     def of(self, source: PairSource, dtype: torch.dtype, device: torch.device) -> list[list[Pair]]:
-        """The pairs of a source by layer and signature, for the present mode of autograd."""
+        """Return the pairs of a source by layer and signature, for the present mode of autograd."""
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         key = id(source), dtype, device, mode
         if key not in self._made:
@@ -74,15 +74,16 @@ class PairSet:
 
     @property
     def backwards(self) -> int:
-        """How many backwards have passed the parameters."""
+        """The number of backwards that reached the parameters."""
         return sum([source.backwards.value for source in self._sources])
 
     def is_current(self, compare: bool) -> bool:
-        """Whether the parameters are what the pairs were made of.
+        """Return True if the parameters are unchanged since the pairs were made.
 
         Args:
-            compare: whether numbers are compared too; else only the parameters' identity, version, memory
-                and flag, in which writes through ``p.data`` and some fused optimisers leave no trace.
+            compare: whether values are compared too. Otherwise only identity, version, memory and
+                ``requires_grad`` of the parameters are compared, which writes through ``p.data`` and by
+                some fused optimisers do not change.
         """
         if not self._state or self._state != _state(self._sources):
             return False
@@ -100,7 +101,7 @@ def _tensors(sources: Sequence[PairSource]) -> list[Tensor]:
 def _state(sources: Sequence[PairSource]) -> list[tuple[int, int, int, bool]]:
     tensors = _tensors(sources)
     if any(t.is_inference() or t.is_meta for t in tensors):
-        return []  # inference tensors count no versions, and placeholders have no numbers
+        return []  # inference tensors count no versions, and meta tensors have no values
     return [(id(t), t._version, t.data_ptr(), t.requires_grad) for t in tensors]
 
 
@@ -110,8 +111,8 @@ class Running:
 
     Attributes:
         module: the outermost module around projections.
-        frame: of its call.
-        scope: whose forward it is.
+        frame: frame of the module's call.
+        scope: the scope that the forward belongs to.
         product: the last product with an A that several modules share.
     """
 
@@ -122,7 +123,7 @@ class Running:
 
     @cached_property
     def pairs(self) -> PairSet:
-        """The pairs of this forward; asked for by the first module that adds an update."""
+        """The pairs of this forward; the first module that adds an update asks for them."""
         return self.scope.current_pairs()
 
     def pair(
@@ -133,20 +134,20 @@ class Running:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Pair:
-        """The pair of one module, made with those of all layers."""
+        """Return the pair of one module; the pairs of all layers are made at once."""
         return self.pairs.of(source, dtype, device)[layer][number]
 
     def product_of(self, x: Tensor, first: Tensor, users: int, p: float) -> Tensor:
-        """``x @ first^T``, taken once where several modules of a layer have one x and one first.
+        """Compute ``x @ first^T`` once for all modules of a layer that share x and first.
 
-        The product is given out again only for the very same x, unchanged, and the very same first,
-        and not after a backward, which frees the graph behind it.
+        The product is reused only for the same tensor objects x and first, only while x is unchanged, and
+        only before a backward, which frees the product's graph.
 
         Args:
             x: (..., features).
-            first: (p, features), or (rows, p, features) for rows of a batch with maps of their own.
-            users: how many modules of a layer have this first.
-            p: probability of dropping a feature of x; one mask for all that share x.
+            first: (p, features), or (rows, p, features) if each row of a batch has its own map.
+            users: number of modules of a layer that have this first.
+            p: probability of dropping a feature of x; all modules that share x share one mask.
         """
         if users == 1 or x.is_inference():  # inference tensors count no changes
             return down(x, first, p)
@@ -163,7 +164,7 @@ class Running:
         return h
 
     def is_on_stack(self) -> bool:
-        """Whether the call is still under way: an interrupt ends it without a word to its hooks."""
+        """Return True if the module's call is still running; an interrupt can end it before its end hook."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame is self.frame:
@@ -173,14 +174,14 @@ class Running:
 
 
 class ForwardScope:
-    """The forwards of the modules that one adapter, or one bank, updates. Each thread has its own.
+    """Tracks the forwards of the modules that one adapter or bank updates, separately in each thread.
 
     Args:
-        sources: what makes the pairs; the list may still grow.
+        sources: the sources of the pairs; the list may still grow.
     """
 
     _local: threading.local
-    _last: PairSet | None  # the pairs of the forward before
+    _last: PairSet | None  # the pairs of the previous forward
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self._sources = sources
@@ -189,15 +190,15 @@ class ForwardScope:
 
     @property
     def running(self) -> Running | None:
-        """The forward under way in this thread."""
+        """The forward under way in this thread; None outside of a forward."""
         return getattr(self._local, "running", None)
 
     def begin(self, module: nn.Module, frame: FrameType) -> None:
-        """The forward of a module around projections begins; nothing happens inside of another.
+        """Begin the forward of a module around projections, unless another forward contains it.
 
         Args:
             module: the module.
-            frame: of its call.
+            frame: frame of the module's call.
         """
         running = self.running
         if running is not None and running.module is not module and running.is_on_stack():
@@ -205,19 +206,18 @@ class ForwardScope:
         self._local.running = Running(module, frame, self)
 
     def current_pairs(self) -> PairSet:
-        """The pairs of the forward before, if they are those of the parameters as they are now, else new
-        ones."""
-        # Within a backward, as where a checkpoint runs its modules again, nobody writes unseen.
+        """Return the pairs of the previous forward if no parameter changed since, else make new pairs."""
+        # Within a backward (a checkpoint runs its modules again) no optimiser writes to the parameters.
         compare = not (self._keeping or is_in_backward())
         pairs = self._last
         if pairs is None or not pairs.is_current(compare):
             pairs = PairSet(self._sources)
-            # What a CUDA graph captures holds numbers only once the graph is replayed.
+            # Tensors that a CUDA graph captures have values only after the graph is replayed.
             self._last = None if is_capturing() else pairs
         return pairs
 
     def end(self, module: nn.Module) -> None:
-        """The forward of a module around projections ends."""
+        """End the forward of a module around projections."""
         running = self.running
         if running is None:
             return
@@ -226,13 +226,13 @@ class ForwardScope:
             self._local.running = None
 
     def forget(self) -> None:
-        """Let go of all pairs."""
+        """Drop all cached pairs."""
         self._local = threading.local()
         self._last = None
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Let forwards within this context use pairs without comparing numbers; see `PairSet.is_current`."""
+        """Let forwards within a context reuse pairs without comparing values; see `PairSet.is_current`."""
         self._keeping += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""What one module adds to its output: the one body behind hooks, banks and PEFT's layers."""
+"""Adds the update of one module to its output; hooks, banks and PEFT's layers all use this code."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class UpdateOwner(Protocol):
-    """Whose updates are added: an adapter, or a bank.
+    """An adapter or a bank whose updates are added.
 
     Attributes:
-        scope: the forward under way.
+        scope: the scope of its forwards.
     """
 
     scope: ForwardScope
 
     @property
     def sources(self) -> Sequence[PairSource]:
-        """What makes its pairs, one for each network."""
+        """The sources of the low-rank pairs, one for each network."""
 
 
 class AdapterLike(UpdateOwner, Protocol):
-    """An owner that is switched on and off, and drops features in training."""
+    """An adapter: it can be switched on and off, and drops features in training."""
 
     training: bool
 
     @property
     def adds_update(self) -> bool:
-        """Whether the forward under way adds its update."""
+        """True if the forward under way adds the adapter's update."""
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an input feature in training."""
+        """The probability of dropping an input feature in training."""
 
     def delta(self, site: Site | str, weight: Tensor | None = None) -> Tensor:
-        """The dense update of one weight, which is the base's."""
+        """Return the dense update of one weight; ``weight`` is the base's."""
 
 
 class Slot(NamedTuple):
-    """A module's place in one network.
+    """The position of a module in one network.
 
     Attributes:
-        source: what makes its pairs.
-        number: the number of its signature there.
+        source: the source of the network's pairs.
+        number: the number of the module's signature in the source.
         layer: position on the mode ``layer``.
     """
 
@@ -63,7 +63,7 @@ class Slot(NamedTuple):
 
 
 def slots_of(owner: UpdateOwner, sites: Sequence[Site]) -> list[Slot]:
-    """The slots of one module; several where its sites are in several groups."""
+    """Find the slots of one module; a module whose sites are in several groups has several."""
     slots = []
     for source in owner.sources:
         own = tuple(site for site in sites if site in source.group.members)
@@ -74,7 +74,7 @@ def slots_of(owner: UpdateOwner, sites: Sequence[Site]) -> list[Slot]:
 
 
 class Place(Enum):
-    """Where a module's update reads and where it is added."""
+    """The tensors that a module's update reads and is added to."""
 
     BESIDE = "reads the input, is added to the output"
     INPUT = "reads the input and is added to it"
@@ -82,7 +82,7 @@ class Place(Enum):
 
 
 def place_of(slots: Sequence[Slot]) -> Place:
-    """Where the update of a module with these slots belongs: beside its weight, or on the stream."""
+    """Return the place of the update of a module with these slots: beside its weight, or on the stream."""
     module = slots[0].source.signature(slots[0].number)
     if not module.group.on_stream:
         return Place.BESIDE
@@ -90,22 +90,22 @@ def place_of(slots: Sequence[Slot]) -> Place:
 
 
 def without_bias(module: nn.Module, y: Tensor) -> Tensor:
-    """The output of a linear map without its bias, which is no product with the weight."""
+    """Subtract the bias from the output of a linear map, which leaves the product with the weight."""
     bias: object = getattr(module, "bias", None)
-    if callable(bias) and not isinstance(bias, Tensor):  # as torch's quantised linear maps have it
+    if callable(bias) and not isinstance(bias, Tensor):  # a method in quantised modules
         bias = bias()
     return y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
 
 
 class ModuleUpdate:
-    """The update of one module: ``update(x, y)`` is y with the update for x added.
+    """The update of one module: ``update(x, y)`` returns y with the update for x added.
 
     Args:
         owner: the adapter.
         sites: the sites of the module.
 
     Attributes:
-        place: what x and y are: the module's input and its output, or the same one of them twice.
+        place: says whether x and y are the module's input and output, or one of the two tensors twice.
     """
 
     def __init__(self, owner: AdapterLike, sites: Sequence[Site]) -> None:
@@ -116,16 +116,16 @@ class ModuleUpdate:
 
     @property
     def is_on(self) -> bool:
-        """Whether the forward under way adds the update."""
+        """True if the forward under way adds the update."""
         return self.owner.adds_update
 
     def __call__(self, x: Tensor, y: Tensor, may_write: bool = False) -> Tensor:
-        """Add the update.
+        """Add the update for x to y.
 
         Args:
-            x: what it reads, (..., features).
-            y: what it is added to, (..., features).
-            may_write: whether nobody else uses y, so that it can be added to in place.
+            x: the tensor that the update reads, (..., features).
+            y: the tensor that the update is added to, (..., features).
+            may_write: whether y may be changed in place, because no other code uses it.
         """
         owner = self.owner
         p = owner.dropout if owner.training else 0.0
@@ -141,11 +141,11 @@ class ModuleUpdate:
         return y
 
     def pair(self, dtype: torch.dtype, device: torch.device | None = None) -> Pair:
-        """The whole update as one pair: first (p, features of x), second (p, features of y).
+        """Return the whole update as one pair: first (p, features of x), second (p, features of y).
 
         Args:
-            dtype: of the result.
-            device: of the result; that of the factors by default.
+            dtype: dtype of the result.
+            device: device of the result; the device of the factors by default.
         """
         pairs = [s.source.pair(s.number, s.layer, dtype, device) for s in self.slots]
         return pairs[0] if len(pairs) == 1 else Pair(*map(torch.cat, zip(*pairs)))
@@ -160,16 +160,16 @@ def add_update(
     p: float,
     may_write: bool,
 ) -> Tensor:
-    """``y + (x @ first^T) @ second``.
+    """Compute ``y + (x @ first^T) @ second``.
 
     Args:
-        running: the forward under way, in which x is read once for modules that share it.
+        running: the forward under way; it computes ``x @ first^T`` once for modules that share it.
         x: a module's input.
-        y: its output.
-        pair: first and second.
-        users: how many modules of a layer have this first.
+        y: the module's output.
+        pair: the low-rank pair (first, second).
+        users: number of modules of a layer that have this first.
         p: probability of dropping a feature of x.
-        may_write: whether nobody else uses y, so that it can be added to in place.
+        may_write: whether y may be changed in place, because no other code uses it.
     """
     first, second = pair
     h = down(x, first, p) if running is None else running.product_of(x, first, users, p)
@@ -177,13 +177,14 @@ def add_update(
 
 
 def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
-    """``y + h @ b``.
+    """Compute ``y + h @ b``.
 
     Args:
         y: (..., features).
         h: (..., p).
-        b: (p, features), or (rows, p, features) where each row of a batch has a map of its own.
-        may_write: whether nobody else uses y, so that it can be added to in place; never while torch traces.
+        b: (p, features), or (rows, p, features) if each row of a batch has its own map.
+        may_write: whether y may be changed in place, because no other code uses it; must be False while
+            torch traces.
     """
     if b.dim() == 3:
         return _add_by_row(y, h, b, may_write)
@@ -191,20 +192,20 @@ def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
         return y + h @ b
     if not may_write:
         if y.dtype == h.dtype == b.dtype and not is_autocast(y.device.type):
-            # One pass over y less than a product and a sum.
+            # addmm needs one pass over y less than a product and a sum.
             return torch.addmm(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), b).view(y.shape)
         return y + h @ b
     if not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
         return y
-    # Not as a view: autograd would copy the gradient for writing to one.
+    # With an ordinary view, autograd would copy the gradient because of the change in place.
     flat = _unsafe_view(y, (-1, y.shape[-1]))
     flat.addmm_(h.reshape(-1, h.shape[-1]), b)
     return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
 
 
 def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
-    """`add_up` with a map for each of the rows that share y evenly."""
+    """Compute `add_up` with one map for each row of a batch; y is divided equally over the rows."""
     if may_write and y.is_contiguous() and not torch.is_grad_enabled():
         y.view(len(b), -1, y.shape[-1]).baddbmm_(h, b)
         return y
@@ -212,14 +213,14 @@ def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
 
 
 class OutputHook:
-    """A forward hook that adds to a module's output and keeps nothing of it."""
+    """A forward hook that adds to a module's output and keeps no reference to it."""
 
 
 def may_write_output(module: nn.Module) -> bool:
-    """Whether the output of a module is a fresh tensor that nobody but the hooks of updates has seen.
+    """Return True if a module's output is a new tensor that only hooks of updates have seen.
 
-    Autograd does not need the output of a linear map, so it can then be added to in place. Never while
-    torch traces, which follows plain operations only.
+    Such an output can be changed in place, because autograd does not need the output of a linear map.
+    The answer is False while torch traces, which can follow only plain operations.
     """
     return (
         not is_tracing()
@@ -227,7 +228,7 @@ def may_write_output(module: nn.Module) -> bool:
         and "forward" not in module.__dict__
         and not has_global_forward_hooks()
         and (
-            len(module._forward_hooks) < 2  # the one that asks
+            len(module._forward_hooks) < 2  # the hook that asks
             or all(isinstance(hook, OutputHook) for hook in module._forward_hooks.values())
         )
     )
