@@ -77,3 +77,9 @@ def test_without_peft_the_extra_is_named(line):
     )
     assert done.returncode == 1
     assert 'pip install "lortalib[peft]"' in done.stderr.splitlines()[-1]
+
+
+def test_the_mlp_of_a_model_whose_mlp_is_not_known_is_refused():
+    """Not its attention instead."""
+    with pytest.raises(ValueError, match="target_modules='mlp' fits no projection"):
+        wrapped(FAMILIES["Albert"], target_modules="mlp")
