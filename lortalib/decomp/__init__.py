@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._build import Rank
 from ._cut import Cut, CutPlan
+from ._environment import environment, gram
 from ._formats import (
     Format,
     block_term,
@@ -30,11 +31,13 @@ from ._formats import (
     vera,
 )
 from ._hosvd import start_along
+from ._inner import distance, inner, norm
 from ._legs import Legs
 from ._make import cp, network, tt, tucker
 from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
 from ._network import Network
 from ._notation import LegsError, Term
+from ._product import hadamard, scale
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
@@ -67,21 +70,28 @@ __all__ = [
     "cp_matrix",
     "decompose",
     "direct_sum",
+    "distance",
+    "environment",
     "fact_tk",
     "formats",
     "from_tensorly",
     "get_format",
     "get_start",
+    "gram",
+    "hadamard",
     "indscal",
+    "inner",
     "lora",
     "lora_xs",
     "lotr",
     "metatt_4d",
     "metatt_41d",
     "network",
+    "norm",
     "register_format",
     "rescal",
     "ring",
+    "scale",
     "start_along",
     "to_tensorly",
     "tt",

@@ -57,7 +57,7 @@ def direct_sum(
             f"the network\n    {first.legs}\nfalls apart into pieces without a common bond: the sum of "
             "two of them is none of the same legs"
         )
-    scaled = _cheapest(first)
+    scaled = weighted_parameter(first)
     sizes = {bond: sum(network.sizes[bond] for network in networks) for bond in bonds}
     tensors = []
     for k, term in enumerate(first.legs.terms):
@@ -76,7 +76,7 @@ def direct_sum(
     return Network(first.legs, tensors, first.modes)
 
 
-def _cheapest(network: TensorNetwork) -> int:
+def weighted_parameter(network: TensorNetwork) -> int:
     """Choose the parameter that takes the weights: used once, trainable if possible, and smallest.
 
     Raises:
