@@ -43,7 +43,7 @@ from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
 
 if TYPE_CHECKING:
-    from ._decompose import Fit, decompose
+    from ._fit import Fit, fit
     from ._tensorly import from_tensorly, to_tensorly
 
 __all__ = [
@@ -68,11 +68,11 @@ __all__ = [
     "cara",
     "cp",
     "cp_matrix",
-    "decompose",
     "direct_sum",
     "distance",
     "environment",
     "fact_tk",
+    "fit",
     "formats",
     "from_tensorly",
     "get_format",
@@ -101,8 +101,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Fit", "decompose"):
-        return getattr(importlib.import_module("._decompose", __name__), name)
+    if name in ("Fit", "fit"):
+        return getattr(importlib.import_module("._fit", __name__), name)
     if name in ("from_tensorly", "to_tensorly"):
         return getattr(importlib.import_module("._tensorly", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

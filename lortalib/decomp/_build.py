@@ -87,12 +87,12 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
     if cut:
         warnings.warn(
             f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    {line}",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
     return limits
 
 
-def _outside() -> int:
+def outside() -> int:
     """Return the stacklevel of the first caller outside this library, so that a warning names their line."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
