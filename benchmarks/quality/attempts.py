@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import lortalib
-from lortalib.decomp import Legs, Shape, cp, decompose
+from lortalib.decomp import Legs, Shape, cp, fit
 
 #: Batches whose mean gradient gives directions.
 BATCHES = 4
@@ -67,16 +67,16 @@ class FromGradient:
         """Tensors for the parameters of a line of CP."""
         found, names = gradient(self.task, self.seed)
         torch.manual_seed(self.seed)
-        fit = decompose(
+        fitted = fit(
             -found / found.norm(),
             "cp",
             sizes["r"],
             modes=names,
-            init="random",
-            random_state=self.seed,
-            n_iter_max=30,
+            start="random",
+            sweeps=30,
+            generator=torch.Generator().manual_seed(self.seed),
         )
-        directions = {name: p.detach() for name, p in fit.network.named_parameters()}
+        directions = {name: p.detach() for name, p in fitted.network.named_parameters()}
         # The library's own start says how large each parameter is.
         own = cp(Shape({mode: sizes[mode] for mode in modes}), sizes["r"])
         tensors = []

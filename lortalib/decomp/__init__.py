@@ -9,7 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._build import Rank
+from ._canonical import canonical
 from ._cut import Cut, CutPlan
+from ._diagnose import (
+    component_norms,
+    conditioning,
+    congruence,
+    core_consistency,
+    multilinear_ranks,
+)
+from ._environment import environment, gram
 from ._formats import (
     Format,
     block_term,
@@ -31,22 +40,29 @@ from ._formats import (
     vera,
 )
 from ._hosvd import start_along
+from ._inner import distance, inner, norm
 from ._legs import Legs
 from ._make import cp, network, tt, tucker
 from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
 from ._network import Network
 from ._notation import LegsError, Term
+from ._product import hadamard, scale
+from ._rank_table import RankRow, RankTable
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
 
 if TYPE_CHECKING:
-    from ._decompose import Fit, decompose
+    from ._convert import Conversion, convert
+    from ._fit import Fit, fit
+    from ._round import Rounding, round
+    from ._suggest import budget, suggest_rank
     from ._tensorly import from_tensorly, to_tensorly
 
 __all__ = [
     "LORTA_MODES",
     "MODES",
+    "Conversion",
     "Cut",
     "CutPlan",
     "Fit",
@@ -56,6 +72,9 @@ __all__ = [
     "Network",
     "NetworkView",
     "Rank",
+    "RankRow",
+    "RankTable",
+    "Rounding",
     "Shape",
     "ShapeLike",
     "Start",
@@ -63,27 +82,44 @@ __all__ = [
     "TensorNetwork",
     "Term",
     "block_term",
+    "budget",
+    "canonical",
     "cara",
+    "component_norms",
+    "conditioning",
+    "congruence",
+    "convert",
+    "core_consistency",
     "cp",
     "cp_matrix",
-    "decompose",
     "direct_sum",
+    "distance",
+    "environment",
     "fact_tk",
+    "fit",
     "formats",
     "from_tensorly",
     "get_format",
     "get_start",
+    "gram",
+    "hadamard",
     "indscal",
+    "inner",
     "lora",
     "lora_xs",
     "lotr",
     "metatt_4d",
     "metatt_41d",
+    "multilinear_ranks",
     "network",
+    "norm",
     "register_format",
     "rescal",
     "ring",
+    "round",
+    "scale",
     "start_along",
+    "suggest_rank",
     "to_tensorly",
     "tt",
     "tucker",
@@ -92,11 +128,24 @@ __all__ = [
 ]
 
 
+#: Names whose files load TensorLy.
+_WITH_TENSORLY = {
+    "Conversion": "._convert",
+    "Fit": "._fit",
+    "Rounding": "._round",
+    "budget": "._suggest",
+    "convert": "._convert",
+    "fit": "._fit",
+    "from_tensorly": "._tensorly",
+    "round": "._round",
+    "suggest_rank": "._suggest",
+    "to_tensorly": "._tensorly",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Fit", "decompose"):
-        return getattr(importlib.import_module("._decompose", __name__), name)
-    if name in ("from_tensorly", "to_tensorly"):
-        return getattr(importlib.import_module("._tensorly", __name__), name)
+    if name in _WITH_TENSORLY:
+        return getattr(importlib.import_module(_WITH_TENSORLY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ._leaves import leaves_first
 from ._limits import rank_limits
 from ._marks import check_marks
 from ._modes import MODES
 from ._notation import LegsError, Term, check_bounds, closest, read_line, vectors_of
-from ._tree import leaves_first
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def direct_sum(
             f"the network\n    {first.legs}\nfalls apart into pieces without a common bond: the sum of "
             "two of them is none of the same legs"
         )
-    scaled = _cheapest(first)
+    scaled = weighted_parameter(first)
     sizes = {bond: sum(network.sizes[bond] for network in networks) for bond in bonds}
     blocks = [network.tensors for network in networks]
     tensors = []
@@ -78,7 +78,7 @@ def direct_sum(
     return Network(first.legs.unhashed, tensors, first.modes)
 
 
-def _cheapest(network: TensorNetwork) -> int:
+def weighted_parameter(network: TensorNetwork) -> int:
     """Choose the parameter that takes the weights: used once, trainable if possible, and smallest.
 
     Raises:

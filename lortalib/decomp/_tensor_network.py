@@ -194,20 +194,21 @@ class TensorNetwork(ABC):
         )
 
     def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
-        """Multiply the tensor by a matrix along one mode (the n-mode product).
+        """Multiply the tensor by a matrix or a vector along one mode (the n-mode product).
 
         The matrix becomes one more parameter of the network, so no dense tensor is formed.
 
         Args:
-            matrix: (new size, size of the mode).
+            matrix: (new size, size of the mode), or a vector (size of the mode).
             mode: one of `modes`.
 
         Returns:
-            A network with the same modes, one of them with the new size.
+            A network with the same modes, one of them with the new size; a vector sums over the mode,
+            which the network then lacks.
 
         Raises:
             KeyError: a name that is not a mode of this network.
-            ValueError: a matrix of another shape.
+            ValueError: a matrix or vector of another shape.
             LegsError: the network already has the largest number of legs or parameters.
 
         Example:
@@ -223,10 +224,10 @@ class TensorNetwork(ABC):
                 f"cannot multiply along {mode!r}: the modes of this network are "
                 f"{', '.join(self.modes)}"
             )
-        if matrix.ndim != 2 or matrix.shape[1] != self.sizes[mode]:
+        if matrix.ndim not in (1, 2) or matrix.shape[-1] != self.sizes[mode]:
             raise ValueError(
                 f"to multiply along {mode!r} of size {self.sizes[mode]}, a matrix of shape (new "
-                f"size, {self.sizes[mode]}) is needed; found {tuple(matrix.shape)}"
+                f"size, {self.sizes[mode]}) or a vector is needed; found {tuple(matrix.shape)}"
             )
         bond = mode
         while bond in self.sizes:
@@ -235,9 +236,10 @@ class TensorNetwork(ABC):
             replace(term, legs=tuple(bond if leg == mode else leg for leg in term.legs), spans=())
             for term in self.legs.terms
         ]
-        legs = Legs((*terms, Term((mode, bond), frozen=True)))
+        left = self.modes if matrix.ndim == 2 else tuple(m for m in self.modes if m != mode)
+        legs = Legs((*terms, Term((mode, bond)[2 - matrix.ndim :], frozen=True)))
         check_bounds(legs.terms)
-        return NetworkView(legs, [*self.tensors, matrix], self.modes)
+        return NetworkView(legs, [*self.tensors, matrix], left)
 
     def cut(self, *batch_modes: str) -> Cut:
         """Split the network into ordinary low-rank pairs, exactly and differentiably.

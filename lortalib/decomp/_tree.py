@@ -1,44 +1,130 @@
-"""Orders the parameters of a line whose bonds form a tree."""
+"""Finds the tree that the bonds of a network form, and moves factors along its edges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from ._notation import Term
+import torch
+from torch import Tensor
+
+from ._einsum import Names, contract
+from ._legs import Legs
 
 
-def leaves_first(
-    terms: Sequence[Term], carriers: Mapping[str, Sequence[int]], bonds: Sequence[str], root: int
-) -> list[tuple[int, str]]:
-    """List all parameters except the root, leaves first; see `Legs.leaves_to_root`.
+class Edge(NamedTuple):
+    """A bond between two parameters of a tree.
 
-    Args:
-        terms: the terms of the line.
-        carriers: the positions of the terms with each leg.
-        bonds: the legs that are summed over.
-        root: the position of the root.
+    Attributes:
+        child: the position of the parameter that is farther from the root.
+        parent: the position of the other one.
+        bond: the name of the bond.
     """
-    line = ", ".join(map(str, terms))
-    order, queue = list[tuple[int, str]](), [root]
-    met, crossed = set(queue), set[str]()
-    while queue:
-        near = queue.pop(0)
-        for bond in terms[near].legs:
-            ends = [k for k in carriers[bond] if k != near] if bond in bonds else []
-            if bond in crossed or not ends:
+
+    child: int
+    parent: int
+    bond: str
+
+
+def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> list[Edge]:
+    """List the edges of a tree, children before their parents.
+
+    A mode may stand on several parameters if these are connected: each of its positions then has a tree of
+    its own, as each layer has in LoRA.
+
+    Raises:
+        ValueError: the bonds do not form a tree that contains every parameter, or a mode stands on
+            parameters that are not connected by others that carry it.
+    """
+    bonds, met, edges = set(legs.bonds(modes)), [root], list[Edge]()
+    for near in met:
+        for bond in legs.terms[near].legs:
+            if bond not in bonds or any(bond == edge.bond for edge in edges):
                 continue
-            crossed.add(bond)
+            ends = [k for k in legs.carriers[bond] if k != near]
             if len(ends) > 1 or ends[0] in met:
                 raise ValueError(
-                    f"bond {bond!r} closes a loop or joins {len(ends) + 1} parameters; a start along "
-                    "a tensor needs a tree, such as 'tucker', 'tt', 'lotr', 'lora' or 'lora_xs'; "
-                    f"found\n    {line}"
+                    f"the bonds form no tree: {bond!r} closes a loop or joins {len(ends) + 1} parameters, "
+                    f"in\n    {legs}"
                 )
-            met.add(ends[0])
-            queue.append(ends[0])
-            order.append((ends[0], bond))
-    if len(met) < len(terms):
-        raise ValueError(
-            f"not every parameter is joined to the one that starts at zero, in\n    {line}"
-        )
-    return order[::-1]
+            edges.append(Edge(ends[0], near, bond))
+            met.append(ends[0])
+    if len(met) < len(legs.terms):
+        raise ValueError(f"the parameters fall into pieces without a common bond, in\n    {legs}")
+    for mode in modes:
+        carriers = legs.carriers[mode]
+        if sum(e.child in carriers and e.parent in carriers for e in edges) < len(carriers) - 1:
+            raise ValueError(
+                f"the mode {mode!r} stands on parameters that are not neighbours, which closes a loop, in"
+                f"\n    {legs}"
+            )
+    return edges[::-1]
+
+
+def is_tree(legs: Legs, modes: Sequence[str]) -> bool:
+    """Return True if the bonds form a tree."""
+    try:
+        tree_edges(legs, modes, 0)
+    except ValueError:
+        return False
+    return True
+
+
+class Sides(NamedTuple):
+    """A parameter as matrices: one for each position of the modes that it shares with its neighbour.
+
+    Attributes:
+        matrices: (*batch, rows, bond).
+        batch: the shared modes.
+        rows: all other legs but the bond.
+        shape: the sizes of the rows.
+    """
+
+    matrices: Tensor
+    batch: Names
+    rows: Names
+    shape: tuple[int, ...]
+
+
+def unfold(tensor: Tensor, legs: Names, bond: str, neighbour: Names) -> Sides:
+    """Unfold a parameter towards one of its bonds."""
+    batch = tuple(leg for leg in legs if leg in neighbour and leg != bond)
+    rows = tuple(leg for leg in legs if leg not in batch and leg != bond)
+    ordered = tensor.permute([legs.index(leg) for leg in (*batch, *rows, bond)])
+    shape = tuple(ordered.shape[len(batch) : -1])
+    lead = ordered.shape[: len(batch)]
+    matrices = ordered.reshape(*lead, math.prod(shape), ordered.shape[-1])
+    return Sides(matrices, batch, rows, shape)
+
+
+def fold(sides: Sides, matrices: Tensor, legs: Names, bond: str) -> Tensor:
+    """Undo `unfold` for matrices whose number of columns may have changed."""
+    lead = matrices.shape[: len(sides.batch)]
+    order = (*sides.batch, *sides.rows, bond)
+    tensor = matrices.reshape(*lead, *sides.shape, matrices.shape[-1])
+    return tensor.permute([order.index(leg) for leg in legs])
+
+
+def absorb(tensor: Tensor, legs: Names, bond: str, factor: Tensor, batch: Names) -> Tensor:
+    """Multiply a parameter along a bond by matrices (*batch, new size, size)."""
+    fresh = bond + "'"
+    output = tuple(fresh if leg == bond else leg for leg in legs)
+    term = (*batch, fresh, bond)
+    sizes = dict(zip(legs, tensor.shape)) | dict(zip(term, factor.shape))
+    return contract((legs, term), (tensor, factor), output, sizes)
+
+
+def orthonormalise(
+    tensors: list[Tensor], terms: Sequence[Names], bond: str, giver: int, taker: int
+) -> None:
+    """Make the columns of a parameter orthonormal towards a bond; the neighbour takes the other factor.
+
+    The diagonal of that factor is not negative, so the result is unique if the columns are independent.
+    """
+    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
+    q, r = torch.linalg.qr(sides.matrices)
+    sign = r.diagonal(dim1=-2, dim2=-1).sign()
+    sign = torch.where(sign == 0, 1.0, sign)
+    tensors[giver] = fold(sides, q * sign.unsqueeze(-2), terms[giver], bond)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r * sign.unsqueeze(-1), sides.batch)

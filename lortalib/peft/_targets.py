@@ -77,7 +77,9 @@ def named_targets(model: nn.Module, known: Sequence[Site], targets: Any) -> Any:
         attention = [site for site in own if site not in mlp]
         chosen = {"mlp": mlp, "all": own}.get(targets, attention)
         if not chosen:
-            raise ValueError(f"target_modules={targets!r} fits no projection whose role is known here")
+            raise ValueError(
+                f"target_modules={targets!r} fits no projection whose role is known here"
+            )
         return short_names(model, _paths(choose_sites(chosen, targets, None)))
     words = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     roles = {name for name in targets if name not in words} & {site.role for site in own}

@@ -33,7 +33,7 @@ except AttributeError:
     pass
 heavy = {"transformers", "tensorly", "peft", "accelerate", "scipy"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
-decomp.Fit, decomp.decompose, decomp.to_tensorly, decomp.from_tensorly
+decomp.Fit, decomp.fit, decomp.to_tensorly, decomp.from_tensorly
 print("tensorly" in sys.modules, "transformers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -79,7 +79,7 @@ CALLS = {
     "a line": lambda: decomp.network("in p, layer p q, out q", SHAPE, 9),
     "a name": lambda: decomp.network("tt", SHAPE, 9),
     "Format": lambda: decomp.Format("", "", "in p, layer p q, out q")(SHAPE, 9),
-    "decompose": lambda: decomp.decompose(torch.ones(2, 4, 4), "tt", 9, modes="layer in out"),
+    "decompose": lambda: decomp.fit(torch.ones(2, 4, 4), "tt", 9, modes="layer in out"),
     "apply": lambda: lortalib.nn.apply(model(), "tucker", rank=9),
     "apply, a line": lambda: lortalib.nn.apply(model(), "in p, layer matrix p q, head out q", rank=99),
 }  # fmt: skip

@@ -1,0 +1,200 @@
+"""Fits the parameters of a network one after the other: alternating least squares for any line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._einsum import Names, contract
+from ._environment import GramPart, gram_parts
+from ._legs import Legs
+from ._objective import Objective
+from ._pieces import Pieces
+
+#: Steps of L-BFGS in one sweep, for lines in which a parameter stands several times.
+DESCENT_STEPS = 100
+
+#: Called after every sweep with the number of sweeps and the relative error.
+Progress = Callable[[int, float], object]
+
+
+class Sweeper:
+    """Improves the trainable parameters of a network in turn; no step raises the objective.
+
+    The tensor is linear in a parameter that stands once, so its best values solve normal equations. Their
+    matrix is kept as a Kronecker product of `gram_parts`. In directions that the equations leave open,
+    the parameter stays as it is. In a parameter that stands n times the tensor is a polynomial; for such
+    lines every sweep ends with steps of L-BFGS in all parameters together.
+
+    Args:
+        legs: the line.
+        tensors: the parameters, in float64; they are replaced, not changed.
+        objective: the target.
+        ridge: the weight of the squared entries of all trainable parameters.
+    """
+
+    def __init__(
+        self, legs: Legs, tensors: Sequence[Tensor], objective: Objective, ridge: float
+    ) -> None:
+        self.legs, self.objective, self.ridge = legs, objective, ridge
+        self.terms = tuple(term.legs for term in legs.terms)
+        self.tensors = list(tensors)
+        own = [k for k, term in enumerate(legs.terms) if not (term.tied or term.frozen)]
+        # The root of a start along the target is zero, so it comes first.
+        self.order = sorted(own, key=lambda k: bool(self.tensors[k].any()))
+
+    @property
+    def pieces(self) -> Pieces:
+        """The tensors with their legs."""
+        return Pieces(self.terms, tuple(self.tensors))
+
+    def sweep(self) -> None:
+        """Improve every trainable parameter once."""
+        for position in self.order:
+            if self.legs.owners.count(position) == 1:
+                self.tensors[position] = self._solved(position)
+        if any(self.legs.owners.count(position) > 1 for position in self.order):
+            self._descend()
+
+    def penalised(self, error: float) -> float:
+        """Compute the objective, with the ridge, from the relative error of a target of norm one."""
+        squares = sum(self.tensors[k].square().sum().item() for k in self.order)
+        return error**2 + self.ridge * squares
+
+    def conditions(self) -> dict[int, float]:
+        """Compute the condition number of the Gram matrix of each parameter that stands once."""
+        once = [k for k in self.order if self.legs.owners.count(k) == 1]
+        return {k: condition(self._parts(k)) for k in once}
+
+    @staticmethod
+    def growth(legs: Legs, tensors: Sequence[Tensor]) -> float:
+        """Compute the norm that the tensor would have if all terms of its sum were orthogonal."""
+        squares = tuple(tensor.square() for tensor in tensors)
+        return math.sqrt(
+            Pieces(tuple(term.legs for term in legs.terms), squares).contract(()).item()
+        )
+
+    def _parts(self, position: int) -> list[GramPart]:
+        return gram_parts(self.pieces, position, self.objective.modes, self.objective.weight)
+
+    def _solved(self, position: int) -> Tensor:
+        residual = self.objective.residual_side(self.pieces, position)
+        return solve(
+            self._parts(position),
+            residual,
+            self.tensors[position],
+            self.terms[position],
+            self.ridge,
+        )
+
+    def _descend(self) -> None:
+        """Lower the objective in all trainable parameters together."""
+        own = {k: self.tensors[k].clone().requires_grad_() for k in self.order}
+
+        def tensors() -> list[Tensor]:
+            return [own.get(owner, self.tensors[k]) for k, owner in enumerate(self.legs.owners)]
+
+        def loss() -> Tensor:
+            squares = torch.stack([tensor.square().sum() for tensor in own.values()]).sum()
+            return self.objective.loss(Pieces(self.terms, tuple(tensors()))) + self.ridge * squares
+
+        optimizer = torch.optim.LBFGS(
+            list(own.values()),
+            max_iter=DESCENT_STEPS,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            before = optimizer.step(closure)
+        for tensor in own.values():
+            tensor.requires_grad_(False)
+        if loss() <= before:
+            self.tensors = tensors()
+
+
+def solve(
+    parts: Sequence[GramPart], residual: Tensor, now: Tensor, legs: Names, ridge: float
+) -> Tensor:
+    """Solve the normal equations of a parameter, whose matrix is a Kronecker product.
+
+    Args:
+        parts: the factors of the Gram matrix.
+        residual: the right-hand side for the residual, in the shape of the parameter.
+        now: the present values, kept in directions whose eigenvalue is zero up to rounding.
+        legs: the legs of the parameter.
+        ridge: added to every eigenvalue.
+    """
+    values, turns = now.new_ones([1] * now.ndim), []
+    for part in parts:
+        number, vectors = torch.linalg.eigh(part.matrices)
+        lead = [legs.index(mode) for mode in part.modes]
+        axes = [legs.index(bond) for bond in part.bonds]
+        # The eigenvalues of several bonds are laid out over these bonds, whichever is which.
+        shape = [now.shape[axis] for axis in lead + axes]
+        values = values * _aligned(number.clamp(min=0).reshape(shape), lead + axes, now.ndim)
+        if axes:
+            turns.append((part, vectors.reshape(*shape, *[now.shape[axis] for axis in axes])))
+    bonds = [k for k, leg in enumerate(legs) if any(leg in part.bonds for part in parts)]
+    values = values.expand(now.shape)
+    largest = values.amax(bonds, keepdim=True) if bonds else values
+    room = math.prod(now.shape[k] for k in bonds)
+    total = values + ridge
+    is_open = total <= largest * room * torch.finfo(now.dtype).eps * 4
+    turned = _turned(residual - ridge * now, turns, legs)
+    step = torch.where(is_open, 0.0, turned / torch.where(is_open, 1.0, total))
+    return now + _turned(step, turns, legs, back=True)
+
+
+def condition(parts: Sequence[GramPart]) -> float:
+    """Compute the condition number of a Gram matrix scaled to a unit diagonal; the largest over its
+    slices, infinity if it is singular."""
+    total = 1.0
+    for part in parts:
+        diagonal = part.matrices.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+        values = torch.linalg.eigvalsh(
+            part.matrices / diagonal.unsqueeze(-1) / diagonal.unsqueeze(-2)
+        )
+        eps = torch.finfo(values.dtype).eps * values.shape[-1]
+        low, high = values[..., 0], values[..., -1]
+        worst = torch.where(low > eps * high, high / low, torch.inf).max()
+        total *= float(worst)
+    return total
+
+
+def _aligned(tensor: Tensor, axes: Sequence[int], ndim: int) -> Tensor:
+    """Put the axes of a tensor at ``axes`` of ``ndim`` axes; the others have size 1."""
+    order = sorted(range(len(axes)), key=lambda k: axes[k])
+    shape = [1] * ndim
+    for k, axis in enumerate(axes):
+        shape[axis] = tensor.shape[k]
+    return tensor.permute(order).reshape(shape)
+
+
+def _turned(
+    tensor: Tensor, turns: Sequence[tuple[GramPart, Tensor]], legs: Names, back: bool = False
+) -> Tensor:
+    """Write a parameter in the eigenvectors of its Gram matrix, or back.
+
+    The vectors of a part have the axes (*modes, *bonds, *eigenvalues).
+    """
+    for part, vectors in turns:
+        fresh = tuple(bond + "^" for bond in part.bonds)
+        names = dict(zip(part.bonds, fresh))
+        own = tuple(names.get(leg, leg) for leg in legs) if back else legs
+        output = legs if back else tuple(names.get(leg, leg) for leg in legs)
+        term = (*part.modes, *part.bonds, *fresh)
+        sizes = dict(zip(term, vectors.shape)) | dict(zip(own, tensor.shape))
+        tensor = contract((own, term), (tensor, vectors), output, sizes)
+    return tensor

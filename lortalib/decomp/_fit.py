@@ -1,0 +1,309 @@
+"""Fits networks to targets: dense tensors, networks, and sums of networks."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._stacklevel import outside
+from ._als import Progress, Sweeper
+from ._build import Rank
+from ._fit_start import StartOfFit, net_of_start, starts
+from ._formats import get_format
+from ._legs import Legs
+from ._modes import Shape
+from ._network import Network
+from ._objective import Objective
+from ._pieces import Pieces, pieces_of
+from ._target import Target, TargetLike, read_target
+from ._tensor_network import TensorNetwork
+from ._tensorly import Modes
+from ._tensorly_fit import TENSORLY, fit_with_tensorly
+from ._tree import is_tree
+
+#: Norms of all terms, relative to the target's, beyond which terms cancel each other: always, and if they
+#: still grow at the end. A fit with a smaller error than EXACT has nothing to diverge to.
+CANCELLING, GROWING, EXACT = 30.0, 2.0, 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A network fitted to a target, and how that went.
+
+    Attributes:
+        network: the fitted network, whose parameters are finite.
+        error: ``|target - network| / |target|`` in the Frobenius norm, measured on the network returned;
+            with a mask or weights, both norms are weighted. For targets that are networks, errors below
+            1e-8 are rounding errors.
+        errors: the relative error after every sweep of the best start; empty for algorithms of TensorLy,
+            which do not return it.
+        seconds: the time that all starts took together.
+        conditions: by the name of a parameter, the condition number of its least-squares problem (its
+            Gram matrix scaled to a unit diagonal); infinity if directions are left open. Without the
+            parameters that are frozen or used several times.
+        converged: whether the last sweep changed the error by less than the tolerance.
+        how: the name of the algorithm.
+    """
+
+    network: Network
+    error: float
+    errors: tuple[float, ...]
+    seconds: float
+    conditions: dict[str, float]
+    converged: bool
+    how: str
+
+
+def fit(
+    target: TargetLike,
+    line: str,
+    rank: Rank,
+    *,
+    modes: Modes | None = None,
+    mask: Any = None,
+    weights: Any = None,
+    start: StartOfFit = "auto",
+    tolerance: float = 1e-10,
+    ridge: float = 0.0,
+    restarts: int = 0,
+    sweeps: int = 1000,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Fit:
+    """Fit a network of any line to a target by alternating least squares.
+
+    Each parameter in turn takes its best values while the others stay (Carroll and Chang 1970, Harshman
+    1970 for CP; Holtz, Rohwedder and Schneider 2012 for trains). Frozen parameters stay as they are. If
+    a parameter stands several times in the line, the tensor is not linear in it, and every sweep ends
+    with steps of L-BFGS. No step raises the error. A target that is a network is never formed.
+
+    TensorLy's own algorithms fit CP (``parafac``), Tucker (``tucker``) and trains (``tensor_train``) to a
+    dense target, unless a mask, weights, a ridge, a start, restarts or progress are asked for.
+
+    Args:
+        target: a dense tensor with an axis for each mode; a network; or a list of networks, which stands
+            for their sum. The LoRA of many projections is a network of the format ``lora``.
+        line: the name of a format, or a line of legs.
+        rank: as for `network`; ranks larger than the modes can fill are reduced, with a warning.
+        modes: names of the axes of a dense target, as in `from_tensorly`.
+        mask: a tensor of the target's shape, one where an entry is known and zero where it is missing.
+            The target may hold NaN where it is zero.
+        weights: weights of the squared errors: a tensor of the target's shape, or a network over the
+            same modes, whose parameters are not negative. Both stand beside a mask.
+        start: ``"svd"`` (singular vectors of the target, for a dense target and bonds that form a tree),
+            ``"random"``, ``"auto"`` (the first where it exists), or a network of the line, which also says
+            what frozen parameters hold.
+        tolerance: stop when a sweep lowers the relative error by less.
+        ridge: weight of the squared parameters, added to the squared relative error.
+        restarts: number of further starts, all random; the best one is returned.
+        sweeps: the largest number of sweeps of one start.
+        generator: the source of random starts; by default one with a fixed seed.
+        progress: called after every sweep with its number and the relative error.
+
+    Returns:
+        `Fit`. The parameters have the dtype and the device of the target; they are computed in float64.
+
+    Raises:
+        ValueError: a target, mask or weights that are not finite, empty or of other shapes; a slice
+            without known entries; a rank with which no more can be represented than with a smaller one; a
+            line whose parameters are all frozen; a start of another line or shape; parameters too large
+            for the dtype.
+        TypeError: a complex target.
+
+    Warns:
+        RuntimeWarning: the fit diverges: its terms grow and cancel each other.
+
+    Example:
+        >>> from lortalib.decomp import lora
+        >>> trained = lora((6, 2, 3, 16, 8), 2, init="normal")
+        >>> found = fit(trained, "in p, layer matrix p q, head out q", 16)
+        >>> found.how, found.error < 0.5
+        ('alternating least squares', True)
+    """
+    _check_options(tolerance, ridge, restarts, sweeps)
+    begin = time.perf_counter()
+    read = read_target(target, modes, mask, weights, ridge=ridge)
+    source = generator or torch.Generator().manual_seed(0)
+    form = get_format(line)
+    if isinstance(start, TensorNetwork):
+        net = net_of_start(start, form.legs(read.shape), rank, read.shape)
+    else:
+        net = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
+        net = net.to(read.device)
+    _check_line(net, read.shape, is_start=isinstance(start, TensorNetwork))
+    first = starts(net, read.objective, start, 1 + restarts, source)
+    is_plain = ridge == 0 and restarts == 0 and progress is None and start == "auto"
+    run = None
+    if read.scale == 0:
+        run = _zero_run(net, next(first))
+    elif is_plain:
+        run = _run_of_tensorly(net, read, tolerance, sweeps)
+    if run is None:
+        scaled = (rescaled(net.legs, tensors, 1.0) for tensors in first)
+        if isinstance(start, TensorNetwork):
+            scaled = (rescaled(net.legs, tensors, 1 / read.scale) for tensors in first)
+        run = _best_run(net.legs, scaled, read.objective, ridge, tolerance, sweeps, progress)
+    conditions = Sweeper(net.legs, run.tensors, read.objective, ridge).conditions()
+    network = _finished(net, run.tensors, read)
+    error = _error_of(network, read)
+    _warn_if_diverged(net, run, error)
+    return Fit(
+        network,
+        error,
+        run.errors,
+        time.perf_counter() - begin,
+        {network.names[k]: value for k, value in conditions.items()},
+        run.converged,
+        run.how,
+    )
+
+
+class _Run(NamedTuple):
+    """What one start ended in: the parameters for the target of norm one, and how it went."""
+
+    tensors: list[Tensor]
+    errors: tuple[float, ...]
+    converged: bool
+    how: str = "alternating least squares"
+    growth: tuple[float, ...] = ()
+
+
+def _best_run(
+    legs: Legs,
+    firsts: Iterable[list[Tensor]],
+    objective: Objective,
+    ridge: float,
+    tolerance: float,
+    sweeps: int,
+    progress: Progress | None,
+) -> _Run:
+    """Sweep from every start; return the run that ends with the least objective."""
+    best, least = None, math.inf
+    for first in firsts:
+        sweeper = Sweeper(legs, first, objective, ridge)
+        errors, growth = list[float](), list[float]()
+        before, converged = math.inf, False
+        for number in range(1, sweeps + 1):
+            sweeper.sweep()
+            errors.append(objective.relative_error(sweeper.pieces))
+            growth.append(Sweeper.growth(legs, sweeper.tensors))
+            if progress is not None:
+                progress(number, errors[-1])
+            now = math.sqrt(sweeper.penalised(errors[-1]))
+            converged = before - now <= tolerance or now <= objective.precision
+            if converged or not math.isfinite(now):
+                break
+            before = now
+        if now < least:
+            best = _Run(sweeper.tensors, tuple(errors), converged, growth=tuple(growth))
+            least = now
+    if best is None:
+        raise ValueError(
+            f"every start of the fit ended in NaN or infinity, in\n    {legs}\nTry a smaller rank, or "
+            "a ridge such as ridge=1e-6"
+        )
+    return best
+
+
+def _zero_run(net: Network, first: list[Tensor]) -> _Run:
+    """Make the zero network, which is exact for a zero target; frozen parameters stay."""
+    terms = net.legs.terms
+    zeros = [t if term.frozen else torch.zeros_like(t) for t, term in zip(first, terms)]
+    return _Run(zeros, (0.0,), True)
+
+
+def _run_of_tensorly(net: Network, read: Target, tolerance: float, sweeps: int) -> _Run | None:
+    """Run TensorLy's algorithm; None if there is none, or if it meets a singular matrix or ends in NaN."""
+    lines = {str(get_format(kind).legs(read.shape)): kind for kind in TENSORLY}
+    kind = lines.get(str(net.legs))
+    if read.dense is None or kind is None:
+        return None
+    found = fit_with_tensorly(kind, read.dense, net, tolerance, sweeps)
+    how = f"TensorLy {TENSORLY[kind]}"
+    return None if found is None else _Run(list(found), (), True, how)
+
+
+def rescaled(legs: Legs, tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
+    """Multiply the tensor of a line by a positive number, through one trainable parameter."""
+    trainable = [k for k, term in enumerate(legs.terms) if not (term.frozen or term.tied)]
+    k = min(trainable, key=lambda k: (legs.owners.count(k), tensors[k].numel()))
+    share = factor ** (1 / legs.owners.count(k))
+    return [t * share if owner == k else t for t, owner in zip(tensors, legs.owners)]
+
+
+def _finished(net: Network, tensors: Sequence[Tensor], read: Target) -> Network:
+    """Give the fitted parameters the norm, the dtype and the device of the target."""
+    scaled = rescaled(net.legs, tensors, read.scale) if read.scale else list(tensors)
+    own = [t.detach().to(read.device, read.dtype).contiguous() for t in scaled]
+    if not all(bool(tensor.isfinite().all()) for tensor in own):
+        raise ValueError(
+            f"the fitted parameters are too large for {read.dtype}; give the target in a wider dtype, or "
+            "divided by its norm"
+        )
+    return Network(net.legs, [own[owner] for owner in net.legs.owners], net.modes)
+
+
+def _error_of(network: Network, read: Target) -> float:
+    """Measure the error of the parameters that are returned, after they were rounded to their dtype."""
+    pieces = pieces_of(network)
+    wide = [tensor.detach().double() for tensor in pieces.tensors]
+    factor = 1 / read.scale if read.scale else 1.0
+    return read.objective.relative_error(
+        Pieces(pieces.terms, tuple(rescaled(network.legs, wide, factor)))
+    )
+
+
+def _warn_if_diverged(net: Network, run: _Run, error: float) -> None:
+    """Warn if the terms of the sum over the bonds cancel each other, ever more or to a large part.
+
+    Their norm is relative to that of the target. Trees have a best network of every rank, so there large
+    terms only mean an unusual basis.
+    """
+    if error < EXACT or is_tree(net.legs, net.modes):
+        return
+    growth = run.growth or (Sweeper.growth(net.legs, run.tensors),)
+    now, grows = growth[-1], growth[-1] > 1.05 * growth[len(growth) // 2]
+    if now > CANCELLING or (now > GROWING and grows and len(growth) >= 20):
+        warnings.warn(
+            f"the fit diverges: terms {now:.1f} times as large as the target cancel each other, so "
+            "a best network of these ranks may not exist. Try a ridge such as 1e-6, another rank, or "
+            f"another format; the line is\n    {net.legs}",
+            RuntimeWarning,
+            stacklevel=outside(),
+        )
+
+
+def _check_line(net: Network, shape: Shape, *, is_start: bool) -> None:
+    """Refuse a line that nothing can be fitted with, and ranks beyond which nothing is gained."""
+    terms = net.legs.terms
+    if all(term.frozen for term in terms):
+        raise ValueError(
+            f"every parameter is frozen, so there is nothing to fit, in\n    {net.legs}"
+        )
+    if is_start or any(term.frozen or term.tied for term in terms):
+        return
+    most = shape.numel // max(shape.values())
+    for bond, rank in net.ranks.items():
+        if rank > max(1, most) and len(net.legs.carriers[bond]) > 2:
+            raise ValueError(
+                f"rank {rank} of bond {bond!r} cannot help: with {most}, every tensor of this shape can "
+                f"be written in the line\n    {net.legs}"
+            )
+
+
+def _check_options(tolerance: float, ridge: float, restarts: int, sweeps: int) -> None:
+    for name, value, least in (
+        ("tolerance", tolerance, 0),
+        ("ridge", ridge, 0),
+        ("restarts", restarts, 0),
+        ("sweeps", sweeps, 1),
+    ):
+        if not (value >= least and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and at least {least}; found {value!r}")

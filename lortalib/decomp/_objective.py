@@ -1,0 +1,89 @@
+"""States what a fit minimises: the squared distance to a target, dense or a sum of networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._einsum import Names
+from ._pieces import Pieces, joined
+
+
+class Objective:
+    """The squared distance between a target and a network, each entry with a weight.
+
+    The target is a list of summands; a dense tensor is a summand of one piece. Everything is a
+    contraction of pieces, so a target that is a network is never formed.
+
+    Args:
+        summands: the pieces of every summand; their other legs are the modes.
+        modes: the modes.
+        weight: the pieces of the weights of the entries, without other legs than modes; None for ones.
+    """
+
+    def __init__(
+        self, summands: Sequence[Pieces], modes: Names, weight: Pieces | None = None
+    ) -> None:
+        self.summands, self.modes, self.weight = list(summands), modes, weight
+        self._weight = weight or Pieces((), ())
+        self.is_dense = len(self.summands) == 1 and self.summands[0].terms == (modes,)
+        self.squared_norm = sum(
+            self._pair(one, other).item() for one in self.summands for other in self.summands
+        )
+
+    def scaled(self, factor: float) -> Objective:
+        """Multiply the target by a number."""
+        summands = [
+            Pieces(pieces.terms, (pieces.tensors[0] * factor, *pieces.tensors[1:]))
+            for pieces in self.summands
+        ]
+        return Objective(summands, self.modes, self.weight)
+
+    def residual_side(self, net: Pieces, position: int) -> Tensor:
+        """Contract the residual, the weights and all tensors but one to the legs of that one.
+
+        It is half the negative gradient of the squared distance. A dense residual is subtracted entry by
+        entry, which keeps its relative precision.
+        """
+        rest, legs = net.without(position), net.terms[position]
+        if self.is_dense:
+            gap = Pieces((self.modes,), (self.summands[0].tensors[0] - net.contract(self.modes),))
+            return joined(gap, self._weight, rest).contract(legs)
+        total = -joined(net.renamed("*", self.modes), self._weight, rest).contract(legs)
+        for summand in self.summands:
+            part = joined(summand.renamed("*", self.modes), self._weight, rest)
+            total = total + part.contract(legs)
+        return total
+
+    @property
+    def precision(self) -> float:
+        """The relative error below which there are only rounding errors."""
+        return 1e-14 if self.is_dense else 2e-8
+
+    def loss(self, net: Pieces) -> Tensor:
+        """Compute the squared distance; differentiable.
+
+        For a dense target it is summed entry by entry. For networks it is ``|T|^2 - 2 <T, N> + |N|^2``, in
+        which numbers below the machine precision times ``|T|^2`` are lost.
+        """
+        if self.is_dense:
+            squares = (self.summands[0].tensors[0] - net.contract(self.modes)).square()
+            if self.weight is not None:
+                squares = squares * self.weight.contract(self.modes)
+            return squares.sum()
+        cross = torch.stack([self._pair(summand, net) for summand in self.summands]).sum()
+        return (self.squared_norm + self._pair(net, net) - 2 * cross).clamp(min=0)
+
+    def relative_error(self, net: Pieces) -> float:
+        """Compute the distance divided by the norm of the target; zero for a zero target met exactly."""
+        squared = self.loss(net).item()
+        return math.sqrt(squared / self.squared_norm) if self.squared_norm else math.sqrt(squared)
+
+    def _pair(self, one: Pieces, other: Pieces) -> Tensor:
+        """Compute the weighted inner product of two collections of pieces."""
+        return joined(
+            one.renamed("*", self.modes), self._weight, other.renamed("'", self.modes)
+        ).contract(())

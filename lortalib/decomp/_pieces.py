@@ -1,0 +1,76 @@
+"""Collects the tensors of several networks, with named legs, for one contraction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._einsum import Names, contract
+from ._tensor_network import TensorNetwork
+
+
+class Pieces(NamedTuple):
+    """Tensors and the legs of each; legs with the same name are the same leg.
+
+    Attributes:
+        terms: the legs of each tensor.
+        tensors: the tensors, in the same order.
+    """
+
+    terms: tuple[Names, ...]
+    tensors: tuple[Tensor, ...]
+
+    def renamed(self, mark: str, keep: Collection[str]) -> Pieces:
+        """Append a mark to the name of every leg that is not in ``keep``."""
+        terms = (tuple(leg if leg in keep else leg + mark for leg in t) for t in self.terms)
+        return Pieces(tuple(terms), self.tensors)
+
+    def without(self, position: int) -> Pieces:
+        """Leave out one tensor."""
+        keep = [k for k in range(len(self.terms)) if k != position]
+        return self.subset(keep)
+
+    def subset(self, positions: Iterable[int]) -> Pieces:
+        """Keep the tensors at some positions."""
+        chosen = tuple(positions)
+        return Pieces(tuple(self.terms[k] for k in chosen), tuple(self.tensors[k] for k in chosen))
+
+    def contract(self, output: Sequence[str]) -> Tensor:
+        """Sum over every leg that is not in ``output``, the axes of the result."""
+        sizes = {
+            leg: size
+            for term, tensor in zip(self.terms, self.tensors)
+            for leg, size in zip(term, tensor.shape)
+        }
+        return contract(self.terms, self.tensors, tuple(output), sizes)
+
+
+def pieces_of(net: TensorNetwork) -> Pieces:
+    """Collect the tensors of a network; a tied parameter stands once for each of its terms."""
+    return Pieces(tuple(term.legs for term in net.legs.terms), tuple(net.tensors))
+
+
+def joined(*several: Pieces) -> Pieces:
+    """Put the tensors of several collections into one."""
+    return Pieces(
+        tuple(term for pieces in several for term in pieces.terms),
+        tuple(tensor for pieces in several for tensor in pieces.tensors),
+    )
+
+
+def position_of(net: TensorNetwork, parameter: str | int) -> int:
+    """Find the position of a parameter, which is given by its name or its position in the line.
+
+    Raises:
+        KeyError: a name that the network does not have, or a position outside the line.
+    """
+    if isinstance(parameter, str) and parameter in net.names:
+        return net.names.index(parameter)
+    if not isinstance(parameter, str) and -len(net.names) <= parameter < len(net.names):
+        return parameter % len(net.names)
+    raise KeyError(
+        f"no parameter {parameter!r}: the parameters of this network are {', '.join(net.names)}, "
+        f"at the positions 0 to {len(net.names) - 1}"
+    )

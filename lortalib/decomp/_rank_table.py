@@ -1,0 +1,87 @@
+"""Holds tables of ranks: what each costs and how near it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ._build import Rank
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """What one choice of ranks costs and gives.
+
+    Attributes:
+        format: the name of the format, or the line.
+        rank: the ranks, as `network` takes them.
+        parameters: the number of trainable parameters.
+        error: the relative error of a fit; None if nothing was fitted.
+        held_out: the relative error over entries that a second fit did not see; None without one.
+        core_consistency: of CP, in percent; None for other lines.
+    """
+
+    format: str
+    rank: Rank
+    parameters: int
+    error: float | None = None
+    held_out: float | None = None
+    core_consistency: float | None = None
+
+
+@dataclass(frozen=True)
+class RankTable(Sequence[RankRow]):
+    """A table with a row for each choice of ranks; printing it shows the table.
+
+    Attributes:
+        rows: the rows.
+        best: the index of the row that is suggested, or None.
+    """
+
+    rows: tuple[RankRow, ...]
+    best: int | None = None
+
+    @property
+    def suggested(self) -> RankRow:
+        """The row that is suggested.
+
+        Raises:
+            LookupError: no row is.
+        """
+        if self.best is None:
+            raise LookupError("this table compares formats and suggests none")
+        return self.rows[self.best]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[RankRow]:
+        return iter(self.rows)
+
+    def __repr__(self) -> str:
+        head = ["format", "rank", "parameters"]
+        optional = [
+            name
+            for name in ("error", "held_out", "core_consistency")
+            if any(getattr(row, name) is not None for row in self.rows)
+        ]
+        lines = [[*head, *(name.replace("_", " ") for name in optional), ""]]
+        for k, row in enumerate(self.rows):
+            values = [getattr(row, name) for name in optional]
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            mark = "<- suggested" if k == self.best else ""
+            lines.append([row.format, _short(row.rank), f"{row.parameters:,}", *cells, mark])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        texts = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in lines
+        )
+        return "\n".join(text.rstrip() for text in texts)
+
+
+def _short(rank: Rank) -> str:
+    if isinstance(rank, dict):
+        return " ".join(f"{bond}={size}" for bond, size in rank.items())
+    return str(rank)

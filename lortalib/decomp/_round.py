@@ -1,0 +1,184 @@
+"""Rounds a network to smaller ranks: by truncated singular values on trees, by a fit elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._build import Rank
+from ._canonical import rebuilt, refuse_frozen, wide_copies
+from ._fit import fit
+from ._network import Network
+from ._tensor_network import TensorNetwork
+from ._tree import Edge, absorb, fold, is_tree, orthonormalise, tree_edges, unfold
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A network of smaller ranks, and how near it is.
+
+    Attributes:
+        network: the network.
+        error: ``|net - network| / |net|``. On trees it is computed from the singular values that were left
+            out, so it is exact, also far below 1e-8.
+        least: a relative error below which no network of the line has these ranks; None after a fit. The
+            error is at most this number times the root of the number of bonds.
+        how: the name of the algorithm.
+    """
+
+    network: Network
+    error: float
+    least: float | None
+    how: str
+
+
+def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None = None) -> Rounding:
+    """Give a network smaller ranks, either given ones or the smallest ones within an error.
+
+    If the bonds form a tree, each bond is truncated once, by the singular values of the tensor there
+    (Oseledets 2011 for trains, Grasedyck 2010 for other trees). The error is at most the root of the
+    number of bonds times the best possible one. Modes that a bond's two parameters share are kept
+    apart: each slice has singular values of its own. Other lines are fitted to the network by `fit`; there
+    an error is reached with the smallest equal share of all ranks.
+
+    Args:
+        net: the network. The whole tensor is not formed.
+        rank: ranks as for `network`; larger ones than those of the network stay as they are.
+        error: the largest relative error in the Frobenius norm, 0 or more and below 1.
+
+    Returns:
+        `Rounding`, with the error that was made.
+
+    Raises:
+        ValueError: neither or both of rank and error; an error outside its range, or one that a fit does
+            not reach; ranks below 1 or of other bonds; frozen parameters, whose sizes are fixed.
+
+    Example:
+        >>> from lortalib.decomp import direct_sum, tt
+        >>> net = tt({"layer": 3, "in": 8, "out": 4}, 2, init="normal", dtype=torch.float64)
+        >>> twice = direct_sum([net, net])
+        >>> twice.ranks, round(twice, error=1e-10).network.ranks
+        ({'a': 4, 'b': 4}, {'a': 2, 'b': 2})
+    """
+    if (rank is None) == (error is None):
+        raise ValueError("give either rank= or error=, what is to be reached")
+    if error is not None and not 0 <= error < 1:
+        raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
+    refuse_frozen(net.legs, "rounding")
+    wanted = None if rank is None else _wanted(net, rank)
+    if is_tree(net.legs, net.modes) and not any(term.tied for term in net.legs.terms):
+        return _truncated(net, wanted, error)
+    if wanted is not None:
+        return _fitted(net, wanted)
+    assert error is not None
+    return _fitted_within(net, error)
+
+
+def _wanted(net: TensorNetwork, rank: Rank) -> dict[str, int]:
+    """Read ranks for the bonds of a network; none is larger than it is."""
+    if isinstance(rank, Mapping):
+        found = dict(rank)
+    elif isinstance(rank, Sequence):
+        found = dict(zip(net.ranks, rank)) if len(rank) == len(net.ranks) else {}
+    else:
+        found = dict.fromkeys(net.ranks, rank)
+    if set(found) != set(net.ranks):
+        raise ValueError(f"ranks are needed for the bonds {', '.join(net.ranks)}; found {rank!r}")
+    low = [bond for bond, size in found.items() if size < 1]
+    if low:
+        raise ValueError(f"the rank of bond {low[0]!r} must be at least 1; found {found[low[0]]}")
+    return {bond: min(found[bond], size) for bond, size in net.ranks.items()}
+
+
+def _truncated(
+    net: TensorNetwork, wanted: Mapping[str, int] | None, error: float | None
+) -> Rounding:
+    """Truncate each bond of a tree once, children before parents.
+
+    The root becomes the centre; all other parameters are orthonormal towards it. The centre then visits
+    every parameter, and each bond is truncated on the way back up. Every truncation projects onto a
+    space within the one before or independent of it, so the squares of what is left out add up to the
+    squared error (Vannieuwenhoven et al. 2012).
+    """
+    tensors, terms = wide_copies(net), [term.legs for term in net.legs.terms]
+    root = net.legs.zero
+    edges = tree_edges(net.legs, net.modes, root)
+    for edge in edges:
+        orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
+    total = tensors[root].square().sum().item()
+    room = (error or 0.0) ** 2 * total
+    left = [0.0]
+
+    def visit(node: int) -> None:
+        for edge in edges:
+            if edge.parent == node:
+                orthonormalise(tensors, terms, edge.bond, node, edge.child)
+                visit(edge.child)
+                share = (room - sum(left)) / (len(edges) + 1 - len(left))
+                keep = None if wanted is None else wanted[edge.bond]
+                left.append(_truncate(tensors, terms, edge, keep, share))
+
+    visit(root)
+    network = rebuilt(net, tensors)
+    scale = total or 1.0
+    made, least = math.sqrt(sum(left) / scale), math.sqrt(max(left) / scale)
+    return Rounding(network, made, least, "truncated singular values")
+
+
+def _truncate(
+    tensors: list[Tensor],
+    terms: Sequence[tuple[str, ...]],
+    edge: Edge,
+    keep: int | None,
+    room: float,
+) -> float:
+    """Truncate the bond above the centre and move the centre to the parent.
+
+    Args:
+        tensors: changed in place.
+        terms: the legs of the tensors.
+        edge: the bond; the child is the centre.
+        keep: the new rank; None for the smallest one that leaves out squares of at most ``room``.
+        room: see ``keep``.
+
+    Returns:
+        The sum of the squares of the singular values that were left out.
+    """
+    sides = unfold(tensors[edge.child], terms[edge.child], edge.bond, terms[edge.parent])
+    u, values, vh = torch.linalg.svd(sides.matrices, full_matrices=False)
+    squares = values.square().reshape(-1, values.shape[-1]).sum(0)
+    tails = squares.flip(0).cumsum(0).flip(0)
+    if keep is None:
+        keep = max(1, int((tails > room).sum()))
+    keep = min(keep, values.shape[-1])
+    tensors[edge.child] = fold(sides, u[..., :keep], terms[edge.child], edge.bond)
+    factor = values[..., :keep, None] * vh[..., :keep, :]
+    tensors[edge.parent] = absorb(
+        tensors[edge.parent], terms[edge.parent], edge.bond, factor, sides.batch
+    )
+    return tails[keep].item() if keep < len(tails) else 0.0
+
+
+def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:
+    """Fit the line with smaller ranks to the network."""
+    found = fit(net, str(net.legs), ranks, start="random", restarts=2)
+    return Rounding(found.network, found.error, None, f"fit by {found.how}")
+
+
+def _fitted_within(net: TensorNetwork, error: float) -> Rounding:
+    """Fit with rising ranks, all the same share of those of the network, until the error is met."""
+    largest = max(net.ranks.values(), default=1)
+    found = None
+    for size in range(1, largest + 1):
+        ranks = {bond: max(1, rank * size // largest) for bond, rank in net.ranks.items()}
+        found = _fitted(net, ranks)
+        if found.error <= error:
+            return found
+    raise ValueError(
+        f"no fit with smaller ranks comes within {error} of the network; the nearest is at "
+        f"{found.error if found else 1.0:.1e}. Ask for a larger error, or for ranks"
+    )

@@ -1,0 +1,156 @@
+"""Reads what a network is fitted to: a dense tensor, a network, or a sum of networks, with weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from ._inner import check_modes
+from ._modes import Shape
+from ._objective import Objective
+from ._pieces import Pieces, pieces_of
+from ._tensor_network import TensorNetwork
+from ._tensorly import Modes, axis_names, real
+
+TargetLike = Union[Tensor, TensorNetwork, Sequence[TensorNetwork]]
+
+
+class Target(NamedTuple):
+    """A target divided by its norm.
+
+    Attributes:
+        objective: the distance to the target of norm one, in float64.
+        shape: the modes and their sizes.
+        scale: the norm of the target; zero for a zero target, whose objective is not scaled.
+        dtype, device: dtype and device of the target.
+        dense: the dense target of norm one, if it is dense and has no weights; else None.
+    """
+
+    objective: Objective
+    shape: Shape
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+    dense: Tensor | None
+
+
+def read_target(
+    target: TargetLike, modes: Modes | None, mask: Any, weights: Any, *, ridge: float
+) -> Target:
+    """Check a target, its mask and its weights, and divide it by its norm; see `fit` for the errors."""
+    if isinstance(target, (TensorNetwork, list, tuple)) and _are_networks(target):
+        nets = [target] if isinstance(target, TensorNetwork) else list(target)
+        if modes is not None:
+            raise TypeError("the modes of a network are its own; leave out modes=")
+        for net in nets:
+            check_modes(nets[0], net)
+        shape, first = nets[0].shape, nets[0].tensors[0]
+        summands = [_wide(pieces_of(net)) for net in nets]
+        if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
+            whole = torch.stack([summand.contract(shape.modes) for summand in summands]).sum(0)
+            summands = [Pieces((shape.modes,), (whole,))]
+    else:
+        first = real(target, "a tensor")
+        names = axis_names(modes, tuple(first.shape))
+        shape = Shape(dict(zip(names, first.shape)))
+        summands = [Pieces((names,), (first.detach().double(),))]
+    weight = _read_weight(shape, mask, weights, first.device)
+    if weight is not None and weight.terms == (shape.modes,):
+        _check_observed(shape, weight.tensors[0], ridge)
+        whole = summands[0].tensors[0]
+        whole = torch.where(weight.tensors[0] > 0, whole, torch.zeros_like(whole))
+        summands = [Pieces((shape.modes,), (whole,))]
+    if not all(bool(t.isfinite().all()) for summand in summands for t in summand.tensors):
+        where = " where its weight is not zero" if weight is not None else ""
+        raise ValueError(f"the target holds NaN or infinity{where}; there is nothing near it")
+    objective, scale = _normalised(summands, shape.modes, weight)
+    is_plain = objective.is_dense and weight is None
+    dense = objective.summands[0].tensors[0] if is_plain else None
+    return Target(objective, shape, scale, first.dtype, first.device, dense)
+
+
+def _are_networks(target: Any) -> bool:
+    nets = [target] if isinstance(target, TensorNetwork) else list(target)
+    if any(isinstance(net, TensorNetwork) for net in nets):
+        others = [type(net).__name__ for net in nets if not isinstance(net, TensorNetwork)]
+        if others:
+            raise TypeError(f"a sum consists of networks; found also {', '.join(others)}")
+        return True
+    return False
+
+
+def _wide(pieces: Pieces) -> Pieces:
+    return Pieces(pieces.terms, tuple(tensor.detach().double() for tensor in pieces.tensors))
+
+
+def _normalised(
+    summands: Sequence[Pieces], modes: tuple[str, ...], weight: Pieces | None
+) -> tuple[Objective, float]:
+    """Divide the target by its norm. Squares of huge or tiny entries are no numbers, so every tensor is
+    divided by its largest entry first."""
+    peaks = [math.prod(t.abs().max().item() for t in s.tensors) for s in summands]
+    peak = max(peaks)
+    if not math.isfinite(peak):
+        raise ValueError("the entries of the target are too large for float64; divide it first")
+    if peak == 0:
+        return Objective(summands, modes, weight), 0.0
+    small = []
+    for summand, own in zip(summands, peaks):
+        if own == 0:
+            continue
+        tensors = [tensor / tensor.abs().max() for tensor in summand.tensors]
+        small.append(Pieces(summand.terms, (tensors[0] * (own / peak), *tensors[1:])))
+    objective = Objective(small, modes, weight)
+    norm = math.sqrt(max(0.0, objective.squared_norm))
+    if norm == 0:
+        return objective, 0.0
+    return objective.scaled(1 / norm), norm * peak
+
+
+def _read_weight(shape: Shape, mask: Any, weights: Any, device: torch.device) -> Pieces | None:
+    if isinstance(weights, TensorNetwork) and mask is None:
+        if dict(weights.shape) != dict(shape):
+            raise ValueError(f"the weights have {weights.shape}, the target {shape}")
+        wide = _wide(pieces_of(weights))
+        if not all(bool(((t >= 0) & t.isfinite()).all()) for t in wide.tensors):
+            raise ValueError("the parameters of a network of weights are to be finite and >= 0")
+        return wide.renamed("#", shape.modes)
+    if isinstance(weights, TensorNetwork):
+        order = [weights.modes.index(mode) for mode in shape.modes]
+        weights = weights.dense().detach().permute(order)
+    found = None
+    for values, what in ((mask, "mask"), (weights, "weights")):
+        if values is None:
+            continue
+        tensor = real(values, f"the {what}").detach().to(device).double()
+        if tuple(tensor.shape) != tuple(shape.values()):
+            raise ValueError(
+                f"the {what} has shape {tuple(tensor.shape)}, the target {tuple(shape.values())}; they "
+                "are to be the same"
+            )
+        if what == "mask" and not ((tensor == 0) | (tensor == 1)).all():
+            raise ValueError(
+                "a mask holds ones where an entry is known and zeros where it is missing; found other "
+                "values. Other weights go into weights="
+            )
+        if not ((tensor >= 0) & tensor.isfinite()).all():
+            raise ValueError("weights are to be finite and not negative; found others")
+        found = tensor if found is None else found * tensor
+    return None if found is None else Pieces((shape.modes,), (found,))
+
+
+def _check_observed(shape: Shape, weight: Tensor, ridge: float) -> None:
+    if not weight.any():
+        raise ValueError("the mask says that every entry is missing; there is nothing to fit")
+    for axis, mode in enumerate(shape):
+        seen = weight.movedim(axis, 0).flatten(1).any(1)
+        if not ridge and not seen.all():
+            unseen = int((~seen).nonzero()[0])
+            raise ValueError(
+                f"no entry is known at {mode}={unseen}, so nothing says what the network is there; "
+                f"leave that position out of the tensor, or give ridge=1e-6, which makes it zero"
+            )

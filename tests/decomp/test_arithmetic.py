@@ -1,0 +1,212 @@
+"""Arithmetic of networks against dense tensors: inner products, norms, products, Gram matrices."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import dense
+from strategies import KINDS, build, examples, generator, networks, ranks_of, seeds, small
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lortalib.decomp import (
+    Network,
+    NetworkView,
+    cp,
+    distance,
+    environment,
+    formats,
+    gram,
+    hadamard,
+    inner,
+    network,
+    norm,
+    scale,
+    tt,
+)
+
+over_kinds = pytest.mark.parametrize("kind", KINDS)
+over_formats = pytest.mark.parametrize("name", [kind for kind in KINDS if kind in formats])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of entries of the largest tensor that an operation made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.entries = max(self.entries, each.numel())
+        return result
+
+
+def array(net):
+    return torch.as_tensor(dense(net))
+
+
+def assert_same(found, expected):
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-10 * scale)
+
+
+@st.composite
+def partners(draw, net):
+    """A network over the same shape, of a format that it can have or the network's own line."""
+    shape, order = net.shape, draw(st.permutations(net.modes))
+    tensors = [torch.randn(t.shape, generator=generator(draw(seeds))).double() for t in net.tensors]
+    if any(term.tied for term in net.legs.terms):
+        return build("tt", {mode: shape[mode] for mode in order}, 2, generator=generator(1))
+    return Network(net.legs, tensors, order)
+
+
+@over_kinds
+@examples(15)
+@given(data=st.data())
+def test_inner_products_are_those_of_the_dense_tensors(kind, data):
+    one = data.draw(networks(kind))
+    other = data.draw(partners(one))
+    a, b = array(one), array(other).permute([other.modes.index(mode) for mode in one.modes])
+    over = data.draw(st.lists(st.sampled_from(one.modes), unique=True, max_size=2))
+    axes = [one.modes.index(mode) for mode in over]
+    summed = [axis for axis in range(a.ndim) if axis not in axes]
+
+    def total(x):
+        found = x.sum(summed) if summed else x
+        return found.permute([sorted(axes).index(axis) for axis in axes])
+
+    assert_same(inner(one, other, over=over), total(a * b))
+    assert_same(norm(one, over=over).square(), total(a * a))
+    assert_same(distance(one, other, over=over).square(), total((a - b) ** 2))
+
+
+@over_formats
+def test_gradients_of_inner_norm_and_gram(name):
+    net, other = small(name), build("tt", small(name).shape, 2, generator=generator(5))
+    legs = net.legs
+
+    def values(*parameters):
+        tensors = [parameters[legs.owners[k]] for k in range(len(legs.terms))]
+        own = with_tensors(net, tensors)
+        total = gram(own, 0).sum() if len(tensors) > 1 else 0.0
+        return inner(own, other), norm(own), distance(own, other), total
+
+    parameters = [t.detach().clone().requires_grad_() for t in net.tensors]
+    assert torch.autograd.gradcheck(values, parameters)
+
+
+def with_tensors(net, tensors):
+    """The same network over other tensors."""
+    return NetworkView(net.legs, tensors, net.modes)
+
+
+@over_formats
+@examples(10)
+@given(data=st.data())
+def test_products_of_one_line_multiply_entries_and_ranks(name, data):
+    shape = data.draw(networks(name)).shape
+    one = build(name, shape, data.draw(ranks_of(name, shape).filter(lambda r: r != 4)))
+    other = build(name, shape, 2, generator=generator(3))
+    product = hadamard(one, other)
+    assert_same(product.dense(), array(one) * array(other))
+    assert product.ranks == {bond: one.ranks[bond] * other.ranks[bond] for bond in one.ranks}
+    assert str(product.legs) == str(one.legs)
+    again = Network(
+        product.legs, product.tensors, product.modes
+    )  # a whole network, tied where it was
+    assert_same(again.dense(), product.dense().detach())
+
+
+@over_kinds
+@examples(10)
+@given(data=st.data(), factor=st.floats(-3, 3))
+def test_a_number_scales_every_entry(kind, data, factor):
+    net = data.draw(networks(kind))
+    assert_same(scale(net, factor).dense(), factor * array(net))
+    number = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
+    scale(net, number).dense().sum().backward()
+    assert_same(number.grad[0], array(net).sum())
+
+
+@over_kinds
+@examples(15)
+@given(data=st.data())
+def test_a_vector_sums_over_a_mode(kind, data):
+    net = data.draw(networks(kind))
+    mode = data.draw(st.sampled_from(net.modes))
+    vector = torch.randn(net.sizes[mode], generator=generator(2), dtype=torch.float64)
+    found = net.mode_dot(vector, mode)
+    assert found.modes == tuple(other for other in net.modes if other != mode)
+    assert_same(found.dense(), torch.tensordot(array(net), vector, ([net.modes.index(mode)], [0])))
+
+
+@over_kinds
+@examples(20)
+@given(data=st.data())
+def test_a_parameter_times_its_environment_is_the_tensor(kind, data):
+    net = data.draw(networks(kind).filter(lambda net: len(net.names) > 1))
+    k = data.draw(st.integers(0, len(net.names) - 1))
+    rest = environment(net, k)
+    assert all(one is other for one, other in zip(rest.tensors, net.tensors[:k]))
+    letter = dict(zip(net.sizes, "abcdefghijklmnopqrstuvwxyz", strict=False))
+    word = ["".join(letter[leg] for leg in legs) for legs in (net.legs.terms[k].legs, rest.modes)]
+    equation = f"{word[0]},{word[1]}->{''.join(letter[mode] for mode in net.modes)}"
+    assert_same(torch.einsum(equation, net.tensors[k], rest.dense()), array(net))
+
+
+@over_kinds
+@examples(20)
+@given(data=st.data())
+def test_the_gram_matrix_is_that_of_the_environment(kind, data):
+    net = data.draw(networks(kind).filter(lambda net: len(net.names) > 1))
+    k = data.draw(st.integers(0, len(net.names) - 1))
+    rest, legs = environment(net, k), net.legs.terms[k].legs
+    bonds = [leg for leg in legs if leg not in net.modes]
+    shared = [leg for leg in legs if leg in net.modes and leg in rest.modes]
+    others = [mode for mode in rest.modes if mode not in legs]
+    order = [rest.modes.index(leg) for leg in (*shared, *bonds, *others)]
+    room = math.prod(net.sizes[bond] for bond in bonds)
+    columns = array(rest).permute(order).reshape(*(net.sizes[m] for m in shared), room, -1)
+    assert_same(gram(net, k), columns @ columns.mT)
+    assert torch.equal(gram(net, net.names[k]), gram(net, net.names.index(net.names[k])))
+
+
+def test_the_whole_tensor_is_never_formed():
+    shape = {"layer": 12, "head": 12, "matrix": 4, "in": 96, "out": 48}  # 2,654,208 entries
+    nets = [cp(shape, 8, init="normal"), tt(shape, 8, init="normal")]
+    nets += [formats[name](shape, 4, init="normal") for name in ("tucker", "lotr", "lora", "ring")]
+    for one in nets:
+        for other in nets:
+            with LargestTensor() as made:
+                inner(one, other)
+            assert made.entries < 200_000, (str(one.legs), str(other.legs))
+        with LargestTensor() as made:
+            for k in range(len(one.names)):
+                if one.legs.terms[k].legs != ("p", "q", "s", "t", "u"):  # asked for: 4**5 squared
+                    gram(one, k)
+        assert made.entries < 200_000, str(one.legs)
+
+
+def test_what_has_no_result_is_refused():
+    one, other = cp({"layer": 2, "in": 4, "out": 3}, 2), cp({"layer": 3, "in": 4, "out": 3}, 2)
+    with pytest.raises(ValueError, match="same modes and sizes"):
+        inner(one, other)
+    with pytest.raises(ValueError, match="has to name different modes"):
+        norm(one, over="layer layer")
+    with pytest.raises(ValueError, match="different lines"):
+        hadamard(one, other)
+    with pytest.raises(ValueError, match="one number"):
+        scale(one, torch.ones(2))
+    square = Network("in r, out r (tied)", [torch.ones(3, 1)] * 2, ["in", "out"])
+    with pytest.raises(ValueError, match="none can take a weight"):
+        scale(square, 2.0)
+    with pytest.raises(KeyError, match="no parameter 'r'"):
+        environment(one, "r")
+    with pytest.raises(KeyError, match="no parameter 3"):
+        gram(one, 3)
+    single = network("layer in out", {"layer": 2, "in": 4, "out": 3}, 1)
+    with pytest.raises(ValueError, match="nothing surrounds"):
+        environment(single, 0)
+    assert gram(single, 0).tolist() == [[1.0]]

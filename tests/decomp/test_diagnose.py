@@ -1,0 +1,236 @@
+"""Diagnostics and tables of ranks against dense definitions."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import FORMATS, KINDS, build, examples, generator, networks, small
+
+from lortalib.decomp import (
+    Network,
+    RankRow,
+    RankTable,
+    Shape,
+    block_term,
+    budget,
+    component_norms,
+    conditioning,
+    congruence,
+    core_consistency,
+    cp,
+    formats,
+    gram,
+    lora,
+    multilinear_ranks,
+    suggest_rank,
+    tucker,
+)
+
+SHAPE = {"layer": 4, "in": 7, "out": 6}
+
+
+def summands(net, bond):
+    """The dense summands of the sum over a bond."""
+    found = []
+    for k in range(net.sizes[bond]):
+        tensors = []
+        for term, tensor in zip(net.legs.terms, net.tensors):
+            if bond in term.legs:
+                tensor = tensor.detach().narrow(term.legs.index(bond), k, 1)
+            tensors.append(tensor.detach())
+        legs = str(net.legs).replace(" (tied)", "")
+        found.append(reference.dense(Network(legs, tensors, net.modes)))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples(5)
+@given(data=st.data())
+def test_multilinear_ranks_are_those_of_the_unfoldings(kind, data):
+    net = data.draw(networks(kind))
+    dense = reference.dense(net)
+    assume(np.abs(dense).max() > 1e-3)
+    found = multilinear_ranks(net, tolerance=1e-6)
+    for axis, mode in enumerate(net.modes):
+        values = np.linalg.svd(np.moveaxis(dense, axis, 0).reshape(dense.shape[axis], -1))[1]
+        sure = (values > 1e-5 * values[0]).sum(), (values > 1e-7 * values[0]).sum()
+        assert sure[0] <= found[mode] <= sure[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples(8)
+@given(data=st.data())
+def test_norms_and_cosines_are_those_of_the_summands(kind, data):
+    net = data.draw(networks(kind).filter(lambda net: net.ranks))
+    bond = data.draw(st.sampled_from(list(net.ranks)))
+    parts = [part.ravel() for part in summands(net, bond)]
+    norms = np.array([np.linalg.norm(part) for part in parts])
+    np.testing.assert_allclose(component_norms(net, bond).numpy(), norms, rtol=1e-7, atol=1e-7)
+    assume(norms.min() > 1e-4)
+    cosines = np.array([[a @ b for b in parts] for a in parts]) / np.outer(norms, norms)
+    np.testing.assert_allclose(congruence(net, bond=bond).numpy(), cosines, atol=1e-6)
+
+
+def test_two_networks_are_compared_whatever_their_lines():
+    one, other = cp(SHAPE, 3, init="normal"), cp(SHAPE, 3, init="normal")
+    with torch.no_grad():
+        for mine, yours in zip(one.tensors, other.tensors):
+            yours.copy_(-2 * mine[:, [2, 0, 1]])
+    found = congruence(one, other).float()
+    torch.testing.assert_close(found.gather(1, torch.tensor([[1], [2], [0]])), -torch.ones(3, 1))
+    assert congruence(one, block_term(SHAPE, 2, init="normal")).shape == (3, 2)
+    with pytest.raises(ValueError, match="same modes and sizes"):
+        congruence(one, cp({**SHAPE, "layer": 5}, 3))
+
+
+def test_the_bond_that_numbers_summands_is_found_or_asked_for():
+    net = block_term(SHAPE, {"n": 2, "p": 3, "q": 3, "t": 3}, init="normal")
+    assert component_norms(net).shape == (2,)
+    with pytest.raises(ValueError, match=r"say which bond .* p, q, t"):
+        component_norms(tucker(SHAPE, 2))
+    with pytest.raises(ValueError, match="no bond 'x': the bonds are r"):
+        congruence(cp(SHAPE, 2), bond="x")
+    with pytest.raises(ValueError, match="there is none"):
+        component_norms(Network("in", [torch.ones(3)], ["in"]))
+
+
+def test_core_consistency_is_that_of_the_best_core():
+    net = cp(SHAPE, 2, init="normal", dtype=torch.float64, generator=generator(4))
+    target = torch.randn(*SHAPE.values(), dtype=torch.float64, generator=generator(5))
+    factors = {term.legs[0]: tensor.detach() for term, tensor in zip(net.legs.terms, net.tensors)}
+    big = torch.kron(torch.kron(factors["layer"], factors["in"]), factors["out"])
+    core = torch.linalg.lstsq(big, target.reshape(-1, 1)).solution.reshape(2, 2, 2)
+    core[0, 0, 0] -= 1
+    core[1, 1, 1] -= 1
+    expected = 100 * (1 - core.square().sum().item() / 2)
+    assert core_consistency(net, target) == pytest.approx(expected, rel=1e-9)
+    assert core_consistency(net, net) == pytest.approx(100)
+    assert core_consistency(net, net.dense()) == pytest.approx(100)
+    with pytest.raises(ValueError, match="defined for CP"):
+        core_consistency(tucker(SHAPE, 2), target)
+    with pytest.raises(ValueError, match="the target has"):
+        core_consistency(net, target[0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_conditioning_is_that_of_the_scaled_gram_matrix(name):
+    net = small(name, generator=generator(8))
+    found = conditioning(net)
+    assert found.keys() == set(net.names)
+    for k, own in enumerate(net.names):
+        matrices = gram(net, k).detach()
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1).sqrt()
+        scaled = matrices / diagonal.unsqueeze(-1) / diagonal.unsqueeze(-2)
+        values = torch.linalg.eigvalsh(scaled)
+        expected = (values[..., -1] / values[..., 0]).max().item()
+        if 0 < expected < 1e8 and net.names.count(own) == 1:
+            assert found[own] == pytest.approx(expected, rel=1e-5)
+        elif net.names.count(own) == 1:
+            assert found[own] > 1e7
+
+
+def test_equal_components_are_not_determined():
+    net = cp(SHAPE, 2, init="normal", dtype=torch.float64)
+    with torch.no_grad():
+        for tensor in net.tensors:
+            tensor[:, 1] = tensor[:, 0]
+    assert set(conditioning(net).values()) == {float("inf")}
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("line", ["tucker", "cp", "in a, layer a b, out b"])
+def test_the_rank_of_a_tensor_is_suggested(line, noise):
+    shape = {"layer": 6, "in": 8, "out": 7}
+    if line == "cp":
+        truth = Network(
+            formats["cp"].legs(shape),
+            [torch.randn(n, 3, dtype=torch.float64, generator=generator(n)) for n in (8, 7, 6)],
+            list(shape),
+        )
+    else:
+        truth = formats["tucker" if line == "tucker" else "tt"](
+            shape, 3, init="normal", dtype=torch.float64, generator=generator(1)
+        )
+    dense = truth.dense().detach()
+    extra = torch.randn(dense.shape, generator=generator(2), dtype=torch.float64)
+    dense = dense + noise * extra * dense.norm() / extra.norm()
+    table = suggest_rank(dense, line, (1, 2, 3, 4, 5), modes="layer in out", restarts=1, sweeps=100)
+    assert table.suggested.rank == 3
+    assert "<- suggested" in repr(table).split("\n")[3]
+    errors = [row.error for row in table]
+    assert errors == sorted(errors, reverse=True) or errors[2] < 1e-5
+    assert table[2].held_out < 0.5
+    if line == "cp":
+        assert table[2].core_consistency > 90
+    else:
+        assert table[2].core_consistency is None
+
+
+def test_networks_have_no_entries_to_hold_out():
+    shape = {"layer": 4, "matrix": 2, "in": 8, "out": 8}
+    trained = lora(shape, 1, init="normal", dtype=torch.float64)
+    table = suggest_rank(trained, "in p, layer matrix p q, out q", (1, 2, 4, 8), sweeps=30)
+    assert [row.held_out for row in table] == [None] * 4
+    assert table[3].error < 1e-4
+    assert [row.parameters for row in table] == [24, 64, 192, 640]
+
+
+def test_what_says_nothing_about_ranks_is_refused():
+    dense = torch.ones(2, 3, 4)
+    for options, says in [
+        ({"ranks": (2,)}, "at least two ranks"),
+        ({"held_out": 0.95}, "a fraction from 0 to 0.9"),
+        ({"mask": dense}, "leave out mask"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            suggest_rank(dense, "cp", modes="layer in out", **options)
+    table = budget(SHAPE, 100)
+    with pytest.raises(LookupError, match="suggests none"):
+        table.suggested  # noqa: B018
+    with pytest.raises(ValueError, match="at least 1 parameter"):
+        budget(SHAPE, 0)
+
+
+@examples(20)
+@given(
+    parameters=st.integers(1, 5000),
+    shape=st.fixed_dictionaries(
+        {m: st.integers(1, 9) for m in ("layer", "head", "matrix", "in", "out")}
+    ),
+)
+def test_a_budget_is_met_from_below_by_ranks_that_count_so(parameters, shape):
+    table = budget(shape, parameters)
+    for row in table:
+        net = build(row.format, Shape(shape), row.rank)
+        assert net.count() == row.parameters <= parameters
+        assert net.ranks == row.rank
+        legs = net.legs
+        for bond in row.rank:
+            more = {**row.rank, bond: row.rank[bond] + 1}
+            limited = legs.limits({**shape, **more}, net.modes)
+            if limited == more and not formats[row.format].symmetric:
+                assert build(row.format, Shape(shape), more).count() > parameters
+    assert [row.parameters for row in table] == sorted((r.parameters for r in table), reverse=True)
+
+
+def test_a_budget_lists_the_formats_that_fit_the_modes():
+    found = {row.format for row in budget((12, 12, 4, 768, 64), 50_000)}
+    assert found == set(FORMATS) - {"metatt_41d", "indscal", "rescal", "lora"}
+    square = {"layer": 3, "matrix": 2, "in": 8, "out": 8}
+    assert {"indscal", "rescal", "lora"} < {row.format for row in budget(square, 10_000)}
+
+
+def test_a_table_prints_what_it_has():
+    table = RankTable((RankRow("cp", 2, 1234, 0.5), RankRow("tt", {"a": 1, "b": 2}, 56, 0.25)), 1)
+    assert repr(table).split("\n") == [
+        "format  rank     parameters  error",
+        "cp      2        1,234       0.5",
+        "tt      a=1 b=2  56          0.25   <- suggested",
+    ]
+    assert len(table) == 2
+    assert table.suggested is table[1]
