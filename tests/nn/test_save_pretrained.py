@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import lortalib
+from lortalib.nn._files import restore
 
 FAMILY = FAMILIES["Llama"]
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -208,3 +209,45 @@ def test_what_cannot_train_is_said_early(model, tmp_path):
     with pytest.warns(UserWarning, match="the loss of step 1 is nan") as told:
         trainer(model, tmp_path, max_steps=3, save_strategy="no").train()
     assert sum("loss of step" in str(each.message) for each in told) == 1
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_an_interrupted_restoring_changes_nothing(model, count, tmp_path, monkeypatch):
+    adapter = put(model, train_also=["lm_head"])
+    adapter.save(tmp_path)
+    with torch.no_grad():
+        for parameter in [*adapter.networks.parameters(), model.lm_head.weight]:
+            parameter.neg_()
+    calls = []
+
+    def interrupted(value, like):
+        calls.append(value)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return value
+
+    with monkeypatch.context() as patched, unchanged(model):
+        patched.setitem(restore.__globals__, "divided_like", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            restore(adapter, tmp_path)
+    restore(adapter, tmp_path)
+    again = FAMILY.model("ForCausalLM")
+    lortalib.nn.load(again, tmp_path)
+    assert same_bits(output(again, INPUTS), output(model, INPUTS))
+
+
+def test_an_interrupted_save_leaves_the_model_and_the_old_file(model, tmp_path, monkeypatch):
+    put(model, freeze=False)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    with torch.no_grad():
+        next(iter(lortalib.nn.adapters(model)["default"].networks.parameters())).neg_()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, unchanged(model):
+        patched.setattr(type(model), "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before

@@ -95,6 +95,21 @@ def test_whatever_an_adapter_was_made_with(options, tmp_path):
     assert same_bits(output(plain, LLAMA.inputs()), output(model, LLAMA.inputs()))
 
 
+def test_a_weight_that_two_modules_share(tmp_path):
+    def tied():
+        model = LLAMA.model()
+        one, two = (layer.self_attn.q_proj for layer in model.layers)
+        two.weight = one.weight
+        return model
+
+    model = tied()
+    adapter = put(model)
+    assert any(site.tied_paths for site in adapter.sites)
+    lortalib.nn.convert(adapter.save(tmp_path / "own"), tmp_path / "theirs")
+    opened = peft.PeftModel.from_pretrained(tied(), tmp_path / "theirs").eval()
+    assert same_bits(output(opened, LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
 def test_modules_that_train_as_a_whole_and_second_adapters(tmp_path):
     model = wrapped(LLAMA, "ForCausalLM", modules_to_save=["lm_head"])
     with torch.no_grad():
