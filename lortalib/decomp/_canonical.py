@@ -95,7 +95,7 @@ def rebuilt(net: TensorNetwork, tensors: Sequence[Tensor]) -> Network:
     """Make a network like another one from tensors in float64."""
     like = net.tensors[0]
     own = [tensor.to(like.device, like.dtype).contiguous() for tensor in tensors]
-    return Network(net.legs, [own[owner] for owner in net.legs.owners], net.modes)
+    return Network(net.legs.unhashed, [own[owner] for owner in net.legs.owners], net.modes)
 
 
 def _orthonormalise_all(net: TensorNetwork, tensors: list[Tensor], edges: Sequence[Edge]) -> None:

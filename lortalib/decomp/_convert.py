@@ -87,9 +87,10 @@ def convert(net: TensorNetwork, line: str, rank: Rank | None = None) -> Conversi
 def _exact(net: TensorNetwork, legs: Legs) -> tuple[Network, str] | None:
     """Convert exactly, if a construction exists; return the network and the construction's name."""
     if str(legs) == str(net.legs):
-        copies = [tensor.detach().clone() for tensor in net.tensors]
-        return Network(legs, [copies[k] for k in legs.owners], net.modes), "copy"
-    if any(term.frozen or term.tied for term in legs.terms):
+        copies = [tensor.detach().clone() for tensor in net.stored]
+        own = [copies[k] for k in legs.holders]
+        return Network(legs, own, net.modes, sizes=net.sizes), "copy"
+    if legs.vectors or any(term.frozen or term.tied for term in legs.terms):
         return None
     if str(legs) == str(get_format("tucker").legs(net.shape)):
         core = _as_tucker(net, legs)

@@ -283,6 +283,11 @@ def _warn_if_diverged(net: Network, run: _Run, error: float) -> None:
 def _check_line(net: Network, shape: Shape, *, is_start: bool) -> None:
     """Refuse a line that nothing can be fitted with, and ranks beyond which nothing is gained."""
     terms = net.legs.terms
+    if net.legs.vectors:
+        raise ValueError(
+            "hashed parameters cannot be fitted one after the other, because they share numbers; fit the line "
+            f"without its vectors,\n    {net.legs.unhashed}"
+        )
     if all(term.frozen for term in terms):
         raise ValueError(
             f"every parameter is frozen, so there is nothing to fit, in\n    {net.legs}"

@@ -165,7 +165,7 @@ def _truncate(
 
 def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:
     """Fit the line with smaller ranks to the network."""
-    found = fit(net, str(net.legs), ranks, start="random", restarts=2)
+    found = fit(net, str(net.legs.unhashed), ranks, start="random", restarts=2)
     return Rounding(found.network, found.error, None, f"fit by {found.how}")
 
 

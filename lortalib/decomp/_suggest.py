@@ -139,7 +139,7 @@ def budget(shape: ShapeLike, parameters: int) -> RankTable:
 
     Returns:
         `RankTable`, the closest format first. Formats that do not fit the modes are left out, as are those
-        that take more parameters at rank 1.
+        that take more parameters at rank 1, and hashed ones, which take any number.
 
     Raises:
         ValueError: a number of parameters below 1.
@@ -157,6 +157,8 @@ def budget(shape: ShapeLike, parameters: int) -> RankTable:
         try:
             legs = get_format(name).legs(sizes)
             legs.check(sizes.modes)
+            if legs.vectors:
+                continue
             legs.check_tied_sizes({**sizes, **dict.fromkeys(legs.bonds(sizes.modes), 1)})
         except LegsError:
             continue
