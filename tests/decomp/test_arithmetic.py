@@ -215,7 +215,7 @@ def test_what_has_no_result_is_refused():
 
 
 @pytest.mark.parametrize(
-    "line", ["in r, r, out r", "in p q, out p, layer q, p q", "in a, layer a b, out b"]
+    "line", ["in r, r", "in r, r, out r", "in p q, out p, layer q, p q", "in a, layer a b, out b"]
 )
 def test_the_parts_of_a_gram_matrix_multiply_to_it(line):
     modes = [mode for mode in ("layer", "in", "out") if mode in line]
