@@ -25,6 +25,8 @@ from lortalib.decomp import (
     scale,
     tt,
 )
+from lortalib.decomp._environment import gram_parts
+from lortalib.decomp._pieces import pieces_of
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 over_formats = pytest.mark.parametrize("name", [kind for kind in KINDS if kind in formats])
@@ -210,3 +212,23 @@ def test_what_has_no_result_is_refused():
     with pytest.raises(ValueError, match="nothing surrounds"):
         environment(single, 0)
     assert gram(single, 0).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(
+    "line", ["in r, r", "in r, r, out r", "in p q, out p, layer q, p q", "in a, layer a b, out b"]
+)
+def test_the_parts_of_a_gram_matrix_multiply_to_it(line):
+    modes = [mode for mode in ("layer", "in", "out") if mode in line]
+    net = network(line, dict.fromkeys(modes, 4), 2, init="normal", dtype=torch.float64)
+    for k in range(len(net.names)):
+        parts = gram_parts(pieces_of(net), k, net.modes)
+        bonds = [leg for leg in net.legs.terms[k].legs if leg not in net.modes]
+        assert sorted(bond for part in parts for bond in part.bonds) == sorted(bonds)
+        if all(not part.modes for part in parts) and bonds:
+            order = [bonds.index(bond) for part in parts for bond in part.bonds]
+            total = torch.ones(1, 1, dtype=torch.float64)
+            for part in parts:
+                total = torch.kron(total, part.matrices.detach())
+            whole = gram(net, k).detach().reshape(2 * [net.sizes[bond] for bond in bonds])
+            whole = whole.permute([*order, *(len(bonds) + axis for axis in order)])
+            assert_same(total, whole.reshape(total.shape))

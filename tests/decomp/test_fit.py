@@ -354,3 +354,17 @@ def test_frozen_parameters_are_random_unless_a_start_says_them():
     kept = fit(target, "vera", 3, start=found.network)
     assert kept.network.tensors[0].equal(found.network.tensors[0])
     assert kept.error == pytest.approx(found.error)
+
+
+def test_a_ridge_shrinks_the_parameters():
+    dense = random_dense(2, 3, 4)
+    found = fit(dense, "layer in out", 1, modes=MODES, ridge=0.5)
+    torch.testing.assert_close(found.network.dense().detach(), dense / 1.5)
+
+
+def test_random_restarts_keep_the_frozen_parameters_of_the_start():
+    target = build("lora", SHAPE, 2)
+    start = build("vera", SHAPE, 3, generator=generator(1))
+    found = fit(target, "vera", 3, start=start, restarts=2)
+    assert found.network.tensors[0].equal(start.tensors[0])
+    assert found.network.tensors[1].equal(start.tensors[1])
