@@ -18,7 +18,6 @@ from ._build import Rank
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
 from ._legs import Legs
-from ._modes import Shape
 from ._network import Network
 from ._objective import Objective
 from ._pieces import Pieces, pieces_of
@@ -112,9 +111,8 @@ def fit(
 
     Raises:
         ValueError: a target, mask or weights that are not finite, empty or of other shapes; a slice
-            without known entries; a rank with which no more can be represented than with a smaller one; a
-            line whose parameters are all frozen; a start of another line or shape; parameters too large
-            for the dtype.
+            without known entries; a line whose parameters are all frozen, or hashed; a start of another
+            line or shape; parameters too large for the dtype.
         TypeError: a complex target.
 
     Warns:
@@ -137,7 +135,7 @@ def fit(
     else:
         net = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
         net = net.to(read.device)
-    _check_line(net, read.shape, is_start=isinstance(start, TensorNetwork))
+    _check_line(net)
     first = starts(net, read.objective, start, 1 + restarts, source)
     is_plain = ridge == 0 and restarts == 0 and progress is None and start == "auto"
     run = None
@@ -280,27 +278,18 @@ def _warn_if_diverged(net: Network, run: _Run, error: float) -> None:
         )
 
 
-def _check_line(net: Network, shape: Shape, *, is_start: bool) -> None:
-    """Refuse a line that nothing can be fitted with, and ranks beyond which nothing is gained."""
+def _check_line(net: Network) -> None:
+    """Refuse a line that nothing can be fitted with."""
     terms = net.legs.terms
     if net.legs.vectors:
         raise ValueError(
-            "hashed parameters cannot be fitted one after the other, because they share numbers; fit the line "
+            "hashed parameters share numbers, so they cannot be fitted one after the other; fit the line "
             f"without its vectors,\n    {net.legs.unhashed}"
         )
     if all(term.frozen for term in terms):
         raise ValueError(
             f"every parameter is frozen, so there is nothing to fit, in\n    {net.legs}"
         )
-    if is_start or any(term.frozen or term.tied for term in terms):
-        return
-    most = shape.numel // max(shape.values())
-    for bond, rank in net.ranks.items():
-        if rank > max(1, most) and len(net.legs.carriers[bond]) > 2:
-            raise ValueError(
-                f"rank {rank} of bond {bond!r} cannot help: with {most}, every tensor of this shape can "
-                f"be written in the line\n    {net.legs}"
-            )
 
 
 def _check_options(tolerance: float, ridge: float, restarts: int, sweeps: int) -> None:

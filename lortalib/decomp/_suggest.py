@@ -182,9 +182,12 @@ def _ranks_within(legs: Legs, shape: Shape, parameters: int) -> dict[str, int] |
     equal = _largest(lambda size: fits(dict.fromkeys(bonds, size)), parameters)
     ranks = limited(dict.fromkeys(bonds, equal))
     if not any(term.tied for term in legs.terms):  # bonds of a tied parameter have equal sizes
-        for bond in bonds:
-            most = _largest(partial(_fits_with, fits, ranks, bond), parameters)
-            ranks = limited({**ranks, bond: max(most, ranks[bond])})
+        before = None
+        while ranks != before:  # a bond that grew can let one before it grow
+            before = ranks
+            for bond in bonds:
+                most = _largest(partial(_fits_with, fits, ranks, bond), parameters)
+                ranks = limited({**ranks, bond: max(most, ranks[bond])})
     return ranks
 
 

@@ -61,7 +61,7 @@ def partners(draw, net):
     tensors = [torch.randn(t.shape, generator=generator(draw(seeds))).double() for t in net.tensors]
     if any(term.tied for term in net.legs.terms):
         return build("tt", {mode: shape[mode] for mode in order}, 2, generator=generator(1))
-    return Network(net.legs, tensors, order)
+    return Network(net.legs.unhashed, tensors, order)
 
 
 @over_kinds
@@ -114,7 +114,7 @@ def test_products_of_one_line_multiply_entries_and_ranks(name, data):
     product = hadamard(one, other)
     assert_same(product.dense(), array(one) * array(other))
     assert product.ranks == {bond: one.ranks[bond] * other.ranks[bond] for bond in one.ranks}
-    assert str(product.legs) == str(one.legs)
+    assert str(product.legs) == str(one.legs.unhashed)
     again = Network(
         product.legs, product.tensors, product.modes
     )  # a whole network, tied where it was
@@ -151,7 +151,8 @@ def test_a_parameter_times_its_environment_is_the_tensor(kind, data):
     net = data.draw(networks(kind).filter(lambda net: len(net.names) > 1))
     k = data.draw(st.integers(0, len(net.names) - 1))
     rest = environment(net, k)
-    assert all(one is other for one, other in zip(rest.tensors, net.tensors[:k]))
+    if not net.legs.vectors:  # else they are computed from the vector each time
+        assert all(one is other for one, other in zip(rest.tensors, net.tensors[:k]))
     letter = dict(zip(net.sizes, "abcdefghijklmnopqrstuvwxyz", strict=False))
     word = ["".join(letter[leg] for leg in legs) for legs in (net.legs.terms[k].legs, rest.modes)]
     equation = f"{word[0]},{word[1]}->{''.join(letter[mode] for mode in net.modes)}"
