@@ -15,6 +15,7 @@ from ._einsum import contract
 from ._legs import Legs
 from ._modes import Shape
 from ._notation import LegsError, Term, check_bounds
+from ._parameter_table import parameter_table
 
 _FAR = ("head", "out")
 
@@ -316,20 +317,14 @@ class TensorNetwork(ABC):
         return to_tensorly(self)
 
     def __repr__(self) -> str:
-        rows = [("parameter", "legs", "sizes", "parameters")]
+        rows = []
         for k, (name, term) in enumerate(zip(self.names, self.legs.terms)):
             sizes = " x ".join(str(self.sizes[leg]) for leg in term.legs)
-            number = f"{self.stored[k].numel():,}" if self.legs.holders[k] == k else ""
+            number = self.stored[k].numel() if self.legs.holders[k] == k else None
             rows.append((name, str(term), sizes, number))
-        rows.append(("total", "", "", f"{self.count(trainable_only=False):,}"))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = []
-        for row in rows:
-            left = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths))
-            lines.append(f"  {left}  {row[3].rjust(widths[3])}")
         modes = ", ".join(f"{mode}={self.sizes[mode]}" for mode in self.modes)
         head = f"{type(self).__name__}({modes}): {self.count():,} trainable parameters"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *parameter_table(rows, self.count(trainable_only=False))])
 
 
 class NetworkView(TensorNetwork):
