@@ -25,7 +25,9 @@ CASES = [(LLAMA, targets) for targets in BOTH + OF_LLAMA]
 CASES += [(FAMILIES["T5"], targets) for targets in BOTH]
 
 
-@pytest.mark.parametrize(("family", "targets"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("family", "targets"), CASES, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_targets_mean_the_same_behind_both_doors(family, targets):
     expected = sorted(site.path for site in put(family.model(), targets=targets).sites)
     assert paths_of(wrapped(family, target_modules=targets)) == expected
