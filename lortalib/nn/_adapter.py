@@ -310,14 +310,14 @@ class Adapter(AdapterModule):
 
     # In words
 
-    def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the adapter to a folder; `lortalib.nn.load` reads it.
+    def save(
+        self, folder: str | PathLike[str], *, state: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Write the adapter to a folder and return the folder; `lortalib.nn.load` reads it.
 
         Args:
             folder: the folder, which is made if it does not exist.
-
-        Returns:
-            The folder.
+            state: the model's whole state dict, if one process saves alone what is divided over several.
 
         Raises:
             OSError: the folder cannot be written. Files in it are then unchanged.
@@ -326,7 +326,7 @@ class Adapter(AdapterModule):
         from ._files import save  # deferred on purpose: files know adapters
 
         self._require_host().prepare_files(self)
-        return save(self, folder)
+        return save(self, folder, state)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
         """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.

@@ -71,8 +71,9 @@ class SavePretrained:
             with _without_adapters(model):
                 written = getattr(type(model), _NAME)(model, save_directory, *args, **options)
         if (args[0] if args else options.get("is_main_process", True)) and unmerged:
+            state = args[1] if len(args) > 1 else options.get("state_dict")
             for adapter in unmerged:
-                adapter.save(places[adapter.name])
+                adapter.save(places[adapter.name], state=state)
             _write_about(model, folder, places)
         return written
 

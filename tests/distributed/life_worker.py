@@ -93,6 +93,9 @@ def live(options):
     found["trained"] = logits(model)
     adapter.save(options.out / "saved")
     logits(model)  # so that all is gathered when the next call comes
+    state = gathered(model)
+    if dist.get_rank() == 0:  # as Trainer saves: one process alone
+        model.save_pretrained(options.out / "by-one", state_dict=state)
     if not options.share:  # its file could have no pair for the MLP's shared factor
         lortalib.nn.export_lora(adapter, options.out / "lora")
     found["delta"] = adapter.delta(adapter.sites[0]).detach()

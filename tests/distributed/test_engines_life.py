@@ -96,6 +96,13 @@ def test_what_was_saved_is_the_same_adapter_in_one_process(lived, tmp_path):
             assert written == (tmp_path / own).read_bytes(), own
 
 
+def test_one_process_alone_writes_the_same_file(lived):
+    """From the state dict that Trainer gathers; to gather once more would wait for the others for ever."""
+    alone = lived.folder / "by-one" / "default" / "adapter.safetensors"
+    assert alone.read_bytes() == (lived.folder / "saved" / "adapter.safetensors").read_bytes()
+    assert (lived.folder / "by-one" / "other" / "adapter.safetensors").exists()
+
+
 def test_the_exported_lora_is_the_same_model(lived):
     if "--share" in lived.arguments:
         pytest.skip("the worker does not export it")

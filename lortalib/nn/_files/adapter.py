@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._adapter import Adapter
 from .._adapters import check_name, install
-from .._anatomy import check_model, site_weight
+from .._anatomy import ATTRIBUTE, check_model, site_weight
+from .._sharded import is_divided, is_zero_parameter
 from .checks import check_description, check_tensors
 from .describe import describe, stored_tensors
 from .fit import Rules, check_values, fit_groups
@@ -26,7 +27,9 @@ from .tensors import TensorSpec, dtype_name, first_not_finite, plain
 from .weights import SavedModules, shared_weights
 
 
-def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
+def save(
+    adapter: Adapter, folder: str | PathLike[str], state: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write an adapter to a folder, as one file; see `Adapter.save`.
 
     Anything that a reader would refuse is refused here, before the first byte is written. If the model
@@ -35,13 +38,15 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     Args:
         adapter: an adapter on a model.
         folder: the folder; it is made if it does not exist.
+        state: the whole state of the model, if this process saves alone what is divided over several.
 
     Returns:
         The folder.
 
     Raises:
         OSError: the folder cannot be written. A file that was there stays unchanged.
-        ValueError: a factor, or a value of a trained module, is on the meta device, NaN or infinite.
+        ValueError: a factor, or a value of a trained module, is on the meta device, NaN or infinite; or is
+            divided, and ``state`` does not have it.
         RuntimeError: the adapter was removed from its model.
 
     Example:
@@ -55,10 +60,20 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     """
     folder = Path(folder)
     model = adapter.model
-    tensors = {key: _numbers(tensor, f"{key!r}") for key, tensor in stored_tensors(adapter).items()}
+    place = f"{ATTRIBUTE}.{adapter.name}."
+    tensors = {
+        key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")
+        for key, tensor in stored_tensors(adapter).items()
+    }
+    own_state = (
+        state if adapter.active or state is None else {}
+    )  # else the model has the base's values
     for path, values in adapter.trained_modules.values(model).items():
         tensors |= {
-            trained_key(path, own): _numbers(v, f"module {path!r}") for own, v in values.items()
+            trained_key(path, own): _numbers(
+                _from_state(v, own_state, f"{path}.{own}"), f"module {path!r}"
+            )
+            for own, v in values.items()
         }
     check_numbers(tensors, f"adapter {adapter.name!r} was not saved")
     description = describe(adapter, model)
@@ -68,6 +83,19 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors)})
     remove_old_description(folder)
     return folder
+
+
+def _from_state(tensor: Tensor, state: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    """Take a divided tensor from the state of the model, where one process saves alone: gathering it would
+    wait for the others for ever."""
+    if state is None or not (is_divided(tensor) or is_zero_parameter(tensor)):
+        return tensor
+    if name not in state:
+        raise ValueError(
+            f"{name!r} is divided over processes, and the state dict that is to be saved does not have it; "
+            "call adapter.save in every process"
+        )
+    return state[name]
 
 
 def _numbers(tensor: Tensor, what: str) -> Tensor:
