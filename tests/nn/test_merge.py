@@ -174,9 +174,9 @@ class Life(RuleBasedStateMachine):
         self.settled = False
 
     def updates(self, path, state):
-        """The updates of one weight by the adapters that are merged, or active."""
+        """The updates of one weight by the adapters that are merged, or by those that act beside it."""
         for adapter in adapters(self.model).values():
-            if getattr(adapter, state):
+            if adapter.merged if state == "merged" else adapter.active and not adapter.merged:
                 yield from (adapter.delta(s).detach() for s in adapter.sites if s.path == path)
 
     @rule(name=names, roles=st.sampled_from(["qkvo", "q", "vo"]), seed=st.integers(0, 9))
@@ -238,13 +238,14 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         with torch.no_grad():
-            for path, base in self.base.items():
-                total = base.float() + sum(self.updates(path, "active"))
+            for path in self.base:
+                # With merged updates as they were rounded: some of these models amplify rounding much.
+                total = self.model.get_submodule(path).weight.float() + sum(
+                    self.updates(path, "beside")
+                )
                 self.plain.get_submodule(path).weight.copy_(total)
         found = output(copy.deepcopy(self.model).float(), self.inputs)
-        # Tiny norms amplify: rounding alone moves some of these models by 3e-5.
-        tolerance = 2e-4 if self.dtype == torch.float32 else 5e-2
-        assert close(found, output(self.plain, self.inputs), tolerance)
+        assert close(found, output(self.plain, self.inputs), 2e-4)
         for adapter in adapters(self.model).values():
             adapter.remove()
         if not self.settled:
