@@ -32,7 +32,6 @@ from ._held import PeftHost
 from ._layer import LortaLayer, LortaLinear
 from ._mixed_batch import BASE, named_rows, repeats_of
 from ._sharded import divide_again
-from ._shared_state import SharedState
 from ._sum import check_sum, describe_sum, weighted_sum, with_ranks
 from ._targets import known_sites, named_targets, sites_of
 from ._tied import check_tied
@@ -50,7 +49,7 @@ class LortaModel(BaseTuner):
         lorta_adapters: the adapters, as `lortalib.nn.Adapter`, by name.
     """
 
-    uses_shared_state = SharedState()  # type: ignore[assignment]
+    uses_shared_state = True
     prefix = "lorta_"
     tuner_layer_cls = LortaLayer
     target_module_mapping: dict[str, list[str]] = {}
