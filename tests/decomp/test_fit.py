@@ -376,3 +376,19 @@ def test_a_hashed_line_is_refused_with_the_line_that_can_be_fitted():
     modes = ["layer", "matrix", "in", "out"]
     with pytest.raises(ValueError, match=r"without its vectors,\n    layer in r, matrix out r"):
         fit(target, line, {"r": 2, "n": 8}, modes=modes)
+
+
+def test_the_best_of_all_starts_is_returned():
+    target, places = random_dense(5, 6, 4), set()
+    for seed in range(6):
+        ends = []
+
+        def keep(number, error, ends=ends):
+            ends[-1:] = [error] if number > 1 else [*ends[-1:], error]
+
+        options = {"start": "random", "restarts": 3, "sweeps": 5, "progress": keep}
+        found = fit(target, "cp", 3, modes=MODES, generator=generator(seed), **options)
+        assert len(ends) == 4
+        assert found.error == pytest.approx(min(ends), rel=1e-9)
+        places.add(ends.index(min(ends)))
+    assert len(places) > 2  # so neither the first nor the last one is taken for the best
