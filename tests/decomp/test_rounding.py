@@ -320,3 +320,19 @@ def test_other_conversions_are_fits_and_say_so():
         convert(trained, "in r, out r, layer head r", 2)
     single = network("layer matrix in out", shape, 1, init="normal", dtype=torch.float64)
     assert not convert(single, "cp", rank=2).is_exact
+
+
+@pytest.mark.parametrize("name", ["tt", "tucker", "lotr"])
+def test_parameters_that_are_canonical_stay_as_they_are(name):
+    """With any signs along a bond: the QR of orthonormal columns gives them back."""
+    once = canonical(small(name, generator=generator(5)))
+    bond = next(iter(once.ranks))
+    flipped = []
+    for term, tensor in zip(once.legs.terms, once.tensors):
+        shape = [-1 if leg == bond else 1 for leg in term.legs]
+        signs = torch.tensor([-1.0, 1.0] * 9, dtype=tensor.dtype)[: once.sizes[bond]]
+        flipped.append(tensor.detach() * (signs.view(shape) if bond in term.legs else 1))
+    for tensors in (once.tensors, flipped):
+        found = canonical(Network(once.legs, [t.detach().clone() for t in tensors], once.modes))
+        for one, two in zip(tensors, found.tensors):
+            torch.testing.assert_close(one, two)
