@@ -33,7 +33,7 @@ test-wheel:  ## tests on the installed wheel, away from the checkout
 	.venv-wheel/bin/python -m build -q --wheel
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) "$$(ls dist/*.whl)[test]"
 	rm -rf .wheel-tests && mkdir .wheel-tests
-	cp -r tests examples benchmarks docs pyproject.toml *.md .wheel-tests/
+	cp -r tests examples benchmarks docs pyproject.toml conftest.py *.md .wheel-tests/
 	cd .wheel-tests && ../.venv-wheel/bin/python -c "import lortalib, sys; assert lortalib.__file__.startswith(sys.prefix), lortalib.__file__"
 	cd .wheel-tests && ../.venv-wheel/bin/python -m pytest -n 2 -m 'not slow' $(WHEEL_TESTS)
 	rm -rf .wheel-tests

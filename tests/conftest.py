@@ -1,9 +1,4 @@
-"""What all tests share: no network, one thread, the real models of the examples, and the usual tiny one."""
-
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
+"""The real models of the examples, and the usual tiny one."""
 
 import assets
 import pytest

@@ -28,7 +28,7 @@ def multilinear_ranks(net: TensorNetwork, *, tolerance: float = 1e-6) -> dict[st
 
     Example:
         >>> from lortalib.decomp import cp
-        >>> net = cp({"layer": 3, "in": 8, "out": 4}, 2, init="normal", dtype=torch.float64)
+        >>> net = cp({"layer": 32, "in": 8, "out": 4}, 2, init="normal", dtype=torch.float64)
         >>> multilinear_ranks(net)
         {'layer': 2, 'in': 2, 'out': 2}
     """
@@ -121,7 +121,7 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
 
     Example:
         >>> from lortalib.decomp import cp
-        >>> net = cp({"layer": 3, "in": 8, "out": 4}, 2, init="normal", dtype=torch.float64)
+        >>> net = cp({"layer": 32, "in": 8, "out": 4}, 2, init="normal", dtype=torch.float64)
         >>> f"{core_consistency(net, net):.3f}"
         '100.000'
     """

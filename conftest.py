@@ -1,0 +1,18 @@
+"""What all tests and the examples in docstrings share: no network, one thread, random numbers from a seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seed torch before each test, so that none depends on those that ran before it.
+
+    Tests must pass with any seed: LORTALIB_SEED tries another one.
+    """
+    torch.manual_seed(int(os.environ.get("LORTALIB_SEED", "0")))
