@@ -7,6 +7,7 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import cast
@@ -199,6 +200,13 @@ class AdapterHost(nn.ModuleDict):
 
     def remove(self, adapter: Adapter, merged: bool) -> None:
         """Remove an adapter from the model, as `Adapter.remove` describes."""
+        if adapter.remembered.is_waiting:
+            warnings.warn(
+                f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
+                "hooks are gone, so that backward would repeat the forward of the base, with other "
+                "gradients. Call backward() first, or drop what the forward returned",
+                stacklevel=3,
+            )
         settled = False
         if merged:
             check_settled(adapter, [a for a in self._others(adapter) if a.merged])

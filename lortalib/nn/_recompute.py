@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.utils import checkpoint
@@ -91,6 +91,7 @@ class Remembered:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()
+        self._repeated: WeakSet[Any] = WeakSet()
 
     def record(self, now: bool) -> None:
         """Remember for every running checkpoint whether the adapter adds its update.
@@ -114,6 +115,7 @@ class Remembered:
             RuntimeError: the adapter was merged, unmerged or applied since that forward.
         """
         running = list(checkpoints())
+        self._repeated.update(running)
         known = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
         if (merged and known is not _UNKNOWN) or (running and now and known is _UNKNOWN):
             raise RuntimeError(
@@ -125,6 +127,14 @@ class Remembered:
     def __len__(self) -> int:
         """Return the number of remembered checkpoints."""
         return len(self._known)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if a remembered checkpoint added the update and has not run again yet."""
+        return any(
+            added is not False and each not in self._repeated
+            for each, added in self._known.items()
+        )
 
     def __reduce__(self) -> Any:
         return Remembered, ()

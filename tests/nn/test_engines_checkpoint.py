@@ -1,6 +1,7 @@
 """Checkpoints run a forward again in the backward: with the adapters of that forward, whatever is on now."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -239,3 +240,18 @@ def test_nothing_is_remembered_without_checkpoints_and_after_them(base):
     kept = loss_of(model, IDS)
     assert len(own[0].remembered) > 0
     del kept
+
+
+@each_kind
+def test_removing_an_adapter_before_the_backward_is_no_secret(base, reentrant):
+    model, (query, document) = two_adapters(base)
+    lortalib.nn.set_active(checkpointed(model, reentrant), "query")
+    loss = loss_of(model, IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document.remove()  # had no part in it
+        with pytest.raises(UserWarning, match="'query' is removed before the backward"):
+            query.remove()
+        assert query.is_on_model  # whoever makes errors of warnings loses nothing
+        loss.backward()
+        query.remove()  # although `loss` is still held
