@@ -99,13 +99,13 @@ class BaseWeights:
         kept = self._base.get(weight_name(site))
         return self._weight(site).detach() if kept is None else kept
 
-    def settle(self, adapter: Merged) -> None:
+    def keep_merged(self, adapter: Merged) -> None:
         """Make the update of a merged adapter part of the base's weights."""
-        settled = {}
+        new = {}
         for name, members in _by_weight([adapter]).items():
             base = self._base[name]
-            settled[name] = _sum(name, base, members, base.dtype)
-        self._base |= settled
+            new[name] = _sum(name, base, members, base.dtype)
+        self._base |= new
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the kept weights of these names."""

@@ -73,7 +73,7 @@ def check_acts_on(acts_on: object) -> None:
         raise ValueError(f"acts_on must be 'weights' or 'stream'; found {acts_on!r}")
 
 
-def settle_acts_on(decomposition: object, acts_on: str | None) -> str:
+def choose_acts_on(decomposition: object, acts_on: str | None) -> str:
     """Choose what a tensor acts on: by default the stream if one parameter is on both ``in`` and ``out``.
 
     Args:
@@ -81,7 +81,7 @@ def settle_acts_on(decomposition: object, acts_on: str | None) -> str:
         acts_on: the choice of the user; None for the default.
 
     Example:
-        >>> settle_acts_on("cp", None), settle_acts_on("indscal", None), settle_acts_on("cp", "stream")
+        >>> choose_acts_on("cp", None), choose_acts_on("indscal", None), choose_acts_on("cp", "stream")
         ('weights', 'stream', 'stream')
     """
     if acts_on is not None:

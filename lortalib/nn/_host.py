@@ -20,7 +20,7 @@ from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._found_modules import FoundModules
 from ._sharded import divide_again, is_finite
-from ._stream import check_order, check_settled
+from ._stream import check_order, check_kept
 from ._trained_modules import TrainedModules
 
 
@@ -37,7 +37,7 @@ class AdapterHost(nn.ModuleDict):
         self._model = [model]  # in a list, so that it is not registered as a submodule
         self._modules_found = FoundModules(model)
         self._weights = BaseWeights(model, self._modules_found)
-        self._standing: dict[
+        self._merged_copies: dict[
             str, Adapter
         ] = {}  # snapshots of the merged adapters, as they were merged
         self._handles: dict[str, list[Handle]] = {}
@@ -123,27 +123,27 @@ class AdapterHost(nn.ModuleDict):
             return
         _check_finite(adapter)
         self._check_order(merging=adapter)
-        kept = self._standing
-        standing = {**kept, adapter.name: adapter.snapshot()}
+        kept = self._merged_copies
+        copies = {**kept, adapter.name: adapter.snapshot()}
         active = adapter.active
         try:
             self._enable(adapter)
-            self._weights.write(adapter.sites, self._in_order(standing))
-            vars(self)["_standing"] = standing
+            self._weights.write(adapter.sites, self._in_order(copies))
+            vars(self)["_merged_copies"] = copies
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
             self._detach_merged(adapter)
         except BaseException:
             if adapter.merged:
                 self._detach_merged(adapter)
             else:
-                vars(self)["_standing"] = kept
+                vars(self)["_merged_copies"] = kept
                 if not active:
                     self.disable(adapter)
             raise
 
-    def _in_order(self, standing: dict[str, Adapter]) -> list[Adapter]:
+    def _in_order(self, copies: dict[str, Adapter]) -> list[Adapter]:
         """Return the snapshots of merged adapters, in the order in which the adapters were applied."""
-        return [standing[other.name] for other in self.adapters() if other.name in standing]
+        return [copies[other.name] for other in self.adapters() if other.name in copies]
 
     def unmerge(self, adapter: Adapter) -> None:
         """Take an adapter out of the weights, as `Adapter.unmerge` describes."""
@@ -154,18 +154,18 @@ class AdapterHost(nn.ModuleDict):
     def _unmerge(self, adapter: Adapter) -> None:
         if not adapter.merged:
             return
-        standing = {name: each for name, each in self._standing.items() if name != adapter.name}
-        rest = self._in_order(standing)
+        copies = {name: each for name, each in self._merged_copies.items() if name != adapter.name}
+        rest = self._in_order(copies)
         try:
             self._attach(adapter)  # its hooks add nothing while it is merged
             self._restore(adapter, rest)
-            vars(self)["_standing"] = standing
+            vars(self)["_merged_copies"] = copies
             self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
                 self._detach_merged(adapter)
             else:
-                vars(self)["_standing"] = standing
+                vars(self)["_merged_copies"] = copies
                 self._weights.keep_only(rest)
             raise
 
@@ -207,23 +207,23 @@ class AdapterHost(nn.ModuleDict):
                 "gradients. Call backward() first, or drop what the forward returned",
                 stacklevel=3,
             )
-        settled = False
+        kept_merged = False
         if merged:
-            check_settled(adapter, [a for a in self._others(adapter) if a.merged])
+            check_kept(adapter, [a for a in self._others(adapter) if a.merged])
         try:
             if merged:
-                self._settle(adapter)
-                settled = True
+                self._keep_merged(adapter)
+                kept_merged = True
                 adapter.trained_modules.leave_in()
             else:
                 self.disable(adapter)
             self._take_off(adapter)
         except BaseException:
-            if settled or not (merged or adapter.active):
+            if kept_merged or not (merged or adapter.active):
                 self._take_off(adapter)
             raise
 
-    def _settle(self, adapter: Adapter) -> None:
+    def _keep_merged(self, adapter: Adapter) -> None:
         """Make an adapter's update part of the base."""
         with ExitStack() as undo:
             if not adapter.active:
@@ -231,7 +231,7 @@ class AdapterHost(nn.ModuleDict):
             if not adapter.merged:
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
-            self._weights.settle(self._standing[adapter.name])
+            self._weights.keep_merged(self._merged_copies[adapter.name])
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
@@ -248,8 +248,8 @@ class AdapterHost(nn.ModuleDict):
                 self._frozen = []
             del self[adapter.name]
         adapter.belong_to(None)
-        self._standing.pop(adapter.name, None)
-        self._weights.keep_only(self._in_order(self._standing))
+        self._merged_copies.pop(adapter.name, None)
+        self._weights.keep_only(self._in_order(self._merged_copies))
         if not len(self):
             self.release()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..decomp import Network, Rank, Shape, StartLike, get_format
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
-from ._config import AdapterConfig, check_settings, settle_acts_on
+from ._config import AdapterConfig, check_settings, choose_acts_on
 from ._group import Group, group_sites
 from ._lora_words import explains_lora_words
 from ._stream import stream_sites
@@ -188,7 +188,7 @@ def plan_sites(
         ValueError: a bad argument.
     """
     check_settings(alpha, dropout, init, acts_on)
-    acts_on = settle_acts_on(decomposition, acts_on)
+    acts_on = choose_acts_on(decomposition, acts_on)
     on_stream = acts_on == "stream"
     groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}

@@ -132,8 +132,7 @@ class Remembered:
     def is_waiting(self) -> bool:
         """True if a remembered checkpoint added the update and has not run again yet."""
         return any(
-            added is not False and each not in self._repeated
-            for each, added in self._known.items()
+            added is not False and each not in self._repeated for each, added in self._known.items()
         )
 
     def __reduce__(self) -> Any:

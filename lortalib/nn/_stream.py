@@ -103,7 +103,7 @@ def check_order(merged: Iterable[OnModel], unmerged: Iterable[OnModel]) -> None:
                 )
 
 
-def check_settled(adapter: OnModel, merged: Iterable[OnModel]) -> None:
+def check_kept(adapter: OnModel, merged: Iterable[OnModel]) -> None:
     """Refuse to make an update part of a weight that a merged adapter on the stream multiplies.
 
     Args:
