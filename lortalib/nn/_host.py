@@ -20,7 +20,7 @@ from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
 from ._found_modules import FoundModules
 from ._sharded import divide_again, is_finite
-from ._stream import check_order, check_kept
+from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
 
 
