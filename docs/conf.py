@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "complete",
     "legs",
+    "pictures",
     "rooms",
 ]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]

@@ -25,7 +25,9 @@ def name_of(page):
 
 
 def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(
+        r"^```(?:python|\{picture\})\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
@@ -61,7 +63,7 @@ def test_every_format_has_a_page():
     assert {page.stem for page in DOCS.glob("formats/*.md")} == set(decomp.formats)
 
 
-@pytest.mark.parametrize("module", ["decomp", "nn", "peft", "cli"])
+@pytest.mark.parametrize("module", ["decomp", "nn", "peft", "plot", "cli"])
 def test_every_public_name_is_in_the_reference(module):
     """Of methods and fields too the build of the documentation makes sure (docs/_ext/complete.py)."""
     text = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")

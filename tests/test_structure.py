@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 #: Packages that others may only use by public names; torch facts and the version are everybody's.
-PACKAGES = ("decomp", "nn", "peft", "cli")
+PACKAGES = ("decomp", "nn", "peft", "plot", "cli")
 COMMON = {"lortalib._stacklevel", "lortalib._torch", "lortalib._version"}
 
 

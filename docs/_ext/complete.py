@@ -27,7 +27,14 @@ class IncompleteError(SphinxError):
     category = "incomplete documentation"
 
 
-MODULES = ("lortalib", "lortalib.decomp", "lortalib.nn", "lortalib.peft", "lortalib.cli")
+MODULES = (
+    "lortalib",
+    "lortalib.decomp",
+    "lortalib.nn",
+    "lortalib.peft",
+    "lortalib.plot",
+    "lortalib.cli",
+)
 FORMATS = "formats/"
 
 

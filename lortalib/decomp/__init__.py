@@ -17,7 +17,9 @@ from ._diagnose import (
     congruence,
     core_consistency,
     multilinear_ranks,
+    singular_values,
 )
+from ._draw import Drawing, draw
 from ._environment import environment, gram
 from ._formats import (
     Format,
@@ -65,6 +67,7 @@ __all__ = [
     "Conversion",
     "Cut",
     "CutPlan",
+    "Drawing",
     "Fit",
     "Format",
     "Legs",
@@ -94,6 +97,7 @@ __all__ = [
     "cp_matrix",
     "direct_sum",
     "distance",
+    "draw",
     "environment",
     "fact_tk",
     "fit",
@@ -118,6 +122,7 @@ __all__ = [
     "ring",
     "round",
     "scale",
+    "singular_values",
     "start_along",
     "suggest_rank",
     "to_tensorly",
