@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._build import Rank
 from ._canonical import canonical
+from ._cross import Cross, cross
 from ._cut import Cut, CutPlan
 from ._diagnose import (
     component_norms,
@@ -65,6 +66,7 @@ __all__ = [
     "LORTA_MODES",
     "MODES",
     "Conversion",
+    "Cross",
     "Cut",
     "CutPlan",
     "Drawing",
@@ -95,6 +97,7 @@ __all__ = [
     "core_consistency",
     "cp",
     "cp_matrix",
+    "cross",
     "direct_sum",
     "distance",
     "draw",

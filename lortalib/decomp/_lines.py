@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 
 from ._build import Rank
 from ._modes import Shape
@@ -10,6 +11,11 @@ from ._modes import Shape
 #: The order of the modes in a tensor train, as in MetaTT-5D and (with a task) MetaTT-(4+1)D.
 _TRAIN = ("in", "layer", "task", "expert", "matrix", "head", "out")
 _TUCKER = dict(zip(("in", "out", "head", "layer", "matrix", "task", "expert"), "pqstuvw"))
+
+
+def _letters() -> Iterator[str]:
+    """Yield names of bonds without end: a to o, then b1, b2 and so on."""
+    return chain("abcdefghijklmno", (f"b{k}" for k in count(1)))
 
 
 def cp_line(shape: Shape) -> str:
@@ -27,7 +33,7 @@ def cp_matrix_line(shape: Shape) -> str:
 
 
 def _tucker_bonds(shape: Shape) -> dict[str, str]:
-    free = iter("abcdefghijklmno")
+    free = _letters()
     return {mode: _fresh(shape, _TUCKER.get(mode) or next(free)) for mode in shape}
 
 
@@ -46,7 +52,7 @@ def tt_line(shape: Shape) -> str:
 
 def train_line(modes: Sequence[str], shape: Shape) -> str:
     """Write the line of a tensor train through ``modes`` in this order."""
-    bonds = [_fresh(shape, letter) for letter in "abcdefghijklmnop"[: len(modes) - 1]]
+    bonds = [_fresh(shape, letter) for letter in islice(_letters(), len(modes) - 1)]
     left, right = ["", *bonds], [*bonds, ""]
     return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
 
@@ -54,7 +60,7 @@ def train_line(modes: Sequence[str], shape: Shape) -> str:
 def ring_line(shape: Shape) -> str:
     """Write the line of a tensor ring: a train with one more bond that joins its two ends."""
     modes = _ordered(shape, _TRAIN)
-    bonds = [_fresh(shape, letter) for letter in "abcdefghijklmnop"[: len(modes)]]
+    bonds = [_fresh(shape, letter) for letter in islice(_letters(), len(modes))]
     return ", ".join(f"{mode} {bonds[k - 1]} {bonds[k]}" for k, mode in enumerate(modes))
 
 
