@@ -13,11 +13,11 @@ version = release = lortalib.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "complete",
     "legs",
+    "mathml",
     "pictures",
     "rooms",
 ]
@@ -26,10 +26,12 @@ myst_heading_anchors = 3
 napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+html_math_renderer = "mathml"
 default_role = "any"
 html_theme = "furo"
 html_title = f"lortalib {release}"
 html_static_path = ["_static"]
 html_css_files = ["lortalib.css"]
+html_js_files = ["filter.js"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["ref.any", "ref.python"]

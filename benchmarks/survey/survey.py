@@ -377,21 +377,35 @@ def totals(rows: list[Row]) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """One line for each type."""
-    head = ["type", "model", "sites", "stacks", *CHECKS, "why not"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = ["| type | model | sites | checks |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row.type):
-        marks, reasons = [], [row.why] if row.why else []
-        for name in CHECKS:
-            found = row.checks.get(name, "")
-            known = {"yes": "yes", "in ": "in part", "": ""}
-            marks.append(known.get(found[:3], "no"))
-            if found not in ("", "yes"):
-                reasons.append(f"{name}: {_plain(found.removeprefix('yes, but '))}")
-        plan = str(row.sites) if row.plan == "planned" else row.plan
-        why = shorten(_plain("; ".join(reasons)), 160).replace("|", "\\|")
-        cells = [f"`{row.type}`", row.model, plan, str(len(row.stacks) or ""), *marks, why]
+        plan = f"{row.sites} in {len(row.stacks)}" if row.plan == "planned" else row.plan
+        cells = [f"`{row.type}`", row.model, plan, _checked(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _checked(row: Row) -> str:
+    """What a type passed, and the reason where it did not."""
+    known = {"yes": "yes", "in ": "in part", "": "not reached"}
+    marks = {name: known.get(row.checks.get(name, "")[:3], "no") for name in CHECKS}
+    reasons = [row.why] if row.why else []
+    for name in CHECKS:
+        found = row.checks.get(name, "")
+        if found not in ("", "yes"):
+            reasons.append(f"{name}: {_plain(found.removeprefix('yes, but '))}")
+    why = shorten(_plain("; ".join(reasons)), 160).replace("|", "\\|")
+    return summary(marks, why) if row.plan == "planned" else why
+
+
+def summary(marks: dict[str, str], why: str) -> str:
+    """Which checks passed, in words."""
+    passed = [name for name, mark in marks.items() if mark == "yes"]
+    if len(passed) == len(marks):
+        return f"all; {why}" if why else "all"
+    if len(passed) > len(marks) / 2:
+        return f"all but {why}"
+    return f"{', '.join(passed) or 'none'}; {why}"
 
 
 def _plain(text: str) -> str:
@@ -410,10 +424,14 @@ def _findings(report: str) -> str:
 def write_table(rows: list[Row]) -> None:
     """Write ``docs/models-table.md``."""
     parts = [
+        "---\nhide-toc: true\n---",
         "# Every model type",
         "Made by `python benchmarks/survey/survey.py`; how to read it is in [Models](models.md).",
         "\n".join(totals(rows)),
+        "Below, sites are counted over all stacks, and the checks are those of the table above.",
+        "::::{container} wide filter",
         table(rows),
+        "::::",
     ]
     TABLE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
