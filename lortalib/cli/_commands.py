@@ -23,9 +23,8 @@ from ._output import Output
 
 def info(options: Namespace, output: Output) -> bool:
     """Describe an adapter: ``info FOLDER``."""
-    folder = Path(options.folder)
-    adapter = lnn.read(folder)
-    description = lnn.read_description(folder)
+    adapter = lnn.read(options.folder, revision=options.revision)
+    description = lnn.read_description(options.folder, revision=options.revision)
     networks = [
         {
             "tensor": group.name,
@@ -194,11 +193,11 @@ def check(options: Namespace, output: Output) -> bool:
         raise ValueError(
             "--trust-remote-code goes with --model only: the file of an adapter names no code to run"
         )
-    folder = Path(options.folder)
-    findings: dict[str, Any] = {"adapter": str(folder), "sound": False, "fits": None, "why": None}
+    folder, revision = options.folder, options.revision
+    findings: dict[str, Any] = {"adapter": folder, "sound": False, "fits": None, "why": None}
     try:
-        adapter = lnn.read(folder)
-        named = lnn.read_description(folder)["base_model"].get("name")
+        adapter = lnn.read(folder, revision=revision)
+        named = lnn.read_description(folder, revision=revision)["base_model"].get("name")
         findings["sound"] = True
     except (AdapterFileError, FileNotFoundError) as error:
         findings["why"] = str(error)
@@ -209,7 +208,7 @@ def check(options: Namespace, output: Output) -> bool:
     if options.model or (named and _is_folder(named)):
         findings["model"] = name
         try:
-            lnn.load(shape_of(name, options.trust_remote_code), folder)
+            lnn.load(shape_of(name, options.trust_remote_code), folder, revision=revision)
             findings["fits"] = True
         except (OSError, ValueError, ImportError) as error:
             # Without --model, a failure to load says nothing against the adapter.
@@ -235,10 +234,12 @@ def merge(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    lnn.read_description(options.folder)  # fails before a large model is read
+    lnn.read_description(
+        options.folder, revision=options.revision
+    )  # fails before a large model is read
     model = load(options.model, options.dtype, options.trust_remote_code)
     output.say(f"read {type(model).__name__} from {options.model}")
-    adapter = lnn.load(model, options.folder)
+    adapter = lnn.load(model, options.folder, revision=options.revision)
     adapter.remove(merged=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
@@ -275,9 +276,9 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
 
 def export_lora(options: Namespace, output: Output) -> bool:
     """Write an adapter as a LoRA of PEFT or llama.cpp: ``export-lora FOLDER OUT``."""
-    base = lnn.read_description(options.folder)["base_model"].get("name")
+    base = lnn.read_description(options.folder, revision=options.revision)["base_model"].get("name")
     if options.model is None:
-        adapter = lnn.read(options.folder)
+        adapter = lnn.read(options.folder, revision=options.revision)
         if adapter.config.acts_on == "stream":
             raise ValueError(
                 f"the adapter in {options.folder} acts on the residual stream, so a LoRA of it is a product "
@@ -285,7 +286,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
             )
     else:
         model = load(options.model, "float32", options.trust_remote_code)
-        adapter = lnn.load(model, options.folder)
+        adapter = lnn.load(model, options.folder, revision=options.revision)
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)
         findings = {"adapter": options.folder, "written": str(file), "bytes": file.stat().st_size}
@@ -305,7 +306,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
 
 def convert(options: Namespace, output: Output) -> bool:
     """Convert an adapter's folder between the kinds of lortalib and PEFT: ``convert FOLDER OUT``."""
-    folder = lnn.convert(options.folder, options.out)
+    folder = lnn.convert(options.folder, options.out, revision=options.revision)
     files = sorted(file.name for file in folder.iterdir())
     findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}
     output.show(findings, [findings])

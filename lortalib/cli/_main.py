@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         for argument in positional:
             sub.add_argument(argument.lower(), metavar=argument, help=_POSITIONAL[argument])
+        if "FOLDER" in positional:
+            sub.add_argument(
+                "--revision", help="branch, tag or commit, if FOLDER is on the hub (default: main)"
+            )
         sub.add_argument("--json", action="store_true", help="print JSON for machines")
         sub.set_defaults(command=getattr(_commands, name.replace("-", "_")))
         return sub
@@ -125,7 +129,7 @@ def _targets(text: str) -> str | list[str]:
 
 
 _POSITIONAL = {
-    "FOLDER": "folder of a saved adapter, of lortalib or of PEFT",
+    "FOLDER": "folder of a saved adapter, of lortalib or of PEFT, or its name on the hub",
     "MODEL": "folder of a model, or its name on the hub",
     "OUT": "folder to write",
 }
