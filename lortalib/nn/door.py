@@ -45,7 +45,9 @@ from ._forward import (
     without_bias,
 )
 from ._lora_words import LORA_WORDS
-from ._plan import Plan, check_whole, plan, plan_sites
+from ._meta_model import meta_model, model_class
+from ._plan import Plan, check_whole, plan_sites
+from ._plan_model import plan
 from ._sharded import divide_again, divided_like, is_divided, is_finite
 from ._targets import are_letters, choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
@@ -76,6 +78,8 @@ __all__ = [
     "lora_config",
     "make_adapter",
     "may_write_output",
+    "meta_model",
+    "model_class",
     "plan",
     "plan_sites",
     "understood_sites",
