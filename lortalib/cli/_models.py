@@ -77,3 +77,32 @@ def _checked(name: str) -> str:
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json: it is no folder of a model")
     return name
+
+
+def example_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Make small inputs for a model of text or pictures, from its configuration.
+
+    Args:
+        model: a model of transformers.
+
+    Raises:
+        ValueError: the model reads neither tokens nor pixels.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids":
+        words = config.get_text_config().vocab_size
+        ids = torch.randint(min(5, words - 1), words, (2, 8), generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :5]
+        return inputs
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return {main: torch.randn(shape, generator=generator, dtype=model.dtype)}
+    raise ValueError(
+        f"{type(model).__name__} reads {main}, for which no example can be made here; check it from Python, "
+        "with lortalib.nn.check_effect(adapter, inputs)"
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Union
 
 from ._build import Rank
-from ._formats import formats, get_format
+from ._formats import Format, formats, get_format
 from ._legs import Legs
 from ._modes import Shape, ShapeLike
 from ._rank_table import RankRow, RankTable
@@ -33,7 +33,7 @@ def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -
         fit the modes, it takes more parameters at rank 1, or it is hashed and takes any number.
 
     Raises:
-        ValueError: a number of parameters below 1, or no shape.
+        ValueError: a number of parameters below 1, no shape, or an unknown name.
 
     Example:
         >>> budget((12, 12, 4, 768, 64), 10_000, ["cp", "vera", "lora"])
@@ -45,10 +45,11 @@ def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -
     if parameters < 1:
         raise ValueError(f"a budget is at least 1 parameter; found {parameters}")
     shapes = _shapes(shape)
+    asked = {line: get_format(line) for line in (formats if lines is None else lines)}
     rows, refused = [], {}
-    for line in formats if lines is None else lines:
+    for line, form in asked.items():
         try:
-            rows.append(_row(line, shapes, parameters))
+            rows.append(_row(line, form, shapes, parameters))
         except ValueError as error:
             refused[line] = str(error).partition("\n")[0].removesuffix(", in")
     return RankTable(tuple(sorted(rows, key=lambda row: -row.parameters)), refused=refused)
@@ -62,13 +63,13 @@ def _shapes(shape: Shapes) -> list[Shape]:
     return found
 
 
-def _row(line: str, shapes: Sequence[Shape], parameters: int) -> RankRow:
+def _row(line: str, form: Format, shapes: Sequence[Shape], parameters: int) -> RankRow:
     """Find the ranks of one format.
 
     Raises:
-        ValueError: the format is unknown, does not fit, or takes too many parameters.
+        ValueError: the format does not fit, takes too many parameters, or takes any number.
     """
-    sized = [_SizedLine(get_format(line).legs(shape), shape) for shape in shapes]
+    sized = [_SizedLine(form.legs(shape), shape) for shape in shapes]
     for each in sized:
         each.check()
     bonds = sized[0].bonds

@@ -25,7 +25,7 @@ def budget_of_sites(
         acts_on: as for `apply`.
 
     Raises:
-        ValueError: a number below 1, or a decomposition that is no text.
+        ValueError: a number below 1, an unknown name, or a decomposition that is no text.
     """
     asked = formats if decompositions is None else decompositions
     lines = [asked] if isinstance(asked, str) else list(asked)  # type: ignore[call-overload]
@@ -35,18 +35,17 @@ def budget_of_sites(
             f"with numbers=, decomposition is a name, a line of legs or a list of these; found {strange!r}"
         )
     by_kind: dict[str, list[str]] = defaultdict(list)
-    refused: dict[str, str] = {}
     for line in lines:
-        try:
-            by_kind[settle_acts_on(line, acts_on)].append(line)
-        except ValueError as error:  # an unknown name, or an ill-formed line
-            refused[line] = str(error).partition("\n")[0]
+        by_kind[settle_acts_on(line, acts_on)].append(line)
     rows: list[RankRow] = []
+    refused: dict[str, str] = {}
     for kind, own in by_kind.items():
         on_stream = kind == "stream"
         try:
             groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
-        except UnsupportedModelError as error:  # a part of a fused projection has no tensor on the stream
+        except (
+            UnsupportedModelError
+        ) as error:  # a part of a fused projection has no tensor on the stream
             refused |= dict.fromkeys(own, str(error))
             continue
         table = budget([group.shape for group in groups], numbers, own)

@@ -29,9 +29,9 @@ Example:
 from __future__ import annotations
 
 from ._adapter import Adapter
-from ._anatomy import MLP_ROLES, linear_sites, understood_sites
+from ._anatomy import MLP_ROLES, SiteList, linear_sites, understood_sites
 from ._config import check_settings
-from ._files import describe_for_peft, lora_config
+from ._files import Difference, compare_updates, describe_for_peft, lora_config
 from ._forward import (
     Handle,
     ModuleUpdate,
@@ -55,11 +55,13 @@ from ._trained_modules import TrainedModules, Values
 __all__ = [
     "LORA_WORDS",
     "MLP_ROLES",
+    "Difference",
     "Handle",
     "ModuleUpdate",
     "Pair",
     "Place",
     "Plan",
+    "SiteList",
     "Values",
     "add_update",
     "are_letters",
@@ -67,6 +69,7 @@ __all__ = [
     "check_settings",
     "check_whole",
     "choose_sites",
+    "compare_updates",
     "describe_for_peft",
     "detach",
     "divide_again",
