@@ -108,13 +108,13 @@ def classify(
         )
         seconds = fit(trainer)
         scores = trainer.evaluate()
-        numbers = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         own = {
             k.removeprefix("eval_"): float(v)
             for k, v in scores.items()
             if not k.endswith(("runtime", "second", "loss", "epoch"))
         }
-        rows.append({"": kind, "numbers": numbers, **own, "seconds": seconds})
+        rows.append({"": kind, "trainable parameters": count, **own, "seconds": seconds})
     return rows
 
 

@@ -50,7 +50,7 @@ def main() -> None:
         [
             {
                 "": args.decomposition,
-                "numbers": trainer.model.get_nb_trainable_parameters()[0],
+                "trainable parameters": trainer.model.get_nb_trainable_parameters()[0],
                 "loss": found["eval_loss"],
                 "reward accuracy": found["eval_rewards/accuracies"],
                 "reward margin": found["eval_rewards/margins"],

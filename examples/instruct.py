@@ -62,13 +62,18 @@ def main() -> None:
             held_out, said, answers(trainer.model, tokenizer, asked)
         )
     ]
-    numbers = trainer.model.get_nb_trainable_parameters()[0]
+    count = trainer.model.get_nb_trainable_parameters()[0]
     report(
         args,
         f"{len(held_out)} held-out answers, {len(train):,} trained on",
         [
-            {"": "base", "numbers": 0, "loss": before, "seconds": 0.0},
-            {"": args.decomposition, "numbers": numbers, "loss": after, "seconds": seconds},
+            {"": "base", "trainable parameters": 0, "loss": before, "seconds": 0.0},
+            {
+                "": args.decomposition,
+                "trainable parameters": count,
+                "loss": after,
+                "seconds": seconds,
+            },
         ],
         samples=samples,
     )

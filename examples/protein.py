@@ -115,11 +115,13 @@ def structures(args: argparse.Namespace) -> None:
     seconds = fit(trainer)
     model.esm = trainer.model
     after = {name: folding.scores(model, part, args.recycles) for name, part in sets.items()}
-    numbers = trainer.model.get_nb_trainable_parameters()[0]
+    count = trainer.model.get_nb_trainable_parameters()[0]
     table = []
     for name in sets:
-        table.append({"": f"{name}, base", "numbers": 0, **means(before[name]), "seconds": 0.0})
-        own = {"": f"{name}, {args.decomposition}", "numbers": numbers}
+        table.append(
+            {"": f"{name}, base", "trainable parameters": 0, **means(before[name]), "seconds": 0.0}
+        )
+        own = {"": f"{name}, {args.decomposition}", "trainable parameters": count}
         table.append({**own, **means(after[name]), "seconds": seconds})
     title = f"{len(held_out)} held-out chains, {len(train):,} trained on: CA atoms, RMSD in Å"
     report(args, title, table, numbers_of_the_model=size, chains={"before": before, "after": after})

@@ -178,7 +178,7 @@ def test_sites(saved, capsys):
     found = machine(capsys, "sites", saved[0], "--targets", "all")
     assert len(found["sites"]) == 14
     assert "2 query heads share one of its heads" in found["sites"][1]["why"]
-    assert "model.layers.1.self_attn.o_proj" in run(capsys, "sites", saved[0]).out
+    assert "model.layers.1.self_attn.o_proj" in run(capsys, "sites", saved[0], "--all").out
 
 
 def test_merge(saved, capsys, tmp_path):
@@ -280,7 +280,7 @@ def offline(monkeypatch):
 
 def test_check_looks_up_no_name_of_a_file(saved, capsys, tmp_path, offline, monkeypatch):
     asked = []
-    monkeypatch.setattr("lortalib.cli._commands.shape_of", lambda *name: asked.append(name))
+    monkeypatch.setattr("lortalib.cli._check.shape_of", lambda *name: asked.append(name))
     folder = changed(saved[1], tmp_path / "a", lambda v: v["base_model"].update(name="evil/model"))
     found = machine(capsys, "check", folder)
     assert (found["sound"], found["fits"]) == (True, None)

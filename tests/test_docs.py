@@ -49,6 +49,36 @@ def test_links_of_a_page(page):
             assert not file or (page.parent / file).exists(), target
 
 
+def test_the_readme_on_a_package_index_has_absolute_links_and_pictures(monkeypatch):
+    markdown = pytest.importorskip("markdown_it")
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    from absolute_links import absolute
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "$$" not in text  # no index shows formulas
+    page = (
+        markdown.MarkdownIt("commonmark")
+        .enable("table")
+        .render(absolute(text, "https://host/owner/name", "v1"))
+    )
+    targets = re.findall(r'(?:href|src)="([^"]+)"', page)
+    assert "https://host/owner/name/raw/v1/docs/_static/gain.svg" in targets
+    assert "https://host/owner/name/blob/v1/docs/quality.md" in targets
+    assert [target for target in targets if not target.startswith("https://")] == []
+
+
+def test_the_figures_at_the_top_are_those_of_the_study():
+    study = (ROOT / "benchmarks/quality/quality.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Install")[0]
+    for method, size in (
+        (r"\*\*lortalib stream INDSCAL r\d+\*\*", "20.1"),
+        ("PEFT LoRA r1", "8.0"),
+    ):
+        rows = re.findall(rf"^\| {method} \| [\d,]+ \| 1/{size} .*?\| (\d+)% \|", study, re.M)
+        one, two, three, four = rows[:4]  # of the first edition, in the order of the tasks
+        assert f"{one}, {two}, {three} and {four} %" in text
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/formats.md"])
 def test_tables_of_formats_are_the_registry(page):
     text = (ROOT / page).read_text(encoding="utf-8")

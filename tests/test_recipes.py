@@ -166,7 +166,7 @@ def test_a_base_model_learns_from_a_set_of_the_hub(
     recipe.main()
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert found["rows"][-1][score] >= 0
-    assert found["rows"][-1]["numbers"] > 0
+    assert found["rows"][-1]["trainable parameters"] > 0
 
 
 def test_pairs_are_conversations_without_ties_and_low_scores(monkeypatch):

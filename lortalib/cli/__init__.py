@@ -1,4 +1,4 @@
-"""Runs the command line: ``lortalib`` info, plan, sites, check, merge, export-lora, convert.
+"""Runs the command line: ``lortalib COMMAND``, such as info, plan, check, verify, compare and merge.
 
 Example:
     >>> main(["info", "no-such-folder", "--json"]) # doctest: +ELLIPSIS

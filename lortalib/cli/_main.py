@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from .._version import __version__
-from . import _commands
-from ._models import DTYPES
 from ._output import Output
+from ._parser import make_parser
 
 #: Errors that a user can fix: a wrong path, a damaged file, a model that does not fit.
 _USER_ERRORS = (OSError, ValueError, KeyError, ImportError)
@@ -22,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments without the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0 for success; 1 if the command failed or `check` found a fault; 130 after an
+        The exit code: 0 for success; 1 if the command failed or a check found a fault; 130 after an
         interrupt. Wrong usage makes argparse exit with 2.
     """
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):
         parser.print_help()
@@ -40,92 +37,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; no file was left half-written", file=sys.stderr)
         return 130
     return 0 if ok else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lortalib", description="Fine-tune a transformer through one low-rank tensor."
-    )
-    parser.add_argument("--version", action="version", version=f"lortalib {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND")
-
-    def command(name: str, help: str, *positional: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        for argument in positional:
-            sub.add_argument(argument.lower(), metavar=argument, help=_POSITIONAL[argument])
-        sub.add_argument("--json", action="store_true", help="print JSON for machines")
-        sub.set_defaults(command=getattr(_commands, name.replace("-", "_")))
-        return sub
-
-    command("info", "what an adapter is: by tensor, layer, matrix and head", "FOLDER")
-    plan = command("plan", "how many trainable parameters each format has on a model", "MODEL")
-    plan.add_argument("--rank", type=int, nargs="+", default=[1, 4, 8, 16, 64], metavar="R")
-    plan.add_argument(
-        "--decomposition",
-        nargs="+",
-        default=["indscal", "cp", "tucker", "tt", "lotr", "lora"],
-        metavar="D",
-    )
-    plan.add_argument(
-        "--acts-on",
-        choices=("weights", "stream"),
-        help="what the tensor changes (default: what suits the format)",
-    )
-    sites = command("sites", "what would be adapted in a model, and as what", "MODEL")
-    for sub in (plan, sites):
-        sub.add_argument(
-            "--targets",
-            default="qkvo",
-            type=_targets,
-            help="letters of qkvo, mlp, all, names with commas between them, or a regular expression "
-            "(default: qkvo)",
-        )
-    check = command("check", "is an adapter sound, and does it fit a model?", "FOLDER")
-    check.add_argument(
-        "--model",
-        help="folder or name; by default the folder that the adapter names, if there is one",
-    )
-    merge = command(
-        "merge", "write the model with the adapter in its weights", "MODEL", "FOLDER", "OUT"
-    )
-    merge.add_argument(
-        "--dtype",
-        default="auto",
-        help=f"of the weights: {', '.join(DTYPES)} (default: as they are stored)",
-    )
-    export = command(
-        "export-lora", "write the adapter as a standard LoRA of PEFT, exactly", "FOLDER", "OUT"
-    )
-    export.add_argument(
-        "--model",
-        help="folder or name; needed where the adapter acts on the residual stream, and for gguf",
-    )
-    export.add_argument(
-        "--format",
-        choices=("peft", "gguf"),
-        default="peft",
-        help="a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
-    )
-    command(
-        "convert", "write a folder of lortalib as one of PEFT, or the other way", "FOLDER", "OUT"
-    )
-    for sub in (plan, sites, check, merge, export):
-        sub.add_argument(
-            "--trust-remote-code",
-            action="store_true",
-            help="run code that comes with the model" + " (of --model)" * (sub in (check, export)),
-        )
-    return parser
-
-
-def _targets(text: str) -> str | list[str]:
-    """Split names with commas between them to a list; return a regular expression unchanged."""
-    plain = all(each.isidentifier() for each in text.replace(",", ".").split("."))
-    return text.split(",") if "," in text and plain else text
-
-
-_POSITIONAL = {
-    "FOLDER": "folder of a saved adapter, of lortalib or of PEFT",
-    "MODEL": "folder of a model, or its name on the hub",
-    "OUT": "folder to write",
-}

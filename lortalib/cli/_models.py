@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..nn.door import meta_model, model_class
 
 #: The dtypes that ``--dtype`` accepts besides "auto"; transformers can load a model in each.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def shape_of(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def shape_of(name: str, trust_remote_code: bool = False) -> nn.Module:
     """Make the model on the meta device, from its configuration alone; no weight is read.
 
     Args:
@@ -26,18 +28,9 @@ def shape_of(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
         OSError: there is no such model.
         ValueError: no model can be made from the configuration.
     """
-    # A configuration may name an attention kernel on the hub; eager attention loads no such code.
-    plain: dict[str, Any] = {"attn_implementation": "eager"}
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = _class_of(config)
-            found: PreTrainedModel = (
-                model._from_config(config, **plain)
-                if model is not None
-                else AutoModel.from_config(config, trust_remote_code=trust_remote_code, **plain)
-            )
-    return found
+        return meta_model(config, trust_remote_code)
 
 
 def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -60,7 +53,7 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
     }
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        model = _class_of(config) or AutoModel
+        model = model_class(config) or AutoModel
         found: PreTrainedModel = model.from_pretrained(name, **options)
     return found
 
@@ -86,11 +79,30 @@ def _checked(name: str) -> str:
     return name
 
 
-def _class_of(config: Any) -> type[Any] | None:
-    """Find the model class of transformers that a configuration names; None if it names none."""
-    names = getattr(config, "architectures", None)
-    for name in names if isinstance(names, list) else ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class:
-            return found
-    return None
+def example_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Make small inputs for a model of text or pictures, from its configuration.
+
+    Args:
+        model: a model of transformers.
+
+    Raises:
+        ValueError: the model reads neither tokens nor pixels.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids":
+        words = config.get_text_config().vocab_size
+        ids = torch.randint(min(5, words - 1), words, (2, 8), generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :5]
+        return inputs
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return {main: torch.randn(shape, generator=generator, dtype=model.dtype)}
+    raise ValueError(
+        f"{type(model).__name__} reads {main}, for which no example can be made here; check it from Python, "
+        "with lortalib.nn.check_effect(adapter, inputs)"
+    )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
 class Output:
-    """Prints a command's findings as tables, with rich if it is installed, or as one JSON object.
+    """Prints a command's findings as tables, or as one JSON object.
 
     Attributes:
         machine: whether to print JSON.
@@ -33,7 +36,8 @@ class Output:
         for records in tables:
             rows = list(records)
             if rows:
-                _print_table(list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
+                cells = [[_cell(value) for value in row.values()] for row in rows]
+                print("\n".join(_table(list(rows[0]), cells, _width())), end="\n\n")
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -50,12 +54,14 @@ class Output:
             print(f"lortalib: {_printable(text)}", file=sys.stderr)
 
     def progress(self, items: Sequence[Item], what: str) -> Iterator[Item]:
-        """Yield the items, with a progress bar if standard error is a terminal."""
-        if self.machine or not sys.stderr.isatty():
+        """Yield the items, with a progress bar if standard error is a terminal and tqdm is installed."""
+        try:
+            if self.machine or not sys.stderr.isatty():
+                raise ImportError
+            from tqdm import tqdm
+        except ImportError:
             yield from items
             return
-        from tqdm import tqdm
-
         yield from tqdm(items, desc=what, leave=False)
 
 
@@ -64,7 +70,9 @@ def _cell(value: Any) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else _printable(str(value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return _printable(str(value))
 
 
 def _printable(text: str) -> str:
@@ -77,27 +85,42 @@ def _printable(text: str) -> str:
 
 def _is_number(cell: str) -> bool:
     """Return True if a cell is a number, or the mark of a missing number."""
-    return cell == _cell(None) or cell.replace(",", "").replace(".", "").isdigit()
-
-
-def _print_table(head: list[str], rows: list[list[str]]) -> None:
     try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        for row in (head, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-        print()
-        return
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name, column in zip(head, zip(*rows)):
-        side: Literal["left", "right"] = "right" if all(map(_is_number, column)) else "left"
-        table.add_column(name, justify=side, overflow="fold")
+        float(cell.replace(",", ""))
+    except ValueError:
+        return cell == _cell(None)
+    return True
+
+
+def _width() -> int | None:
+    """Return the number of characters in a line: of the terminal, or of ``COLUMNS``; None for a pipe."""
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def _table(head: list[str], rows: list[list[str]], width: int | None) -> list[str]:
+    """Return the lines of a table, or, where it is too wide, of its records one below the other."""
+    rows = [[" ".join(cell.split("\n")) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        return _records(head, rows, width)
+    right = [all(map(_is_number, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.rjust(size) if number else cell.ljust(size)
+            for cell, size, number in zip(row, widths, right)
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _records(head: list[str], rows: list[list[str]], width: int) -> list[str]:
+    """Return one line for each cell, under its heading; a record of several lines ends with an empty one."""
+    lines: list[str] = []
     for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
-    # Names from files may look like markup of rich, and are printed as plain text.
-    console = Console(width=width, markup=False, emoji=False)
-    console.print(table)
-    console.print()
+        for name, cell in zip(head, row):
+            text = f"{name}: {cell}" if name else cell
+            lines += textwrap.wrap(text, max(width, 20), subsequent_indent="    ")
+        lines.append("")
+    return lines[:-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._budget import budget
 from ._build import Rank
 from ._canonical import canonical
 from ._cross import Cross, cross
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from ._convert import Conversion, convert
     from ._fit import Fit, fit
     from ._round import Rounding, round
-    from ._suggest import budget, suggest_rank
+    from ._suggest import suggest_rank
     from ._tensorly import from_tensorly, to_tensorly
 
 __all__ = [
@@ -141,7 +142,6 @@ _WITH_TENSORLY = {
     "Conversion": "._convert",
     "Fit": "._fit",
     "Rounding": "._round",
-    "budget": "._suggest",
     "convert": "._convert",
     "fit": "._fit",
     "from_tensorly": "._tensorly",

@@ -248,7 +248,7 @@ lora_xs = register_format(
 uni_lora = register_format(
     "uni_lora",
     "layer matrix in r (of n), layer matrix head out r (of n, zero)",
-    "Uni-LoRA, arXiv 2506.00799: all factors of LoRA are numbers of one vector",
+    "Uni-LoRA, arXiv 2506.00799: all factors of LoRA are entries of one trained vector",
 )
 
 

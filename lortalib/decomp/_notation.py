@@ -4,7 +4,7 @@ A line lists the parameters, separated by commas; a parameter lists its legs, se
 A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). A mark may follow
 the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, ``(tied)`` is the
 parameter before it used a second time, with other legs, and ``(of n)`` is hashed: its entries are the
-numbers of a vector of size n, drawn by a seed (``(of n, seed 7)``; 0 if none is given).
+entries of a trained vector of size n, drawn by a seed (``(of n, seed 7)``; 0 if none is given).
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR
@@ -57,7 +57,7 @@ class Term:
         frozen: whether it is not trained; a tied term follows its parameter.
         zero: whether it is the parameter that starts at zero.
         tied: whether it uses the parameter before it again, axis by axis, with other legs.
-        of: the name of the vector that its entries are numbers of; empty if the entries are its own.
+        of: the name of the vector that its entries are drawn from; empty if the entries are its own.
         seed: the seed that draws which entry is which number of the vector.
     """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ._build import Rank
 
@@ -36,10 +36,12 @@ class RankTable(Sequence[RankRow]):
     Attributes:
         rows: the rows.
         best: the index of the row that is suggested, or None.
+        refused: for each format that has no row, the reason.
     """
 
     rows: tuple[RankRow, ...]
     best: int | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def suggested(self) -> RankRow:
@@ -78,7 +80,8 @@ class RankTable(Sequence[RankRow]):
         texts = (
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in lines
         )
-        return "\n".join(text.rstrip() for text in texts)
+        reasons = (f"{name}: {reason}" for name, reason in self.refused.items())
+        return "\n".join([*(text.rstrip() for text in texts), *reasons])
 
 
 def _short(rank: Rank) -> str:

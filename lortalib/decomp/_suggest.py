@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +13,6 @@ from ._build import Rank
 from ._canonical import joins_all
 from ._diagnose import core_consistency, knee
 from ._fit import Fit, fit
-from ._formats import formats, get_format
-from ._legs import Legs
-from ._modes import Shape, ShapeLike
-from ._notation import LegsError
 from ._rank_table import RankRow, RankTable
 from ._target import TargetLike, read_target
 from ._tensor_network import TensorNetwork
@@ -126,88 +120,3 @@ def _best(rows: Sequence[RankRow]) -> int:
     bend = knee([float(row.parameters) for row in rows], [row.error or 0.0 for row in rows])
     unseen = [row.held_out for row in rows if row.held_out is not None]
     return min(bend, unseen.index(min(unseen))) if unseen else bend
-
-
-def budget(shape: ShapeLike, parameters: int) -> RankTable:
-    """List, for each registered format, the ranks whose trainable parameters come closest from below.
-
-    All bonds first get the largest equal rank; then single bonds are raised, in the order of the line.
-
-    Args:
-        shape: five sizes, or a mapping from mode names to sizes.
-        parameters: the largest number of trainable parameters.
-
-    Returns:
-        `RankTable`, the closest format first. Formats that do not fit the modes are left out, as are those
-        that take more parameters at rank 1, and hashed ones, which take any number.
-
-    Raises:
-        ValueError: a number of parameters below 1.
-
-    Example:
-        >>> table = budget((12, 12, 4, 768, 64), 10_000)
-        >>> [(row.format, row.rank, row.parameters) for row in table if row.format in ("cp", "vera")]
-        [('vera', {'r': 208}, 9984), ('cp', {'r': 11}, 9460)]
-    """
-    if parameters < 1:
-        raise ValueError(f"a budget is at least 1 parameter; found {parameters}")
-    sizes = shape if isinstance(shape, Shape) else Shape(shape)
-    rows = []
-    for name in formats:
-        try:
-            legs = get_format(name).legs(sizes)
-            legs.check(sizes.modes)
-            if legs.vectors:
-                continue
-            legs.check_tied_sizes({**sizes, **dict.fromkeys(legs.bonds(sizes.modes), 1)})
-        except LegsError:
-            continue
-        ranks = _ranks_within(legs, sizes, parameters)
-        if ranks is not None:
-            rows.append(RankRow(name, ranks, _count(legs, sizes, ranks)))
-    return RankTable(tuple(sorted(rows, key=lambda row: -row.parameters)))
-
-
-def _ranks_within(legs: Legs, shape: Shape, parameters: int) -> dict[str, int] | None:
-    bonds = legs.bonds(shape.modes)
-
-    def limited(ranks: Mapping[str, int]) -> dict[str, int]:
-        return legs.limits({**shape, **ranks}, shape.modes)
-
-    def fits(ranks: Mapping[str, int]) -> bool:
-        return _count(legs, shape, limited(ranks)) <= parameters
-
-    if not fits(dict.fromkeys(bonds, 1)):
-        return None
-    equal = _largest(lambda size: fits(dict.fromkeys(bonds, size)), parameters)
-    ranks = limited(dict.fromkeys(bonds, equal))
-    if not any(term.tied for term in legs.terms):  # bonds of a tied parameter have equal sizes
-        before = None
-        while ranks != before:  # a bond that grew can let one before it grow
-            before = ranks
-            for bond in bonds:
-                most = _largest(partial(_fits_with, fits, ranks, bond), parameters)
-                ranks = limited({**ranks, bond: max(most, ranks[bond])})
-    return ranks
-
-
-def _fits_with(
-    fits: Callable[[Mapping[str, int]], bool], ranks: Mapping[str, int], bond: str, size: int
-) -> bool:
-    return fits({**ranks, bond: size})
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """Find the largest integer from 1 to ``most`` that fits, if all smaller ones do."""
-    low, high = 1, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _count(legs: Legs, shape: Shape, ranks: Mapping[str, int]) -> int:
-    """Count the trainable parameters of a line."""
-    sizes = {**shape, **ranks}
-    own = (term for term in legs.terms if not (term.frozen or term.tied))
-    return sum(math.prod(sizes[leg] for leg in term.legs) for term in own)

@@ -27,7 +27,8 @@ from ._files import (
 )
 from ._group import Group
 from ._parameter_groups import parameter_groups
-from ._plan import Plan, plan
+from ._plan import Plan
+from ._plan_model import plan
 from ._trainer import AdapterTrainerMixin
 from ._verify import Report, check_effect, verify
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..decomp import Cut, Network, TensorNetwork
-from ._adapter_module import AdapterModule
+from ._adapter_files import AdapterFiles
 from ._anatomy import Site
 from ._carrier import Host
 from ._config import AdapterConfig
@@ -22,7 +20,7 @@ from ._table import describe
 from ._trained_modules import TrainedModules
 
 
-class Adapter(AdapterModule):
+class Adapter(AdapterFiles):
     """One fine-tuning of a model: tensor networks, and the projections that they update.
 
     `lortalib.nn.apply` and `lortalib.nn.load` make adapters; user code never does. An adapter is a
@@ -161,7 +159,7 @@ class Adapter(AdapterModule):
             RuntimeError: the adapter is on no model.
             ValueError: the weight is quantised.
         """
-        return self._require_host().base_weight(site)
+        return self.require_host().base_weight(site)
 
     def norms(self, site: Site | str) -> Tensor:
         """Return the Frobenius norm of each head's scaled update, without forming the update.
@@ -215,19 +213,11 @@ class Adapter(AdapterModule):
         Raises:
             RuntimeError: the adapter was removed from its model.
         """
-        return self._require_host().model
+        return self.require_host().model
 
     def belong_to(self, host: Host | None) -> None:
         """Set the host that carries the adapter; None for no host. Code that installs adapters calls this."""
         self._host = [] if host is None else [host]
-
-    def _require_host(self) -> Host:
-        if not self._host:
-            raise RuntimeError(
-                f"adapter {self.name!r} was removed from its model; apply or load it again"
-            )
-        host: Host = self._host[0]
-        return host
 
     def enable(self) -> None:
         """Switch the adapter on in the forward (a merged adapter is on already).
@@ -235,7 +225,7 @@ class Adapter(AdapterModule):
         Raises:
             ValueError: another active adapter uses a module that trains with this one.
         """
-        self._require_host().enable(self)
+        self.require_host().enable(self)
 
     def disable(self) -> None:
         """Switch the adapter off: without others, the model computes the same bits as its base.
@@ -243,7 +233,7 @@ class Adapter(AdapterModule):
         Raises:
             ValueError: a module that trains with the adapter was resized meanwhile.
         """
-        self._require_host().disable(self)
+        self.require_host().disable(self)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -290,11 +280,11 @@ class Adapter(AdapterModule):
             ValueError: a factor is not finite, or a weight cannot take the update: it is quantised or
                 shared with a module that has no such update, or its dtype overflows.
         """
-        self._require_host().merge(self)
+        self.require_host().merge(self)
 
     def unmerge(self) -> None:
         """Take the update out of the weights and restore the base bit for bit. May be called again."""
-        self._require_host().unmerge(self)
+        self.require_host().unmerge(self)
 
     def remove(self, *, merged: bool = False) -> None:
         """Remove the adapter from its model, which is then the same as before `apply`.
@@ -306,43 +296,9 @@ class Adapter(AdapterModule):
             RuntimeError: the adapter was removed already.
             ValueError: ``merged=True`` and the update cannot be merged.
         """
-        self._require_host().remove(self, merged)
+        self.require_host().remove(self, merged)
 
     # In words
-
-    def save(
-        self, folder: str | PathLike[str], *, state: Mapping[str, Tensor] | None = None
-    ) -> Path:
-        """Write the adapter to a folder and return the folder; `lortalib.nn.load` reads it.
-
-        Args:
-            folder: the folder, which is made if it does not exist.
-            state: the model's whole state dict, if one process saves alone what is divided over several.
-
-        Raises:
-            OSError: the folder cannot be written. Files in it are then unchanged.
-            ValueError: the factors are on the meta device.
-        """
-        from ._files import save  # deferred on purpose: files know adapters
-
-        self._require_host().prepare_files(self)
-        return save(self, folder, state)
-
-    def export_lora(self, folder: str | PathLike[str]) -> Path:
-        """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.
-
-        Args:
-            folder: the folder, which is made if it does not exist.
-
-        Raises:
-            OSError: the folder cannot be written.
-            ValueError: PEFT's LoRA has no low-rank pair for one of the weights.
-        """
-        from ._files import export_lora  # deferred on purpose: files know adapters
-
-        if self.is_on_model:
-            self._require_host().prepare_files(self)
-        return export_lora(self, folder)
 
     def __repr__(self) -> str:
         networks = {group.name: self.network(group) for group in self.groups}

@@ -50,6 +50,18 @@ class AdapterModule(nn.Module):
         self._aliases = find_aliases(self.networks)
         self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
 
+    def require_host(self) -> Host:
+        """Return the host that carries the adapter.
+
+        Raises:
+            RuntimeError: the adapter was removed from its model.
+        """
+        if not self._host:
+            raise RuntimeError(
+                f"adapter {self.name!r} was removed from its model; apply or load it again"
+            )
+        return self._host[0]
+
     @property
     def adds_update(self) -> bool:
         """True if the forward under way adds the update. If a checkpoint runs a forward again in a backward,

@@ -13,7 +13,8 @@ from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
 from ._lora_words import explains_lora_words
-from ._plan import Decomposition, plan
+from ._plan import Decomposition
+from ._plan_model import plan
 from ._targets import Targets
 from ._trained_modules import TrainedModules, find_modules
 from ._verify import check_effect, verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from ..decomp import Network, Rank, Shape, StartLike, get_format
-from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
+from ._anatomy import Site
 from ._config import AdapterConfig, check_settings, choose_acts_on
 from ._group import Group, group_sites
-from ._lora_words import explains_lora_words
 from ._stream import stream_sites
 from ._table import lora_count, network_table
-from ._targets import Targets, choose_sites, find_candidates
 
 #: The name of a format, a line of legs, or a callable ``(shape, rank, ...)`` that returns a network.
 Decomposition = Union[str, Callable[..., Network]]
@@ -77,80 +75,6 @@ class Plan:
                 f"{len(self.sites)} projections has {lora:,}",
             ]
         )
-
-
-@explains_lora_words
-def plan(
-    model: nn.Module,
-    decomposition: Decomposition = "indscal",
-    rank: Rank = 16,
-    *,
-    alpha: float = 1.0,
-    dropout: float = 0.0,
-    targets: Targets = "qkvo",
-    layers: int | Iterable[int] | None = None,
-    init: StartLike = "invariant",
-    gqa: str = "pool",
-    acts_on: str | None = None,
-    share_residual: bool = False,
-    rules: BlockRule | Sequence[BlockRule] = (),
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Plan:
-    """Plan the adapter that `apply` would put on a model, without changing the model.
-
-    Args:
-        model: the model, also on the meta device.
-        decomposition: as for `apply`, like all further arguments except ``device``.
-        rank: as for `apply`.
-        alpha: as for `apply`.
-        dropout: as for `apply`.
-        targets: as for `apply`.
-        layers: as for `apply`.
-        init: as for `apply`.
-        gqa: as for `apply`.
-        acts_on: as for `apply`.
-        share_residual: as for `apply`.
-        rules: as for `apply`.
-        generator: as for `apply`.
-        dtype: as for `apply`.
-        device: device of the networks, by default the device of the weights; ``"meta"`` makes parameters
-            without values.
-
-    Raises:
-        UnsupportedModelError: the model's attention was not found, or only in part.
-        ValueError: a bad argument, or targets that choose no projection.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-        ...                              num_attention_heads=4, intermediate_size=64))
-        >>> print(plan(model, "cp", 2, device="meta"))
-        Plan: cp, scaling 1
-          stack    matrices  layers  heads  in  out  legs                                    ranks  parameters
-          encoder  q k v o   2       4      32  8    in r, out r, head r, layer r, matrix r  2      100
-          100 trainable parameters; LoRA of rank 2 on these 8 projections has 1,024
-    """
-    model = check_model(model)
-    check_settings(alpha, dropout, init, acts_on)
-    chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
-    check_experts(model, chosen)
-    check_whole(model, {site.path: site_weight(model, site) for site in chosen})
-    return plan_sites(
-        chosen,
-        decomposition,
-        rank,
-        alpha=alpha,
-        dropout=dropout,
-        init=init,
-        gqa=gqa,
-        acts_on=acts_on,
-        share_residual=share_residual,
-        generator=generator,
-        device=device or (lambda site: _device_of(model, site)),
-        dtype=dtype,
-    )
 
 
 def plan_sites(
@@ -264,10 +188,6 @@ def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any
     if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
         return function(shape, options["rank"], **accepted)
     return function(shape, **accepted)
-
-
-def _device_of(model: nn.Module, site: Site) -> Device:
-    return execution_device(model.get_submodule(site.path), site_weight(model, site))
 
 
 def execution_device(module: nn.Module, weight: Any) -> Device:

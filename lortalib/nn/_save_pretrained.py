@@ -12,24 +12,11 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE
+from ._card import model_card
 from ._host import AdapterHost
 
 _NAME = "save_pretrained"
 _FILE = "adapter.safetensors"
-_ABOUT = """\
-# A fine-tuning as a tensor network
-
-`{files}` {hold} what was trained on `{base}`. The weights of that model are not here.
-
-    import lortalib
-    from transformers import {kind}
-
-    model = {kind}.from_pretrained("{base}")
-    lortalib.nn.load(model, "FOLDER")  # the folder of that file
-
-`lortalib merge {base} FOLDER OUT` writes an ordinary model with it in the weights, and `lortalib export-lora`
-an ordinary LoRA.
-"""
 
 
 class SavePretrained:
@@ -74,7 +61,7 @@ class SavePretrained:
             state = args[1] if len(args) > 1 else options.get("state_dict")
             for adapter in unmerged:
                 adapter.save(places[adapter.name], state=state)
-            _write_about(model, folder, places)
+            _write_card(folder, {places[each.name] / _FILE: each for each in unmerged})
         return written
 
     def _trains_the_base(self) -> bool:
@@ -121,16 +108,9 @@ def _without_adapters(model: Any) -> Iterator[None]:
             vars(model).pop(ignored, None)
 
 
-def _write_about(model: Any, folder: Path, places: dict[str, Path]) -> None:
+def _write_card(folder: Path, adapters: dict[Path, Adapter]) -> None:
     """Write README.md, the page that a repository shows, unless the folder has one."""
     page = folder / "README.md"
-    if page.exists():
-        return
-    files = [(place / _FILE).relative_to(folder).as_posix() for place in places.values()]
-    text = _ABOUT.format(
-        files="`, `".join(files),
-        hold="holds" if len(files) == 1 else "hold",
-        base=getattr(model.config, "_name_or_path", "") or "MODEL",
-        kind=type(model).__name__,
-    )
-    page.write_text(text, encoding="utf-8")
+    if not page.exists():
+        named = {file.relative_to(folder).as_posix(): each for file, each in adapters.items()}
+        page.write_text(model_card(named), encoding="utf-8")

@@ -29,9 +29,9 @@ Example:
 from __future__ import annotations
 
 from ._adapter import Adapter
-from ._anatomy import MLP_ROLES, linear_sites, understood_sites
+from ._anatomy import MLP_ROLES, SiteList, linear_sites, understood_sites
 from ._config import check_settings
-from ._files import describe_for_peft, lora_config
+from ._files import Difference, compare_updates, describe_for_peft, lora_config
 from ._forward import (
     Handle,
     ModuleUpdate,
@@ -45,7 +45,9 @@ from ._forward import (
     without_bias,
 )
 from ._lora_words import LORA_WORDS
-from ._plan import Plan, check_whole, plan, plan_sites
+from ._meta_model import meta_model, model_class
+from ._plan import Plan, check_whole, plan_sites
+from ._plan_model import plan
 from ._sharded import divide_again, divided_like, is_divided, is_finite
 from ._targets import are_letters, choose_sites, find_candidates
 from ._trained_modules import TrainedModules, Values
@@ -53,11 +55,13 @@ from ._trained_modules import TrainedModules, Values
 __all__ = [
     "LORA_WORDS",
     "MLP_ROLES",
+    "Difference",
     "Handle",
     "ModuleUpdate",
     "Pair",
     "Place",
     "Plan",
+    "SiteList",
     "Values",
     "add_update",
     "are_letters",
@@ -65,6 +69,7 @@ __all__ = [
     "check_settings",
     "check_whole",
     "choose_sites",
+    "compare_updates",
     "describe_for_peft",
     "detach",
     "divide_again",
@@ -76,6 +81,8 @@ __all__ = [
     "lora_config",
     "make_adapter",
     "may_write_output",
+    "meta_model",
+    "model_class",
     "plan",
     "plan_sites",
     "understood_sites",

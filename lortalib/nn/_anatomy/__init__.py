@@ -13,6 +13,7 @@ from .sites import (
     sites,
     understood_sites,
 )
+from .stacks import SiteList
 from .weights import (
     as_stored,
     is_conv1d,
@@ -32,6 +33,7 @@ __all__ = [
     "FeatureRows",
     "NoAttentionError",
     "Site",
+    "SiteList",
     "UnsupportedModelError",
     "as_stored",
     "check_experts",

@@ -15,26 +15,33 @@ from .weights import original_weight
 class SiteList(list[Site]):
     """A list of sites that prints as a table, one row for each stack and shape."""
 
-    def __str__(self) -> str:
-        rows = [("stack", "layers", "role", "heads", "head_dim", "width", "first module", "rows")]
+    def rows(self) -> list[dict[str, str | int]]:
+        """Make the rows of the table: one record for each stack, role and shape."""
         alike: dict[tuple[object, ...], list[Site]] = defaultdict(list)
         for site in self:
             key = (site.stack, site.role, site.heads, site.head_dim, site.width, str(site.rows))
             alike[key].append(site)
-        for members in alike.values():
-            site = members[0]
-            rows.append(
-                (
-                    site.stack,
-                    str(len(members)),
-                    site.role + (" (weight)" if site.weight_read_directly else ""),
-                    str(site.heads),
-                    str(site.head_dim),
-                    f"{site.width:,}",
-                    site.path,
-                    str(site.rows) if site.rows else "all",
-                )
-            )
+        return [
+            {
+                "stack": site.stack,
+                "layers": len(members),
+                "role": site.role + (" (weight)" if site.weight_read_directly else ""),
+                "heads": site.heads,
+                "head_dim": site.head_dim,
+                "width": site.width,
+                "first module": site.path,
+                "rows": str(site.rows) if site.rows else "all",
+            }
+            for members in alike.values()
+            for site in members[:1]
+        ]
+
+    def __str__(self) -> str:
+        head = ("stack", "layers", "role", "heads", "head_dim", "width", "first module", "rows")
+        rows: list[tuple[str, ...]] = [head]
+        for row in self.rows():
+            cells = (f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values())
+            rows.append(tuple(cells))
         widths = [max(map(len, column)) for column in zip(*rows)]
         cells = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
         return "\n".join(cells)

@@ -10,7 +10,8 @@ from torch import nn
 
 from ...decomp import Rank
 from .._anatomy import BlockRule, check_model, site_weight
-from .._plan import Decomposition, plan
+from .._plan import Decomposition
+from .._plan_model import plan
 from .._targets import Targets
 from .bank import Bank
 from .hooks import check_rows

@@ -1,6 +1,7 @@
 """Saves adapters and LoRAs to disk, and reads them back."""
 
 from .adapter import load, read, read_adapter, read_description, save
+from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
 from .folder import AdapterFileError
@@ -12,6 +13,8 @@ from .restore import restore
 
 __all__ = [
     "AdapterFileError",
+    "Difference",
+    "compare_updates",
     "convert",
     "describe_for_peft",
     "export_gguf",

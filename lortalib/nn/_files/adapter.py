@@ -132,22 +132,29 @@ def load(
     active: bool = True,
     freeze: bool = True,
     rules: Rules = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Adapter:
     """Put a saved adapter on a model.
 
     Args:
         model: a model of the same shape as the one the adapter was trained on.
-        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, the path of its file, or a
+            repository of the Hugging Face hub, ``user/name``. A local path goes before the hub.
         name: the adapter's name on the model; by default the saved one.
         active: whether the adapter takes part in the forward at once.
         freeze: whether all other parameters of the model stop requiring gradients.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
 
     Returns:
         The `Adapter`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, repository or revision.
+        ConnectionError: the hub cannot be reached, or ``HF_HUB_OFFLINE`` is set, and the repository was not
+            downloaded before.
         AdapterFileError: the file is damaged, or the adapter does not fit the model; the message says
             what differs. The model stays unchanged.
         ValueError: the name is in use.
@@ -164,7 +171,7 @@ def load(
     """
     if name is not None:
         check_name(model, name)
-    adapter = read_adapter(model, folder, name=name, rules=rules)
+    adapter = read_adapter(model, folder, name=name, rules=rules, revision=revision, token=token)
     if name is None:
         check_name(model, adapter.name)
     install(adapter, model, active=active, freeze=freeze)
@@ -177,18 +184,20 @@ def read_adapter(
     *,
     name: str | None = None,
     rules: Rules = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Adapter:
     """Read the adapter of a folder and fit it to a model, without putting it on; see `load`.
 
     Args:
-        model, folder, name, rules: as for `load`.
+        model, folder, name, rules, revision, token: as for `load`.
 
     Raises:
         FileNotFoundError: there is no such file.
         AdapterFileError: the file is damaged, or the adapter does not fit the model.
     """
     model = check_model(model)
-    with open_saved(folder) as saved:
+    with open_saved(folder, revision, token) as saved:
         groups = fit_groups(model, saved, rules)
         tensors = saved.read()
     networks = make_networks(saved.description, tensors)
@@ -203,20 +212,29 @@ def read_adapter(
     return Adapter(own, saved.description.config, tuple(groups), networks, modules)
 
 
-def read(folder: str | PathLike[str]) -> Adapter:
+def read(
+    folder: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Adapter:
     """Read the adapter of a folder as it was saved, without a model.
 
     Its sites are those of the model that it was trained on. Its tensors, low-rank pairs and norms, and
     `export_lora`, work as they do on a model.
 
     Args:
-        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, the path of its file, or a
+            repository of the Hugging Face hub, ``user/name``. A local path goes before the hub.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
 
     Returns:
         The `Adapter`, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, repository or revision.
+        ConnectionError: the hub cannot be reached, and the repository was not downloaded before.
         AdapterFileError: the file is damaged.
 
     Example:
@@ -229,7 +247,7 @@ def read(folder: str | PathLike[str]) -> Adapter:
         >>> adapter.is_on_model, adapter.count()
         (False, 100)
     """
-    with open_saved(folder) as saved:
+    with open_saved(folder, revision, token) as saved:
         tensors = saved.read()
     description = saved.description
     modules = SavedModules(values_in(description, tensors), description.shared_weights)
@@ -238,17 +256,26 @@ def read(folder: str | PathLike[str]) -> Adapter:
     return Adapter(description.name, description.config, groups, networks, modules)
 
 
-def read_description(folder: str | PathLike[str]) -> dict[str, Any]:
+def read_description(
+    folder: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
     """Read the description of a saved adapter, after its whole file was checked.
 
     Args:
-        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, or the path of its file.
+        folder: a folder that `Adapter.save` or PEFT's ``save_pretrained`` wrote, the path of its file, or a
+            repository of the Hugging Face hub, ``user/name``. A local path goes before the hub.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
 
     Returns:
         The fields that docs/files.md lists, under their names in the present format version.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, repository or revision.
+        ConnectionError: the hub cannot be reached, and the repository was not downloaded before.
         AdapterFileError: the file is damaged.
 
     Example:
@@ -260,6 +287,6 @@ def read_description(folder: str | PathLike[str]) -> dict[str, Any]:
         >>> read_description(folder)["config"]["alpha"]
         0.5
     """
-    with open_saved(folder) as saved:
+    with open_saved(folder, revision, token) as saved:
         saved.read()
     return saved.value

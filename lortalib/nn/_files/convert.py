@@ -10,15 +10,23 @@ from .peft_folder import write_peft
 from .saved import open_saved, write_saved
 
 
-def convert(folder: str | PathLike[str], out: str | PathLike[str]) -> Path:
+def convert(
+    folder: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
     """Write an adapter in the other kind of folder; every number keeps its bits.
 
     What `Adapter.save` wrote becomes what ``save_pretrained`` of PEFT writes, and the other way round.
     Neither a model nor PEFT is needed.
 
     Args:
-        folder: a folder of either kind.
+        folder: a folder of either kind, or a repository of the Hugging Face hub, ``user/name``.
         out: the folder to write; it is made if it does not exist.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
 
     Returns:
         The folder that was written.
@@ -47,7 +55,7 @@ def convert(folder: str | PathLike[str], out: str | PathLike[str]) -> Path:
     for name in (TENSORS, TENSORS_OF_PEFT):
         if (out / name).exists():
             raise FileExistsError(f"{out} holds {name} already; give another folder")
-    with open_saved(folder) as saved:
+    with open_saved(folder, revision, token) as saved:
         tensors = saved.read()
     description = saved.description
     if saved.file.path.name == TENSORS_OF_PEFT:

@@ -19,6 +19,8 @@ DESCRIPTION = "adapter.json"
 #: The two files of PEFT.
 TENSORS_OF_PEFT = "adapter_model.safetensors"
 CONFIG_OF_PEFT = "adapter_config.json"
+#: The files of an adapter, of either kind.
+FILES = (TENSORS, DESCRIPTION, TENSORS_OF_PEFT, CONFIG_OF_PEFT)
 #: The largest size of a text that describes an adapter, in bytes.
 LONGEST_TEXT = 16 * 2**20
 

@@ -25,10 +25,11 @@ from .._anatomy import (
 )
 from .._config import AdapterConfig
 from .._group import Group, group_sites
+from .._hub import local_folder
 from .._plan import check_whole
 from .fit import Rules, widths
 from .folder import AdapterFileError
-from .lora_config import saved_modules
+from .lora_config import CONFIG, WEIGHTS, saved_modules
 from .lora_file import LowRank, open_lora
 from .lora_modules import check_modules, take_modules
 
@@ -41,6 +42,8 @@ def load_lora(
     active: bool = True,
     freeze: bool = True,
     rules: Rules = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Adapter:
     """Put an existing LoRA of PEFT on a model, exactly, as an adapter of the format ``lora``.
 
@@ -50,17 +53,21 @@ def load_lora(
 
     Args:
         model: the model that the LoRA was trained on.
-        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a repository of
+            the Hugging Face hub, ``user/name``. A local path goes before the hub.
         name: the adapter's name on the model.
         active: whether the adapter takes part in the forward at once.
         freeze: whether all other parameters of the model stop requiring gradients.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
 
     Returns:
         The `Adapter`.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file is missing, or the hub has no such repository or revision.
+        ConnectionError: the hub cannot be reached, and the repository was not downloaded before.
         AdapterFileError: a damaged file, another method, a variant that is more than low-rank pairs
             (DoRA, biases, embeddings, convolutions), modules that the model does not have, or values for
             one of several modules that share one weight. The model stays unchanged.
@@ -77,7 +84,7 @@ def load_lora(
     """
     model = check_name(model, name)
     modules = named_modules(model)
-    with open_lora(folder) as file:
+    with open_lora(local_folder(folder, (CONFIG, WEIGHTS), revision, token)) as file:
         _check_fit(modules, file.shapes)
         paths = check_modules(model, saved_modules(file.config), file.shapes, file.others)
         pairs, others = file.read()

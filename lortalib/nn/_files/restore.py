@@ -1,4 +1,4 @@
-"""Gives an adapter on a model the numbers of a saved one, in place."""
+"""Gives an adapter on a model the values of a saved one, in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .folder import AdapterFileError
 
 
 def restore(adapter: Adapter, folder: str | PathLike[str]) -> None:
-    """Give an adapter the numbers of a saved one; its parameters stay the objects that an optimiser knows.
+    """Give an adapter the values of a saved one; its parameters stay the objects that an optimiser knows.
 
     Args:
         adapter: an adapter on a model, not merged.

@@ -11,9 +11,11 @@ from typing import Any, BinaryIO
 from torch import Tensor, nn
 
 from ...decomp import Network
+from .._hub import local_folder
 from .checks import check_description, check_tensors
 from .folder import (
     DESCRIPTION,
+    FILES,
     TENSORS_OF_PEFT,
     AdapterFileError,
     adapter_file,
@@ -64,17 +66,21 @@ class SavedAdapter:
 
 
 @contextmanager
-def open_saved(folder: str | PathLike[str]) -> Iterator[SavedAdapter]:
+def open_saved(
+    folder: str | PathLike[str], revision: str | None = None, token: str | bool | None = None
+) -> Iterator[SavedAdapter]:
     """Open a saved adapter: read and check its header. Its tensors are read on request.
 
     Args:
-        folder: a folder that `Adapter.save` wrote, or the path of the file in it.
+        folder: a folder that `Adapter.save` wrote, the path of the file in it, or a repository of the hub.
+        revision, token: as for `local_folder`.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ConnectionError: the hub cannot be reached.
         AdapterFileError: the file is damaged, or of a newer format version.
     """
-    path = adapter_file(folder)
+    path = adapter_file(local_folder(folder, FILES, revision, token))
     with open_tensors(path) as file:
         file.check_types()
         try:

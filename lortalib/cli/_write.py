@@ -1,0 +1,98 @@
+"""Defines the commands that write something: ``merge``, ``export-lora`` and ``convert``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from .. import nn as lnn
+from ..nn.door import lora_config
+from ._models import load
+from ._output import Output
+
+
+def merge(options: Namespace, output: Output) -> bool:
+    """Write a model with an adapter merged into its weights: ``merge MODEL FOLDER OUT``."""
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists and is not empty; give another folder")
+    lnn.read_description(
+        options.folder, revision=options.revision
+    )  # fails before a large model is read
+    model = load(options.model, options.dtype, options.trust_remote_code)
+    output.say(f"read {type(model).__name__} from {options.model}")
+    adapter = lnn.load(model, options.folder, revision=options.revision)
+    adapter.remove(merged=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
+        whole = Path(aside, "model")  # renamed in one step, so OUT is never half a model
+        model.save_pretrained(whole)
+        without = _copy_tokenizer(options.model, whole, options.trust_remote_code)
+        os.replace(whole, out)
+    findings: dict[str, Any] = {
+        "model": options.model,
+        "adapter": options.folder,
+        "written": str(out),
+        "projections changed": len(adapter.sites),
+        "tokenizer copied": without is None,
+    }
+    if without is not None:
+        findings["why no tokenizer"] = without
+    output.show(findings, [findings])
+    return True
+
+
+def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None:
+    """Copy the tokenizer of a model; return the reason if this fails, else None."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer.save_pretrained(out)
+    except (
+        Exception
+    ) as error:  # some models have no tokenizer; the merged model is kept all the same
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def export_lora(options: Namespace, output: Output) -> bool:
+    """Write an adapter as a LoRA of PEFT or llama.cpp: ``export-lora FOLDER OUT``."""
+    base = lnn.read_description(options.folder, revision=options.revision)["base_model"].get("name")
+    if options.model is None:
+        adapter = lnn.read(options.folder, revision=options.revision)
+        if adapter.config.acts_on == "stream":
+            raise ValueError(
+                f"the adapter in {options.folder} acts on the residual stream, so a LoRA of it is a product "
+                "with the weights of its model: give --model"
+            )
+    else:
+        model = load(options.model, "float32", options.trust_remote_code)
+        adapter = lnn.load(model, options.folder, revision=options.revision)
+    if options.format == "gguf":
+        file = lnn.export_gguf(adapter, options.out)
+        findings = {"adapter": options.folder, "written": str(file), "bytes": file.stat().st_size}
+        output.show(findings, [findings])
+        return True
+    folder = lnn.export_lora(adapter, options.out, base_model=options.model or base)
+    findings = {
+        "adapter": options.folder,
+        "written": str(folder),
+        "rank": lora_config(folder)["r"],
+        "modules": len({path for site in adapter.sites for path in (site.path, *site.tied_paths)}),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+    output.show(findings, [findings])
+    return True
+
+
+def convert(options: Namespace, output: Output) -> bool:
+    """Convert an adapter's folder between the kinds of lortalib and PEFT: ``convert FOLDER OUT``."""
+    folder = lnn.convert(options.folder, options.out, revision=options.revision)
+    files = sorted(file.name for file in folder.iterdir())
+    findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}
+    output.show(findings, [findings])
+    return True

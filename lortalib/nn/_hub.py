@@ -1,0 +1,157 @@
+"""Finds the folder of a repository of the Hugging Face hub, and uploads a folder to a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+#: What huggingface_hub raises: errors of the system and of the HTTP library below it.
+_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)  # type: ignore[assignment]
+
+
+def is_repository(name: object) -> bool:
+    """Return True if a text has the form of a repository's name, ``user/name``; nothing is looked up.
+
+    Args:
+        name: anything; only a text can name a repository, a `Path` is always a path.
+
+    Example:
+        >>> [is_repository(name) for name in ("user/name", "name", "./name", "a/b/c", "a/b.safetensors")]
+        [True, False, False, False, False]
+    """
+    if not isinstance(name, str) or name.count("/") != 1 or name.endswith(".safetensors"):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def local_folder(
+    name: str | PathLike[str],
+    files: Sequence[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Return the folder of a name: the local path, or the downloaded files of a repository.
+
+    A local path goes before the hub. The hub is asked only for a name of the form ``user/name`` that is no
+    local path, and only for the files that are named. They are kept in the cache of huggingface_hub.
+
+    Args:
+        name: a path, or the name of a repository.
+        files: the names of the files to download; no others are.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
+
+    Raises:
+        ValueError: a revision is given, and the name is no repository's or that of a local path.
+        FileNotFoundError: the hub has no such repository or revision, or it has none of the files.
+        ConnectionError: the hub cannot be reached, and the repository is not in the cache.
+    """
+    path = Path(name)
+    if path.exists() or not is_repository(name):
+        if revision is not None:
+            found = "is a path on this machine" if path.exists() else "is no repository's name"
+            raise ValueError(
+                f"revision={revision!r} goes with a repository of the hub, user/name, but {str(name)!r} "
+                f"{found}"
+            )
+        return path
+    with _explained(f"there is no folder {name!r} here", str(name), revision):
+        folder = huggingface_hub.snapshot_download(
+            str(name), revision=revision, token=token, allow_patterns=list(files)
+        )
+    if not any(Path(folder, file).is_file() for file in files):
+        raise FileNotFoundError(
+            f"the repository {name!r} has none of {', '.join(files)} at its top. If its adapters are in "
+            "folders, download it with huggingface_hub.snapshot_download and give the path of one"
+        )
+    return Path(folder)
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    replace_card: bool = False,
+) -> str:
+    """Upload the files of a folder to a repository in one commit, and return the address of the commit.
+
+    Args:
+        folder: the folder.
+        repository: ``user/name``; it is made if it does not exist.
+        message: the message of the commit.
+        private: whether a new repository is private; by default what the user or organisation has set.
+        revision: the branch, which is made if it does not exist; by default ``main``.
+        token: a token of the hub that may write.
+        replace_card: whether a README.md that is in the repository is replaced.
+
+    Raises:
+        ValueError: the name has another form than ``user/name``.
+        FileNotFoundError: the token may not see or write the repository.
+        ConnectionError: the hub cannot be reached, or refuses.
+    """
+    if not is_repository(repository):
+        raise ValueError(
+            f"a repository of the hub is named user/name, with letters, digits, '-', '_' and '.'; "
+            f"found {repository!r}"
+        )
+    api = huggingface_hub.HfApi(token=token)
+    with _explained("nothing was uploaded", repository, revision):
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        keep = not replace_card and api.file_exists(repository, "README.md", revision=revision)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            ignore_patterns=["README.md"] if keep else None,
+        )
+    return str(done.commit_url)
+
+
+@contextmanager
+def _explained(outcome: str, repository: str, revision: str | None) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into one that says what to try."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{outcome}, and the repository {repository!r} of the hub has no revision {revision!r}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{outcome}, and the hub shows this token no repository {repository!r}. Look at the name; "
+            "for a private or gated one log in with `hf auth login`, or pass token="
+        ) from error
+    except _ERRORS as error:
+        offline = huggingface_hub.is_offline_mode()
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if offline
+            else str(error).strip().partition("\n")[0] or repr(error)
+        )
+        remedy = "unset it" if offline else "look at the connection and the token"
+        raise ConnectionError(
+            f"{outcome}, and the hub cannot be asked for the repository {repository!r}: {why}. "
+            f"To use the hub, {remedy}; otherwise give the path of a folder"
+        ) from error

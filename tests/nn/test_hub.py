@@ -1,0 +1,306 @@
+"""Repositories of the hub, against a small server on this machine that answers as the hub does."""
+
+import json
+
+import peft
+import pytest
+import torch
+from adapted import output, same_bits
+from fake_hub import fake_hub
+from huggingface_hub import ModelCard, constants
+from models import FAMILIES
+from safetensors.torch import load_file
+
+import lortalib
+from lortalib.cli import main
+from lortalib.peft import LortaConfig
+
+LLAMA = FAMILIES["Llama"]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with fake_hub(monkeypatch, tmp_path / "cache") as served:
+        yield served
+
+
+def trained(decomposition="cp", **options):
+    model = LLAMA.model("ForCausalLM").eval()
+    adapter = lortalib.nn.apply(model, decomposition, 2, init="normal", **options)
+    return model, adapter
+
+
+def fresh():
+    return LLAMA.model("ForCausalLM").eval()
+
+
+def push(adapter, hub, name="user/name", **options):
+    return adapter.push_to_hub(name, token=hub.token, **options)
+
+
+def test_what_was_pushed_is_loaded_with_the_same_outputs(hub, inputs):
+    model, adapter = trained()
+    address = push(adapter, hub)
+    assert address.startswith(f"{hub.address}/user/name/commit/")
+    assert sorted(hub.repositories["user/name"]["main"]) == ["README.md", "adapter.safetensors"]
+    again = fresh()
+    loaded = lortalib.nn.load(again, "user/name", name="again")
+    assert loaded.name == "again"
+    assert same_bits(output(again, inputs), output(model, inputs))
+    assert lortalib.nn.read("user/name").count() == adapter.count()
+    assert lortalib.nn.read_description("user/name")["name"] == "default"
+
+
+def test_every_door_that_takes_a_folder_takes_a_repository(hub, inputs, capsys):
+    _, adapter = trained()
+    push(adapter, hub)
+    bank = lortalib.nn.bank(fresh(), "cp", 2)
+    bank.add("a", "user/name")
+    assert lortalib.nn.convert("user/name", "theirs").exists()
+    assert main(["info", "user/name", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable parameters"] == adapter.count()
+    assert main(["export-lora", "user/name", "lora"]) == 0
+    adapter.push_to_hub("user/lora", token=hub.token, lora=True)
+    hub.repositories["user/plain"] = {
+        "main": {
+            path.removeprefix("lora/"): data
+            for path, data in hub.repositories["user/lora"]["main"].items()
+            if path.startswith("lora/")
+        }
+    }
+    model = fresh()
+    assert len(lortalib.nn.load_lora(model, "user/plain").sites) == len(adapter.sites)
+
+
+def test_a_revision_is_a_state_of_its_own(hub):
+    _, one = trained()
+    push(one, hub, revision="first try")
+    first = hub.commit("user/name", "first try")
+    _, two = trained("tucker")
+    push(two, hub)
+    for revision, adapter in ((None, two), ("first try", one), (first, one)):
+        read = lortalib.nn.read("user/name", revision=revision)
+        assert read.config.decomposition == adapter.config.decomposition
+    push(two, hub, revision="first try")  # the branch is there
+    assert lortalib.nn.read("user/name", revision="first try").config.decomposition == "tucker"
+    with pytest.raises(FileNotFoundError, match="has no revision 'second'"):
+        lortalib.nn.read("user/name", revision="second")
+
+
+def test_a_token_opens_a_private_repository(hub):
+    _, adapter = trained()
+    push(adapter, hub, private=True)
+    with pytest.raises(
+        FileNotFoundError, match=r"shows this token no repository 'user/name'.*token="
+    ):
+        lortalib.nn.load(fresh(), "user/name")
+    assert lortalib.nn.load(fresh(), "user/name", token=hub.token).count() == adapter.count()
+    with pytest.raises(ConnectionError, match="nothing was uploaded"):
+        adapter.push_to_hub("user/other", token="hf_reader")
+    assert "user/other" not in hub.repositories
+
+
+def test_a_local_folder_goes_before_the_hub(hub):
+    _, here = trained("tucker")
+    _, there = trained("cp")
+    push(there, hub)
+    here.save("user/name")
+    hub.requests.clear()
+    assert lortalib.nn.load(fresh(), "user/name").config.decomposition == "tucker"
+    with pytest.raises(ValueError, match="'user/name' is a path on this machine"):
+        lortalib.nn.load(fresh(), "user/name", revision="main")
+    assert hub.requests == []
+
+
+def test_only_a_repository_that_the_user_named_is_asked_for(hub, tmp_path):
+    """Neither a path, nor a name within a file, makes a request."""
+    model, adapter = trained()
+    model.config._name_or_path = "stranger/model"
+    adapter.save("saved")
+    for path in (
+        "missing",
+        "./missing",
+        "a/b/c",
+        tmp_path / "a" / "b",
+        "a/b.safetensors",
+        "../a/b",
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no adapter\.safetensors in"):
+            lortalib.nn.read(path)
+    lortalib.nn.load(fresh(), "saved")
+    assert main(["check", "saved"]) == 0
+    assert hub.requests == []
+
+
+def test_only_the_files_of_an_adapter_are_downloaded(hub, tmp_path):
+    _, adapter = trained()
+    push(adapter, hub)
+    hub.repositories["user/name"]["main"] |= {"code.py": b"raise SystemExit", "big.bin": b"0" * 9}
+    lortalib.nn.read("user/name")
+    found = {
+        path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink() or path.is_file()
+    }
+    assert "adapter.safetensors" in found
+    assert not found & {"code.py", "big.bin", "README.md"}
+
+
+def test_a_repository_without_an_adapter_is_named(hub):
+    hub.repositories["user/empty"] = {"main": {"README.md": b"nothing"}}
+    with pytest.raises(FileNotFoundError, match=r"'user/empty' has none of adapter\.safetensors"):
+        lortalib.nn.load(fresh(), "user/empty")
+
+
+def test_damage_in_a_repository_is_refused(hub):
+    _, adapter = trained()
+    push(adapter, hub)
+    files = hub.repositories["user/name"]["main"]
+    data = bytearray(files["adapter.safetensors"])
+    data[-1] ^= 1
+    files["adapter.safetensors"] = bytes(data)
+    model = fresh()
+    with pytest.raises(lortalib.nn.AdapterFileError, match="is damaged"):
+        lortalib.nn.load(model, "user/name")
+    assert lortalib.nn.adapters(model) == {}
+
+
+def test_offline_a_message_says_so_and_what_was_downloaded_is_found(hub, monkeypatch):
+    _, adapter = trained()
+    push(adapter, hub)
+    lortalib.nn.read("user/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert lortalib.nn.read("user/name").count() == adapter.count()
+    model = fresh()
+    with pytest.raises(
+        ConnectionError, match=r"no folder 'user/other' here.*HF_HUB_OFFLINE is set"
+    ):
+        lortalib.nn.load(model, "user/other")
+    with pytest.raises(ConnectionError, match=r"nothing was uploaded.*HF_HUB_OFFLINE is set"):
+        push(adapter, hub)
+    assert lortalib.nn.adapters(model) == {}
+
+
+def test_without_a_network_a_message_says_so(monkeypatch, tmp_path, capsys):
+    with fake_hub(monkeypatch, tmp_path):
+        pass  # the server is gone, its address stays
+    with pytest.raises(ConnectionError, match=r"cannot be asked for.*connection and the token"):
+        lortalib.nn.read("user/name")
+    assert main(["info", "user/name"]) == 1
+    assert "give the path of a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "user/na me", "", "./name"])
+def test_names_that_no_repository_has(name, hub):
+    _, adapter = trained()
+    with pytest.raises(ValueError, match="is named user/name"):
+        push(adapter, hub, name)
+    assert hub.requests == []
+
+
+def test_what_cannot_be_saved_is_not_pushed(hub):
+    _, adapter = trained()
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        push(adapter, hub)
+    adapter.remove()
+    with pytest.raises(RuntimeError, match="was removed"):
+        push(adapter, hub)
+    assert hub.requests == []
+
+
+# The card
+
+
+def card_of(hub, name="user/name"):
+    return ModelCard(hub.repositories[name]["main"]["README.md"].decode())
+
+
+def test_the_card_says_what_the_adapter_is(hub):
+    _, adapter = trained()
+    push(
+        adapter, hub, base_model="org/base", data="reviews | films\nof 2005",
+        scores={"accuracy": 0.81234, "note": "one seed"},
+    )  # fmt: skip
+    card = card_of(hub)
+    assert card.data.base_model == "org/base"
+    assert card.data.library_name == "lortalib"
+    assert "cp" in card.data.tags
+    for words in (
+        "`org/base` LlamaForCausalLM", "| format | `cp` |", "`in r, out r, head r, layer r, matrix r`",
+        "r = 2", f"{adapter.count():,}; a LoRA of rank 2", r"reviews \| films of 2005",
+        "| accuracy | 0.8123 |", "| note | one seed |", 'lortalib.nn.load(model, "user/name")',
+        "lortalib export-lora user/name OUT`",
+    ):  # fmt: skip
+        assert words in card.content, words
+
+
+def test_the_card_of_an_adapter_on_the_stream_says_that_the_export_needs_the_model(hub):
+    _, adapter = trained("indscal")
+    push(adapter, hub, base_model="org/base")
+    text = card_of(hub).content
+    assert "the residual stream" in text
+    assert "export-lora user/name OUT --model org/base" in text
+
+
+def test_a_base_that_is_a_local_folder_is_no_metadata(hub, tmp_path):
+    """The hub would look for a model of this name."""
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    _, adapter = trained()
+    push(adapter, hub, base_model="my/model")
+    assert card_of(hub).data.base_model is None
+    push(adapter, hub, "user/two", base_model="/somewhere/else")
+    assert card_of(hub, "user/two").data.base_model is None
+
+
+def test_a_card_that_is_there_stays_unless_asked(hub):
+    _, adapter = trained()
+    push(adapter, hub)
+    hub.repositories["user/name"]["main"]["README.md"] = b"my own words"
+    push(adapter, hub)
+    assert hub.repositories["user/name"]["main"]["README.md"] == b"my own words"
+    push(adapter, hub, replace_card=True)
+    assert "a tensor network" in card_of(hub).content
+
+
+# Without lortalib, and with PEFT
+
+
+def test_the_lora_beside_it_gives_peft_the_same_outputs(hub, inputs):
+    model, adapter = trained()
+    push(adapter, hub, lora=True)
+    assert 'PeftModel.from_pretrained(model, "user/name", subfolder="lora")' in card_of(hub).content
+    theirs = peft.PeftModel.from_pretrained(fresh(), "user/name", subfolder="lora")
+    assert torch.allclose(output(theirs, inputs), output(model, inputs), atol=1e-5)
+
+
+def test_a_model_of_peft_is_pushed_and_loaded_by_either(hub, inputs, tmp_path):
+    config = LortaConfig(rank=2, decomposition="cp", init_weights=False)
+    wrapped = peft.get_peft_model(fresh(), config).eval()
+    wrapped.push_to_hub("user/peft", token=hub.token)
+    expected = output(wrapped, inputs)
+    theirs = peft.PeftModel.from_pretrained(fresh(), "user/peft").eval()
+    assert same_bits(output(theirs, inputs), expected)
+    model = fresh()
+    lortalib.nn.load(model, "user/peft")
+    assert torch.allclose(output(model, inputs), expected, atol=1e-5)
+
+
+def test_a_model_with_an_adapter_is_pushed_without_its_base(hub):
+    model, adapter = trained()
+    model.push_to_hub("user/model", token=hub.token)
+    files = hub.repositories["user/model"]["main"]
+    assert "adapter.safetensors" in files
+    assert "model.safetensors" not in files
+    assert lortalib.nn.read("user/model").count() == adapter.count()
+
+
+def test_the_exported_lora_is_the_one_of_a_folder(hub, tmp_path):
+    _, adapter = trained()
+    push(adapter, hub, lora=True)
+    adapter.export_lora(tmp_path / "here")
+    there = tmp_path / "there.safetensors"
+    there.write_bytes(hub.repositories["user/name"]["main"]["lora/adapter_model.safetensors"])
+    here = load_file(tmp_path / "here" / "adapter_model.safetensors")
+    for name, tensor in load_file(there).items():
+        assert same_bits(tensor, here[name])
