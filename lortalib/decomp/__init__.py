@@ -48,9 +48,11 @@ from ._network import Network
 from ._notation import LegsError, Term
 from ._product import hadamard, scale
 from ._rank_table import RankRow, RankTable
+from ._shared import mark_shared
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
+from ._three_way import ThreeWayCut, ThreeWayPlan, three_way_plan
 
 if TYPE_CHECKING:
     from ._convert import Conversion, convert
@@ -81,6 +83,8 @@ __all__ = [
     "StartLike",
     "TensorNetwork",
     "Term",
+    "ThreeWayCut",
+    "ThreeWayPlan",
     "block_term",
     "budget",
     "canonical",
@@ -108,6 +112,7 @@ __all__ = [
     "lora",
     "lora_xs",
     "lotr",
+    "mark_shared",
     "metatt_4d",
     "metatt_41d",
     "multilinear_ranks",
@@ -120,6 +125,7 @@ __all__ = [
     "scale",
     "start_along",
     "suggest_rank",
+    "three_way_plan",
     "to_tensorly",
     "tt",
     "tucker",
