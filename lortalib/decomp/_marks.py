@@ -1,4 +1,4 @@
-"""Checks that the marks of a line fit together, such as ``(zero)``, ``(frozen)``, ``(tied)`` and ``(of n)``."""
+"""Checks that the marks of a line fit together, such as ``(zero)``, ``(tied)`` and ``(of n)``."""
 
 from __future__ import annotations
 

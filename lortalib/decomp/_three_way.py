@@ -18,8 +18,8 @@ _FAR = ("head", "out")
 class ThreeWayCut(NamedTuple):
     """Slices of a tensor as products of three maps, of which the middle one alone depends on a mode.
 
-    With ``h = (A x)`` over (c, p), entry (head, out) of a slice's product with x is the sum over c, p and q of
-    ``B[(c, q), out] middle[head, c, p, q] h[c, p]``. All three have the batch modes as leading axes.
+    With ``h = A x`` over (c, p), entry (head, out) of a slice's product with x is the sum over c, p and q
+    of ``B[(c, q), out] middle[head, c, p, q] h[c, p]``. All three have the batch modes as leading axes.
 
     Attributes:
         A: (c * p, in).
@@ -79,8 +79,8 @@ def three_way_plan(network: TensorNetwork, mode: str, *batch_modes: str) -> Thre
         batch_modes: modes that become leading axes, in this order.
 
     Returns:
-        The plan; None if one of the sides cannot be without the mode, or no parameter carries the mode. `TensorNetwork.cut_plan` then divides
-        the network in two.
+        The plan; None if one of the sides cannot be without the mode, or no parameter carries the mode.
+        `TensorNetwork.cut_plan` then divides the network in two.
 
     Example:
         >>> import torch

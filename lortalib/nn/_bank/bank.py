@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .._adapters import adapters
 from .._anatomy import BlockRule
 from .._base_weights import weight_name
-from .._forward import Handle, detach
+from .._forward import EvenRows, Handle, detach
 from .._group import Group
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .hooks import attach_rows
+from .shared import SharedParameters
 from .source import Source, SourceReader
 from .store import Store
 
@@ -47,8 +48,10 @@ class Bank:
     ) -> None:
         self._model = model
         self._plan = plan
-        self._reader = SourceReader(model, plan, rules, dtype, device)
-        self._store = Store(self._reader.shapes, capacity, dtype, device)
+        wide = torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+        self._shared = SharedParameters(plan.networks, device, wide)
+        self._reader = SourceReader(model, plan, self._shared, rules, dtype, device)
+        self._store = Store(self._reader.shapes, capacity, dtype, device, self._shared)
         for network in plan.networks.values():
             network.place_index(device)  # the plan's networks are on the meta device
         self._current = CurrentBatch(
@@ -93,23 +96,32 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the stored adapters."""
+        """The number of bytes of the stored adapters, without the parameters that they share."""
         return self._store.nbytes
 
+    @property
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters marked ``(shared)`` of each group by its name, in the order of the line.
+
+        All adapters use them. They do not train unless ``requires_grad_()`` is called on them.
+        """
+        return {group: list(parameters) for group, parameters in self._shared.parameters.items()}
+
     def count(self, trainable_only: bool = True) -> int:
-        """Count the parameters of one adapter; a parameter that several networks share counts once.
+        """Count the parameters that one adapter has of its own; one in several networks counts once.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
         """
-        return self._plan.count(trainable_only)
+        return self._plan.count(trainable_only, shared=False)
 
     def __repr__(self) -> str:
         lines = ", ".join(f"{name}: {legs}" for name, legs in self._reader.legs.items())
         return (
             f"Bank on {type(self._model).__name__}: {len(self):,} adapters of {self.count():,} trainable "
-            f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,} "
-            f"({lines})"
+            f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,}"
+            + f", {sum(p.numel() for p in self._shared.distinct):,} shared" * bool(self._shared)
+            + f" ({lines})"
         )
 
     # Adding and reading
@@ -171,9 +183,11 @@ class Bank:
             self._reader.check_alike("the other bank", sources.groups, sources._reader.legs)
             names = list(sources)
             own = self._reader.scaled(sources._store.gather(names), sources.alpha)
-            self._store.put(names, self._reader.read_stacked(names, own))
+            stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
+            self._store.put(names, stacked, shared=shared if self._shared else None)
             return
-        self._store.put(list(sources), self._reader.read_all(sources))
+        read = self._reader.read_all(sources)
+        self._store.put(list(sources), read.own, shared=read.shared)
 
     def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Store many adapters from stacked tensors, in a few copies.
@@ -270,7 +284,8 @@ class Bank:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
             self._check_merged()
-        with self._current.use(BatchTensors(self._store.gather(names), len(names))):
+        tensors = self._shared.join(self._store.gather(names))
+        with self._current.use(BatchTensors(tensors, EvenRows(len(names)), len(names))):
             yield self
 
     def _check_merged(self) -> None:
