@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ...decomp import Legs
 from .._adapters import adapters
 from .._anatomy import BlockRule
 from .._base_weights import weight_name
@@ -75,6 +76,11 @@ class Bank:
     def groups(self) -> tuple[Group, ...]:
         """The groups of sites that share a network."""
         return self._plan.groups
+
+    @property
+    def legs(self) -> dict[str, Legs]:
+        """The line of each group's network by the name of the group, with the mark ``(shared)``."""
+        return dict(self._reader.legs)
 
     @property
     def alpha(self) -> float:
@@ -280,13 +286,53 @@ class Bank:
             raise ValueError(
                 "using() needs a name, or None, for every row of the batch; found none"
             )
+        self._check_ready()
+        tensors = self._shared.join(self._store.gather(names))
+        with self._current.use(BatchTensors(tensors, EvenRows(len(names)), len(names))):
+            yield self
+
+    @contextmanager
+    def using_tensors(self, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Bank]:
+        """Let every row of a batch use tensors that are not in the bank, within this context.
+
+        Gradients reach the tensors, and the `shared` parameters that require them. So adapters of many users
+        can train in one batch, together with what they share or apart from it.
+
+        Args:
+            tensors: a mapping from the name of each group to its tensors, as `fill` takes them, in float32
+                or float64 and with a leading axis of rows.
+
+        Raises:
+            ValueError: other groups or shapes than the bank's; in the model's forward, a batch that is not
+                a multiple of the number of rows.
+            RuntimeError: the bank was removed from its model.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, vocab_size=50,
+            ...                              num_attention_heads=4, intermediate_size=64)).eval()
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> own = {"encoder": [torch.randn(2, *t.shape, requires_grad=True)
+            ...                    for t in bank[None]["encoder"]]}
+            >>> with bank.using_tensors(own):
+            ...     model(torch.tensor([[3, 14], [15, 9]]))[0].square().sum().backward()
+            >>> [tuple(tensor.grad.shape) for tensor in own["encoder"]]  # head, layer, matrix
+            [(2, 4, 2), (2, 2, 2), (2, 4, 2)]
+            >>> bank.fill(["ann", "bob"], own)
+        """
+        self._check_ready()
+        rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
+        self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
+        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), rows)):
+            yield self
+
+    def _check_ready(self) -> None:
+        """Refuse a context in which the rows could not be what they are alone."""
         if not self._handles:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
             self._check_merged()
-        tensors = self._shared.join(self._store.gather(names))
-        with self._current.use(BatchTensors(tensors, EvenRows(len(names)), len(names))):
-            yield self
 
     def _check_merged(self) -> None:
         """Refuse rows on the stream that would meet a merged weight: their product belongs to neither."""

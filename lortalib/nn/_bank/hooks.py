@@ -105,7 +105,7 @@ class RowUpdate:
         self._current = current
         self._path = path
         self._slots = slots_of(current, sites)
-        self._features: dict[tuple[int, torch.device], Tensor] = {}
+        self._features: dict[tuple[str, int, torch.device], Tensor] = {}
         self.place = place_of(self._slots)
 
     @property
@@ -144,7 +144,7 @@ class RowUpdate:
         rows = slot.source.signature(slot.number).sites[0].rows
         if rows is None:
             return None
-        key = slot.number, device
+        key = slot.source.group.name, slot.number, device
         if key not in self._features:
             with torch.inference_mode(False):  # later forwards use them in any mode
                 self._features[key] = rows.index(device)

@@ -96,7 +96,7 @@ class SourceReader:
                 f"tensors; found {type(source).__name__}"
             )
         label = f"adapter {name!r} does not fit the bank"
-        self._check_shapes(label, source, ())
+        self.check_shapes(label, source, ())
         one = {group: [tensor[None] for tensor in tensors] for group, tensors in source.items()}
         return Reading(self._cast([name], one), shared)
 
@@ -133,7 +133,7 @@ class SourceReader:
         """
         for name in names:
             check_name(name)
-        self._check_shapes("the tensors do not fit the bank", tensors, (len(names),))
+        self.check_shapes("the tensors do not fit the bank", tensors, (len(names),))
         return self._cast(names, tensors)
 
     def scaled(
@@ -204,9 +204,19 @@ class SourceReader:
                         f"adapter {name!r} holds NaN or infinity in a shared parameter of group {group!r}"
                     )
 
-    def _check_shapes(
+    def check_shapes(
         self, label: str, tensors: Mapping[str, Sequence[Tensor]], lead: tuple[int, ...]
     ) -> None:
+        """Refuse tensors that are not those of an adapter, with some leading axes.
+
+        Args:
+            label: how an error message begins.
+            tensors: a mapping from the name of each group to its tensors.
+            lead: the leading axes.
+
+        Raises:
+            ValueError: other groups, shapes or kinds of tensors.
+        """
         unknown = [group for group in tensors if group not in self.shapes]
         if unknown:
             raise ValueError(
