@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from .._forward import EvenRows, Handle, detach
 from .._group import Group
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
+from .chosen import Names, read_names
 from .hooks import attach_rows
 from .shared import SharedParameters
 from .source import Source, SourceReader
@@ -248,19 +249,22 @@ class Bank:
     # Use
 
     @contextmanager
-    def using(self, names: Iterable[Hashable]) -> Iterator[Bank]:
-        """Let every row of a batch use the adapter named for it, within this context.
+    def using(self, names: Names) -> Iterator[Bank]:
+        """Let every row, or every token, of a batch use the adapter named for it, within this context.
 
         It works with generate(), whose copies of a row (beams, several sequences) use the row's adapter.
         The selection is local to the thread or asynchronous task that enters the context. Adapters that
         are replaced meanwhile take effect in the next context.
 
         Args:
-            names: a name for each row, or None for rows without an adapter.
+            names: a name for each row, or None for rows without an adapter. Or a list of such names for each
+                row, one for each token, if a row contains several requests; a tensor of integers does too.
+                Such a context serves forwards of batches of this shape alone.
 
         Raises:
             KeyError: a name that is not in the bank.
-            ValueError: no names; in the model's forward, a batch that is not a multiple of their number.
+            ValueError: no names, or lists of different lengths; in the model's forward, a batch that is not
+                a multiple of the number of names, or that has not a token for each.
             TypeError: one text in place of several names.
             RuntimeError: the bank was removed from its model.
 
@@ -275,20 +279,13 @@ class Bank:
             ...     adapted, plain = model(torch.tensor([[3, 14], [3, 14]]))[0]
             >>> torch.equal(adapted, plain)
             False
+            >>> with bank.using([["ann", "ann", None, None]]):  # two requests in one row
+            ...     output = model(torch.tensor([[3, 14, 15, 9]]))
         """
-        if isinstance(names, str):
-            raise TypeError(
-                f"using() needs a name, or None, for every row of the batch; found the text {names!r}: "
-                "give it in a list, as often as there are rows"
-            )
-        names = list(names)
-        if not names:
-            raise ValueError(
-                "using() needs a name, or None, for every row of the batch; found none"
-            )
+        chosen = read_names(names)
         self._check_ready()
-        tensors = self._shared.join(self._store.gather(names))
-        with self._current.use(BatchTensors(tensors, EvenRows(len(names)), len(names))):
+        tensors = self._shared.join(self._store.gather(chosen.names))
+        with self._current.use(BatchTensors(tensors, chosen.layout, chosen.shape)):
             yield self
 
     @contextmanager
@@ -324,7 +321,7 @@ class Bank:
         self._check_ready()
         rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
         self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
-        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), rows)):
+        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), (rows,))):
             yield self
 
     def _check_ready(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,17 @@ class BatchTensors:
         tensors: a mapping from the name of each group to its tensors: those of the rows, with a leading
             axis of rows, and those that all adapters share.
         layout: the arrangement of the batch in rows.
-        size: the number of rows that a batch is a multiple of, or of tokens that it has.
+        shape: (rows,), of which a batch is a multiple; or (rows, tokens) of the batch.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Sequence[Tensor]], layout: EvenRows | TokenRows, size: int
+        self,
+        tensors: Mapping[str, Sequence[Tensor]],
+        layout: EvenRows | TokenRows,
+        shape: tuple[int, ...],
     ) -> None:
-        self.size = size
+        self.size = shape[0]
+        self._shape = shape
         self._layout = layout
         self._tensors = tensors
         self._trains = any(t.requires_grad for each in tensors.values() for t in each)
@@ -112,7 +117,7 @@ class BatchTensors:
         self._batch = running, batch
 
     def check(self, x: Tensor, path: str, running: object) -> None:
-        """Check that the input of a projection has the rows of the batch.
+        """Check that the input of a projection has the rows, or the tokens, of the batch.
 
         Args:
             x: the input.
@@ -120,8 +125,17 @@ class BatchTensors:
             running: the running forward.
 
         Raises:
-            ValueError: the leading axis of x is not the batch, or is not a multiple of the number of rows.
+            ValueError: the leading axis of x is not the batch, or is not a multiple of the number of rows;
+                or x has other tokens than were named.
         """
+        if len(self._shape) == 2:
+            if x.shape[:-1] not in (self._shape, (math.prod(self._shape),)):
+                raise ValueError(
+                    f"using() named adapters for {self._shape[0]} rows of {self._shape[1]} tokens, but the "
+                    f"input of {path} has shape {tuple(x.shape)}; enter a context with the names of its "
+                    "tokens for each forward, or name one adapter for each row"
+                )
+            return
         known, batch = self._batch
         if batch is None or known is not running:
             batch = self.size

@@ -51,12 +51,12 @@ class TokenRows:
         owners: the owner of each row.
 
     Example:
-        >>> rows = TokenRows([0, 1, 1, 1, 0])
+        >>> rows = TokenRows([0, 1, 1, 1, 1])
         >>> rows.owners
         [0, 1, 1]
         >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
         >>> rows.split(x).flatten(1).tolist()
-        [[1.0, 5.0, 0.0], [2.0, 3.0, 4.0], [0.0, 0.0, 0.0]]
+        [[1.0, 0.0, 0.0], [2.0, 3.0, 4.0], [5.0, 0.0, 0.0]]
         >>> torch.equal(rows.join(rows.split(x)), x)
         True
     """
