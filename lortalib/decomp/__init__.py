@@ -52,9 +52,11 @@ from ._network import Network
 from ._notation import LegsError, Term
 from ._product import hadamard, scale
 from ._rank_table import RankRow, RankTable
+from ._shared import mark_shared
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
+from ._three_way import ThreeWayCut, ThreeWayPlan, three_way_plan
 
 if TYPE_CHECKING:
     from ._convert import Conversion, convert
@@ -87,6 +89,8 @@ __all__ = [
     "StartLike",
     "TensorNetwork",
     "Term",
+    "ThreeWayCut",
+    "ThreeWayPlan",
     "block_term",
     "budget",
     "canonical",
@@ -116,6 +120,7 @@ __all__ = [
     "lora",
     "lora_xs",
     "lotr",
+    "mark_shared",
     "metatt_4d",
     "metatt_41d",
     "multilinear_ranks",
@@ -129,6 +134,7 @@ __all__ = [
     "singular_values",
     "start_along",
     "suggest_rank",
+    "three_way_plan",
     "to_tensorly",
     "tt",
     "tucker",

@@ -33,26 +33,27 @@ def cheapest_cut(
     sizes: tuple[tuple[str, int], ...],
     out_modes: Names,
     batch_modes: Names,
+    in_modes: Names = ("in",),
 ) -> Partition:
-    """Split the parameters so that ``in`` lies on one side and ``out_modes`` on the other.
+    """Split the parameters so that ``in_modes`` lie on one side and ``out_modes`` on the other.
 
     Of all such splits this returns the one with the smallest product of crossing bonds. Among equal
-    ones it prefers fewer parameters on the side of ``in``, then the parameters that come first in the
+    ones it prefers fewer parameters on the side of ``in_modes``, then the parameters that come first in the
     line. A minimum cut finds it, in time polynomial in the number of parameters.
 
     The modes ``batch_modes`` may stand on both sides: all their slices are cut at the same place. A
-    parameter that carries both ``in`` and one of ``out_modes`` cannot be split; then ``in_side`` is empty.
+    parameter that carries modes of both cannot be split; then ``in_side`` is empty.
     """
     size = dict(sizes)
     nodes: list[int] = []  # the node of each parameter in the graph of the minimum cut
     free: list[int] = []
     for position, term in enumerate(terms):
-        out_side = any(mode in term for mode in out_modes)
-        if "in" in term and out_side:
+        in_side, out_side = (any(m in term for m in modes) for modes in (in_modes, out_modes))
+        if in_side and out_side:
             # No bond separates the sides: all parameters are on that of `out`, and `in` itself crosses.
-            return Partition((), tuple(range(len(terms))), ("in",))
-        if "in" in term or out_side:
-            nodes.append(SOURCE if "in" in term else SINK)
+            return Partition((), tuple(range(len(terms))), in_modes)
+        if in_side or out_side:
+            nodes.append(SOURCE if in_side else SINK)
         else:
             nodes.append(2 + position)
             free.append(2 + position)
@@ -71,13 +72,13 @@ def cheapest_cut(
         if size[leg] > 1 and not {SOURCE, SINK} <= ends
     ]
     near = source_side(edges, {node: one - (one >> k + 1) for k, node in enumerate(free)})
-    in_side = tuple(k for k, node in enumerate(nodes) if node in near)
+    reached = tuple(k for k, node in enumerate(nodes) if node in near)
     rest = tuple(k for k, node in enumerate(nodes) if node not in near)
     beyond = {leg for k in rest for leg in terms[k]}
     crossing = (
-        leg for k in in_side for leg in terms[k] if leg in beyond and leg not in batch_modes
+        leg for k in reached for leg in terms[k] if leg in beyond and leg not in batch_modes
     )
-    return Partition(in_side, rest, tuple(dict.fromkeys(crossing)))
+    return Partition(reached, rest, tuple(dict.fromkeys(crossing)))
 
 
 class Side(NamedTuple):
@@ -93,11 +94,26 @@ class Side(NamedTuple):
     path: Path
     batch_modes: tuple[bool, ...]
 
-    def contract(self, tensors: Sequence[Tensor], tail: tuple[int, int]) -> Tensor:
+    def contract(self, tensors: Sequence[Tensor], tail: Sequence[int]) -> Tensor:
         """Contract this side to the shape (*batch_modes, *tail); an axis that it lacks has size 1."""
         found = contract_along(self.path, [tensors[k] for k in self.parameters])
         lead = iter(found.shape)
         return found.reshape(*(next(lead) if carried else 1 for carried in self.batch_modes), *tail)
+
+
+def make_side(
+    terms: tuple[Names, ...],
+    sizes: tuple[tuple[str, int], ...],
+    parameters: tuple[int, ...],
+    batch_modes: Names,
+    legs: Names,
+) -> Side:
+    """Plan the contraction of some parameters to the axes ``legs``, behind those of ``batch_modes``."""
+    own = tuple(terms[k] for k in parameters)
+    carried = {leg for term in own for leg in term}
+    lead = tuple(mode for mode in batch_modes if mode in carried)
+    path = contraction_path(own, (*lead, *legs), sizes)
+    return Side(parameters, path, tuple(mode in carried for mode in batch_modes))
 
 
 class Cut(NamedTuple):
@@ -152,15 +168,11 @@ def make_cut_plan(
     """Plan a cut: divide the network by `cheapest_cut` and order the contraction of each side."""
     partition = cheapest_cut(terms, sizes, out_modes, batch_modes)
     size = dict(sizes)
-
-    def side(positions: tuple[int, ...], rows: Names) -> Side:
-        own = tuple(terms[k] for k in positions)
-        carried = {leg for term in own for leg in term}
-        lead = tuple(mode for mode in batch_modes if mode in carried)
-        path = contraction_path(own, (*lead, *rows), sizes)
-        return Side(positions, path, tuple(mode in carried for mode in batch_modes))
-
-    in_side = side(partition.in_side, (*partition.bonds, "in")) if partition.in_side else None
+    in_side = None
+    if partition.in_side:
+        in_legs = (*partition.bonds, "in")
+        in_side = make_side(terms, sizes, partition.in_side, batch_modes, in_legs)
     # The bonds come first, so that the product with B reads memory in order.
-    out_side = side(partition.out_side, (*partition.bonds, *out_modes))
+    out_legs = (*partition.bonds, *out_modes)
+    out_side = make_side(terms, sizes, partition.out_side, batch_modes, out_legs)
     return CutPlan(partition, math.prod(size[bond] for bond in partition.bonds), in_side, out_side)

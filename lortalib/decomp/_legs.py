@@ -36,7 +36,7 @@ class Legs:
 
         Args:
             line: parameters separated by commas; each is its legs, separated by spaces, and perhaps a
-                mark ``(frozen)``, ``(zero)``, ``(tied)`` or ``(of n)``; ``(of n, seed 7, zero)`` is three.
+                mark, such as ``(frozen)``, ``(tied)`` or ``(of n)``; ``(of n, seed 7, zero)`` is three.
 
         Raises:
             LegsError: an empty parameter, an ill-formed or repeated leg, an unknown mark, another mark
@@ -117,8 +117,8 @@ class Legs:
                 not have, a bond that only one parameter carries, or ``in`` on several parameters; more
                 than one parameter marked ``(zero)``, a zero one that is frozen or tied; a tied one that
                 comes first or has another number of legs than the parameter before it; a vector with
-                the name of a leg, or with some of its parameters frozen; more parameters or legs than
-                `parse` reads.
+                the name of a leg, or with some of its parameters frozen or shared; more parameters or
+                legs than `parse` reads.
 
         Example:
             >>> Legs.parse("in r, out r").check(["in", "out"])

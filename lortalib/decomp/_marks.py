@@ -1,4 +1,4 @@
-"""Checks that the marks of a line fit together: ``(zero)``, ``(frozen)``, ``(tied)`` and ``(of n)``."""
+"""Checks that the marks of a line fit together, such as ``(zero)``, ``(tied)`` and ``(of n)``."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def _check_hashed(terms: Sequence[Term], modes: Sequence[str], place: Place) -> 
                 "(of n), in",
                 *place(own[0]),
             )
-        if len({terms[k].frozen for k in own}) > 1:
-            raise LegsError(
-                f"the parameters hashed from {vector!r} have one vector, so all or none are (frozen); mark "
-                "the others too, or name another vector, in",
-                *place(own[0]),
-            )
+        for mark in ("frozen", "shared"):
+            if len({getattr(terms[k], mark) for k in own}) > 1:
+                raise LegsError(
+                    f"the parameters hashed from {vector!r} have one vector, so all or none are ({mark}); "
+                    "mark the others too, or name another vector, in",
+                    *place(own[0]),
+                )

@@ -2,9 +2,10 @@
 
 A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
 A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). A mark may follow
-the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, ``(tied)`` is the
-parameter before it used a second time, with other legs, and ``(of n)`` is hashed: its entries are the
-entries of a trained vector of size n, drawn by a seed (``(of n, seed 7)``; 0 if none is given).
+the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, ``(shared)`` is the same
+for all adapters of a bank, ``(tied)`` is the parameter before it used a second time, with other legs, and
+``(of n)`` is hashed: its entries are the entries of a trained vector of size n, drawn by a seed
+(``(of n, seed 7)``; 0 if none is given).
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-_MARKS = ("frozen", "zero", "tied")
+_MARKS = ("frozen", "zero", "shared", "tied")
 
 
 #: No alternative backtracks, so reading takes time linear in the length of the line.
@@ -56,6 +57,7 @@ class Term:
         legs: the names of its axes.
         frozen: whether it is not trained; a tied term follows its parameter.
         zero: whether it is the parameter that starts at zero.
+        shared: whether all adapters of a bank have it in common; a tied term follows its parameter.
         tied: whether it uses the parameter before it again, axis by axis, with other legs.
         of: the name of the vector that its entries are drawn from; empty if the entries are its own.
         seed: the seed that draws which entry is which number of the vector.
@@ -64,6 +66,7 @@ class Term:
     legs: tuple[str, ...]
     frozen: bool = False
     zero: bool = False
+    shared: bool = False
     tied: bool = False
     of: str = ""
     seed: int = 0
@@ -179,7 +182,7 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
                 names[next(iter(names))],
             )
         if "tied" in marks and terms:
-            marks["frozen"] = terms[-1].frozen
+            marks.update({mark: getattr(terms[-1], mark) for mark in ("frozen", "shared")})
         terms.append(Term(tuple(names), spans=tuple(names.values()), **marks))
         names.clear()
         marks.clear()

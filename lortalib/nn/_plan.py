@@ -11,7 +11,7 @@ from typing import Any, Union
 import torch
 from torch import nn
 
-from ..decomp import Network, Rank, Shape, StartLike, get_format
+from ..decomp import Network, Rank, Shape, StartLike, get_format, mark_shared
 from ._anatomy import Site
 from ._config import AdapterConfig, check_settings, choose_acts_on
 from ._group import Group, group_sites
@@ -42,17 +42,18 @@ class Plan:
         """Every projection that would be updated."""
         return [site for group in self.groups for site in group.sites]
 
-    def count(self, trainable_only: bool = True) -> int:
+    def count(self, trainable_only: bool = True, *, shared: bool = True) -> int:
         """Count the parameters of the networks; a parameter that several networks share counts once.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
+            shared: whether parameters marked ``(shared)`` are counted.
         """
         tensors = {
             id(tensor): tensor.numel()
             for network in self.networks.values()
             for tensor, term in zip(network.stored, network.legs.terms)
-            if not (trainable_only and term.frozen)
+            if not (trainable_only and term.frozen) and (shared or not term.shared)
         }
         return sum(tensors.values())
 
@@ -88,6 +89,7 @@ def plan_sites(
     gqa: str = "pool",
     acts_on: str | None = None,
     share_residual: bool = False,
+    shared: Iterable[str] = (),
     generator: torch.Generator | None = None,
     device: Device | Callable[[Site], Device] = None,
     dtype: torch.dtype = torch.float32,
@@ -104,6 +106,7 @@ def plan_sites(
         gqa: as for `apply`.
         acts_on: as for `apply`.
         share_residual: as for `apply`.
+        shared: as for `plan`.
         generator: as for `apply`.
         dtype: as for `apply`.
         device: device of the networks, or a function from the first site of each network to its device.
@@ -114,12 +117,16 @@ def plan_sites(
     check_settings(alpha, dropout, init, acts_on)
     acts_on = choose_acts_on(decomposition, acts_on)
     on_stream = acts_on == "stream"
+    if isinstance(shared, str):
+        raise ValueError(f"shared must list legs, such as ('in', 'out'); found the text {shared!r}")
+    shared = tuple(shared)
     groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}
     for group in groups:
         options: dict[str, Any] = {"init": init, "generator": generator, "dtype": dtype}
         options["device"] = device(group.sites[0]) if callable(device) else device
-        networks[group.name] = make_network(decomposition, group, rank, options)
+        network = make_network(decomposition, group, rank, options)
+        networks[group.name] = _marked(network, shared) if shared else network
     if share_residual:
         share_input_factor(groups, networks)
     config = AdapterConfig(
@@ -133,6 +140,12 @@ def plan_sites(
         acts_on=acts_on,
     )
     return Plan(tuple(groups), networks, config)
+
+
+def _marked(network: Network, shared: Iterable[str]) -> Network:
+    """Return a network of the same values whose parameters with one of these legs are ``(shared)``."""
+    legs = mark_shared(network.legs, shared)
+    return Network(legs, network.stored, network.modes, sizes=network.sizes)
 
 
 def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:

@@ -39,6 +39,7 @@ def plan(
     gqa: str = "pool",
     acts_on: str | None = None,
     share_residual: bool = False,
+    shared: Iterable[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -75,6 +76,7 @@ def plan(  # type: ignore[misc]
     gqa: str = "pool",
     acts_on: str | None = None,
     share_residual: bool = False,
+    shared: Iterable[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -99,6 +101,7 @@ def plan(  # type: ignore[misc]
         gqa: as for `apply`.
         acts_on: as for `apply`.
         share_residual: as for `apply`; not with ``numbers``.
+        shared: legs; the parameters that carry one are marked ``(shared)``.
         rules: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
@@ -149,6 +152,7 @@ def plan(  # type: ignore[misc]
         gqa=gqa,
         acts_on=acts_on,
         share_residual=share_residual,
+        shared=shared,
         generator=generator,
         device=device or (lambda site: _device_of(model, site)),
         dtype=dtype,

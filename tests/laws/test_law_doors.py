@@ -1,12 +1,13 @@
 """The laws hold over every door: one that lacks a verb says so, and has all others."""
 
 import pytest
+from adapted import FORMATS
 from doors import DOORS, cases
 from models import LAW_FAMILIES
 
 VERBS = ("delta", "merge", "save", "export_lora", "rows")
-#: What is no method: that parameters train, that names of the base stay, and families.
-OTHERS = {"gradients", "names", *LAW_FAMILIES}
+#: What is no method: that parameters train, that names of the base stay, families and formats.
+OTHERS = {"gradients", "names", *LAW_FAMILIES, *FORMATS}
 
 
 @pytest.mark.parametrize("name", DOORS)

@@ -35,7 +35,8 @@ class Door:
             the door keeps parameters of its own, they are those of the record.
     """
 
-    #: The verbs that the door has not, and the families that it does not take, each with the reason.
+    #: The verbs that the door has not, and the families and formats that it does not take, each with the
+    #: reason.
     lacks: dict[str, str] = {}
 
     def __init__(self, base, **options):
@@ -256,7 +257,55 @@ class ByBank(Door):
         return self.model
 
 
-DOORS = {"nn.apply": ByApply, "peft": ByPeft, "bank": ByBank}
+class BySharedBank(ByBank):
+    """`lortalib.nn.bank` whose adapters share their wide sides. The forward uses tensors that are not in the
+    bank, as for training; rows use those that are."""
+
+    lacks = {
+        **{verb: reason for verb, reason in ByBank.lacks.items() if verb != "gradients"},
+        "uni_lora": "all its parameters are hashed from one vector, so nothing is an adapter's own",
+    }
+
+    def __init__(self, base, **options):
+        Door.__init__(self, base, **options)
+        # The wide side of a LoRA is all of A or B, and an adapter keeps one of them.
+        sides = ("in",) if options["decomposition"] == "lora" else ("in", "out")
+        self.bank = lortalib.nn.bank(self.model, capacity=1, shared=sides, **options)
+        self.name = "one"
+
+    def add(self, name, seed):
+        record = self.drawn(seed).snapshot()
+        if not len(self.bank):
+            self.bank[name] = record  # which gives the bank its shared parameters
+        for name_, _, shared in self.divided(record):
+            for k in shared:
+                parameter = self.bank.shared[name_][shared.index(k)]
+                network = record.networks[name_]
+                network.register_parameter(network.names[k], parameter)
+                parameter.requires_grad_(not network.legs.terms[k].frozen)
+        self.records[name] = self.bank[name] = record
+
+    def divided(self, record):
+        """Of each network of an adapter, the positions of its own parameters and of the shared ones."""
+        marks = {name: [t.shared for t in legs.terms] for name, legs in self.legs().items()}
+        for name in record.networks:
+            yield name, *([k for k, m in enumerate(marks[name]) if m == s] for s in (False, True))
+
+    def legs(self):
+        return self.bank.legs
+
+    def forward(self, inputs):
+        if self.name is None:
+            return super().forward(inputs)
+        tensors = {
+            name: [self.record.networks[name].stored[k].unsqueeze(0) for k in own]
+            for name, own, _ in self.divided(self.record)
+        }
+        with self.bank.using_tensors(tensors):
+            return self.model(**inputs)[0]
+
+
+DOORS = {"nn.apply": ByApply, "peft": ByPeft, "bank": ByBank, "shared bank": BySharedBank}
 
 #: Verbs that a family does not have behind any door, with the reason.
 FAMILY_LACKS = {"experts": {"export_lora": "PEFT's LoRA of packed experts is of other shapes"}}
@@ -311,6 +360,7 @@ def cases(*verbs):
         if not DOORS[door].lacks.keys() & {family, *verbs}
         if not FAMILY_LACKS.get(family, {}).keys() & {*verbs}
         for decomposition in formats_of(family)
+        if decomposition not in DOORS[door].lacks
         if not (decomposition in ON_STREAM and STREAM_LACKS.keys() & {*verbs})
     ]
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ...decomp import Legs
 from .._adapters import adapters
 from .._anatomy import BlockRule
 from .._base_weights import weight_name
-from .._forward import Handle, detach
+from .._forward import EvenRows, Handle, detach
 from .._group import Group
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
+from .chosen import Names, read_names
 from .hooks import attach_rows
+from .shared import SharedParameters
 from .source import Source, SourceReader
 from .store import Store
 
@@ -47,8 +50,10 @@ class Bank:
     ) -> None:
         self._model = model
         self._plan = plan
-        self._reader = SourceReader(model, plan, rules, dtype, device)
-        self._store = Store(self._reader.shapes, capacity, dtype, device)
+        wide = torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+        self._shared = SharedParameters(plan.networks, device, wide)
+        self._reader = SourceReader(model, plan, self._shared, rules, dtype, device)
+        self._store = Store(self._reader.shapes, capacity, dtype, device, self._shared)
         for network in plan.networks.values():
             network.place_index(device)  # the plan's networks are on the meta device
         self._current = CurrentBatch(
@@ -74,6 +79,11 @@ class Bank:
         return self._plan.groups
 
     @property
+    def legs(self) -> dict[str, Legs]:
+        """The line of each group's network by the name of the group, with the mark ``(shared)``."""
+        return dict(self._reader.legs)
+
+    @property
     def alpha(self) -> float:
         """The factor by which the forward multiplies every tensor."""
         return self._plan.config.scaling
@@ -93,23 +103,32 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the stored adapters."""
+        """The number of bytes of the stored adapters, without the parameters that they share."""
         return self._store.nbytes
 
+    @property
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters marked ``(shared)`` of each group by its name, in the order of the line.
+
+        All adapters use them. They do not train unless ``requires_grad_()`` is called on them.
+        """
+        return {group: list(parameters) for group, parameters in self._shared.parameters.items()}
+
     def count(self, trainable_only: bool = True) -> int:
-        """Count the parameters of one adapter; a parameter that several networks share counts once.
+        """Count the parameters that one adapter has of its own; one in several networks counts once.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
         """
-        return self._plan.count(trainable_only)
+        return self._plan.count(trainable_only, shared=False)
 
     def __repr__(self) -> str:
         lines = ", ".join(f"{name}: {legs}" for name, legs in self._reader.legs.items())
         return (
             f"Bank on {type(self._model).__name__}: {len(self):,} adapters of {self.count():,} trainable "
-            f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,} "
-            f"({lines})"
+            f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,}"
+            + f", {sum(p.numel() for p in self._shared.distinct):,} shared" * bool(self._shared)
+            + f" ({lines})"
         )
 
     # Adding and reading
@@ -171,9 +190,11 @@ class Bank:
             self._reader.check_alike("the other bank", sources.groups, sources._reader.legs)
             names = list(sources)
             own = self._reader.scaled(sources._store.gather(names), sources.alpha)
-            self._store.put(names, self._reader.read_stacked(names, own))
+            stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
+            self._store.put(names, stacked, shared=shared if self._shared else None)
             return
-        self._store.put(list(sources), self._reader.read_all(sources))
+        read = self._reader.read_all(sources)
+        self._store.put(list(sources), read.own, shared=read.shared)
 
     def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Store many adapters from stacked tensors, in a few copies.
@@ -228,19 +249,22 @@ class Bank:
     # Use
 
     @contextmanager
-    def using(self, names: Iterable[Hashable]) -> Iterator[Bank]:
-        """Let every row of a batch use the adapter named for it, within this context.
+    def using(self, names: Names) -> Iterator[Bank]:
+        """Let every row, or every token, of a batch use the adapter named for it, within this context.
 
         It works with generate(), whose copies of a row (beams, several sequences) use the row's adapter.
         The selection is local to the thread or asynchronous task that enters the context. Adapters that
         are replaced meanwhile take effect in the next context.
 
         Args:
-            names: a name for each row, or None for rows without an adapter.
+            names: a name for each row, or None for rows without an adapter. Or a list of such names for each
+                row, one for each token, if a row contains several requests; a tensor of integers does too.
+                Such a context serves forwards of batches of this shape alone.
 
         Raises:
             KeyError: a name that is not in the bank.
-            ValueError: no names; in the model's forward, a batch that is not a multiple of their number.
+            ValueError: no names, or lists of different lengths; in the model's forward, a batch that is not
+                a multiple of the number of names, or that has not a token for each.
             TypeError: one text in place of several names.
             RuntimeError: the bank was removed from its model.
 
@@ -255,23 +279,57 @@ class Bank:
             ...     adapted, plain = model(torch.tensor([[3, 14], [3, 14]]))[0]
             >>> torch.equal(adapted, plain)
             False
+            >>> with bank.using([["ann", "ann", None, None]]):  # two requests in one row
+            ...     output = model(torch.tensor([[3, 14, 15, 9]]))
         """
-        if isinstance(names, str):
-            raise TypeError(
-                f"using() needs a name, or None, for every row of the batch; found the text {names!r}: "
-                "give it in a list, as often as there are rows"
-            )
-        names = list(names)
-        if not names:
-            raise ValueError(
-                "using() needs a name, or None, for every row of the batch; found none"
-            )
+        chosen = read_names(names)
+        self._check_ready()
+        tensors = self._shared.join(self._store.gather(chosen.names))
+        with self._current.use(BatchTensors(tensors, chosen.layout, chosen.shape)):
+            yield self
+
+    @contextmanager
+    def using_tensors(self, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Bank]:
+        """Let every row of a batch use tensors that are not in the bank, within this context.
+
+        Gradients reach the tensors, and the `shared` parameters that require them. So adapters of many users
+        can train in one batch, together with what they share or apart from it.
+
+        Args:
+            tensors: a mapping from the name of each group to its tensors, as `fill` takes them, in float32
+                or float64 and with a leading axis of rows.
+
+        Raises:
+            ValueError: other groups or shapes than the bank's; in the model's forward, a batch that is not
+                a multiple of the number of rows.
+            RuntimeError: the bank was removed from its model.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, vocab_size=50,
+            ...                              num_attention_heads=4, intermediate_size=64)).eval()
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> own = {"encoder": [torch.randn(2, *t.shape, requires_grad=True)
+            ...                    for t in bank[None]["encoder"]]}
+            >>> with bank.using_tensors(own):
+            ...     model(torch.tensor([[3, 14], [15, 9]]))[0].square().sum().backward()
+            >>> [tuple(tensor.grad.shape) for tensor in own["encoder"]]  # head, layer, matrix
+            [(2, 4, 2), (2, 2, 2), (2, 4, 2)]
+            >>> bank.fill(["ann", "bob"], own)
+        """
+        self._check_ready()
+        rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
+        self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
+        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), (rows,))):
+            yield self
+
+    def _check_ready(self) -> None:
+        """Refuse a context in which the rows could not be what they are alone."""
         if not self._handles:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
             self._check_merged()
-        with self._current.use(BatchTensors(self._store.gather(names), len(names))):
-            yield self
 
     def _check_merged(self) -> None:
         """Refuse rows on the stream that would meet a merged weight: their product belongs to neither."""

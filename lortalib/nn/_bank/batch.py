@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,72 +12,100 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch import is_tracing
 from ...decomp import Legs, NetworkView, TensorNetwork, Term
-from .._forward import ForwardScope, Pair, PairSource, Slot
+from .._forward import EvenRows, ForwardScope, Pair, PairSource, RowMaps, Slot, TokenRows
 from .._group import Group
+
+#: The matrices of all modules of a network, by tensor, layer and matrix.
+Matrices = list[list[list[Tensor]]]
+
+#: The matrices by the name of the group, dtype and device.
+Cache = dict[tuple[str, torch.dtype, torch.device], Matrices]
 
 
 class BatchTensors:
     """The tensors that the rows of one context gathered, and the low-rank pairs made from them.
 
     Args:
-        tensors: a mapping from the name of each group to its tensors, each with a leading axis of rows.
-        size: the number of rows.
+        tensors: a mapping from the name of each group to its tensors: those of the rows, with a leading
+            axis of rows, and those that all adapters share.
+        layout: the arrangement of the batch in rows.
+        shape: (rows,), of which a batch is a multiple; or (rows, tokens) of the batch.
     """
 
-    def __init__(self, tensors: Mapping[str, Sequence[Tensor]], size: int) -> None:
-        self.size = size
+    def __init__(
+        self,
+        tensors: Mapping[str, Sequence[Tensor]],
+        layout: EvenRows | TokenRows,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.size = shape[0]
+        self._shape = shape
+        self._layout = layout
         self._tensors = tensors
+        self._trains = any(t.requires_grad for each in tensors.values() for t in each)
         self._batch: tuple[object, int | None] = None, None
-        self._contracted: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+        self._made: Cache = {}
+        self._of_forward: tuple[Callable[[], object], Cache] = (lambda: None), {}
 
-    def pair(self, slot: Slot, dtype: torch.dtype, device: torch.device) -> Pair:
-        """Return the pair of one module: A (rows, p, features read) and B (rows, p, features written).
+    def pair(
+        self, slot: Slot, dtype: torch.dtype, device: torch.device, running: object
+    ) -> tuple[Pair, RowMaps]:
+        """Return the pair of one module, and what its rows have between the two maps.
+
+        A map is (p, features) if it is the same for all rows, else (rows, p, features).
 
         Args:
             slot: the slot of the module.
             dtype: the dtype of the result.
             device: the device of the result.
+            running: the forward; None while torch traces.
         """
         source, number, layer = slot
-        if is_tracing():  # a tensor from a trace or a transform must not outlive it
-            made = self._contract(source, dtype, device, layer)
-            return Pair(*(made[k][0].select(-3, matrix) for k, matrix in source.place(number)))
-        key = source.group.name, dtype, device
-        if key not in self._contracted:
-            self._contracted.setdefault(key, self._contract(source, dtype, device))
-        made = self._contracted[key]
-        sides = []
-        for k, matrix in source.place(number):
-            at = *key, k, matrix, layer if len(made[k]) > 1 else 0
-            # All modules with the same A get the same tensor, so that x is multiplied by it once.
-            if at not in self._matrices:
-                self._matrices.setdefault(at, made[k][at[-1]].select(-3, matrix))
-            sides.append(self._matrices[at])
-        return Pair(*sides)
+        if running is None:  # a tensor from a trace or a transform must not outlive it
+            made, layer = self._of_layer(source, dtype, device, layer), 0
+        else:
+            cache, key = self._cache(running), (source.group.name, dtype, device)
+            if key not in cache:
+                # Later forwards use them in any mode; leaving inference mode enables gradients.
+                gradients = torch.is_grad_enabled()
+                with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                    stored, wide = self._stored(source, dtype)
+                    made = source.matrices(stored, dtype, device, wide)
+                    cache.setdefault(key, [[_without_rows(m) for m in each] for each in made])
+            made = cache[key]
+        first, second, *middle = (made[k][layer][matrix] for k, matrix in source.place(number))
+        if not middle:
+            return Pair(first, second), RowMaps(self._layout, None)
+        writer = source.signature(number).writer
+        return Pair(first, second), RowMaps(self._layout, _in_order_of_use(middle[0], writer))
 
-    def _contract(
-        self,
-        source: PairSource,
-        dtype: torch.dtype,
-        device: torch.device,
-        layer: int | None = None,
-    ) -> list[Tensor]:
-        """Contract the matrices of all layers or of one, in the wider of the dtypes of bank and model."""
-        tensors = self._tensors[source.group.name]
-        stored = tensors[0].dtype
-        wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
-        with torch.inference_mode(False):  # later forwards use them in any mode
-            tensors = [tensor.to(device, wide) for tensor in tensors]
-            tensors = list(source.network.spread(tensors))
-            if layer is not None:
-                network = NetworkView(source.network.legs, tensors, source.network.modes)
-                at = torch.tensor([layer], device=device)
-                tensors = list(network.index_select("layer", at).tensors)
-            # Contiguous, so that the products with A and B read memory in order.
-            return [tensor.to(dtype).contiguous() for tensor in source.contract(tensors)]
+    def _cache(self, running: object) -> Cache:
+        """Return the matrices made so far: in this context, or in this forward if there are gradients, since
+        an optimiser can change what they were made from."""
+        if not (self._trains and torch.is_grad_enabled()):
+            return self._made
+        if self._of_forward[0]() is not running:
+            self._of_forward = weakref.ref(running), {}
+        return self._of_forward[1]
+
+    def _stored(self, source: PairSource, dtype: torch.dtype) -> tuple[list[Tensor], torch.dtype]:
+        """Return the tensors of a network, and the widest of the dtypes of bank and model."""
+        tensors = list(self._tensors[source.group.name])
+        for stored in (tensor.dtype for tensor in tensors if tensor.itemsize > 1):
+            dtype = torch.promote_types(stored, dtype)
+        return tensors, dtype
+
+    def _of_layer(
+        self, source: PairSource, dtype: torch.dtype, device: torch.device, layer: int
+    ) -> Matrices:
+        """Compute the matrices of one layer in plain operations, which traces and transforms can follow."""
+        tensors, wide = self._stored(source, dtype)
+        tensors = list(source.network.spread([tensor.to(device, wide) for tensor in tensors]))
+        network = NetworkView(source.network.legs, tensors, source.network.modes)
+        at = torch.tensor([layer], device=device)
+        made = source.contract(network.index_select("layer", at).tensors)
+        return [[_without_rows(tensor[0].to(dtype))] for tensor in made]
 
     def begin(self, running: object, batch: int | None) -> None:
         """Record the number of rows in the batch of a forward.
@@ -87,7 +117,7 @@ class BatchTensors:
         self._batch = running, batch
 
     def check(self, x: Tensor, path: str, running: object) -> None:
-        """Check that the input of a projection has the rows of the batch.
+        """Check that the input of a projection has the rows, or the tokens, of the batch.
 
         Args:
             x: the input.
@@ -95,8 +125,17 @@ class BatchTensors:
             running: the running forward.
 
         Raises:
-            ValueError: the leading axis of x is not the batch, or is not a multiple of the number of rows.
+            ValueError: the leading axis of x is not the batch, or is not a multiple of the number of rows;
+                or x has other tokens than were named.
         """
+        if len(self._shape) == 2:
+            if x.shape[:-1] not in (self._shape, (math.prod(self._shape),)):
+                raise ValueError(
+                    f"using() named adapters for {self._shape[0]} rows of {self._shape[1]} tokens, but the "
+                    f"input of {path} has shape {tuple(x.shape)}; enter a context with the names of its "
+                    "tokens for each forward, or name one adapter for each row"
+                )
+            return
         known, batch = self._batch
         if batch is None or known is not running:
             batch = self.size
@@ -148,6 +187,22 @@ class CurrentBatch:
         self.__dict__ = {**state, "_variable": ContextVar("batch", default=None)}
 
 
+def _without_rows(matrices: Iterable[Tensor]) -> list[Tensor]:
+    """Drop the axis of rows of maps (rows, p, features) that are the same for all rows."""
+    # Once and not for each module: x is multiplied once by an A that several modules have as one object.
+    return [each[0] if each.dim() == 3 and len(each) == 1 else each for each in matrices]
+
+
+def _in_order_of_use(middle: Tensor, writer: bool) -> Tensor:
+    """Give a middle (rows, heads, c, p, q) the axes (rows, heads read, heads written, c, p read, p written).
+
+    Args:
+        middle: the middle from the side of ``in`` to that of ``out``.
+        writer: whether the module writes to the stream, and so uses the three maps from ``out`` to ``in``.
+    """
+    return middle.unsqueeze(2).mT if writer else middle.unsqueeze(1)
+
+
 def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
     """Make the pair source for the rows of a batch: the network with one more mode, the adapters.
 
@@ -159,11 +214,12 @@ def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
     mode = "adapter"
     while mode in network.sizes:
         mode += "_"
-    return PairSource(group, RowsView(network, mode), alpha, (mode,))
+    return PairSource(group, RowsView(network, mode), alpha, mode)
 
 
 class RowsView(NetworkView):
-    """A network with one more mode, the rows, on every parameter; it has sizes and no values.
+    """A network with one more mode, the rows, on every parameter that is not ``(shared)``; it has sizes and
+    no values.
 
     Args:
         network: the network of one row, which also computes the hashed parameters.
@@ -171,10 +227,14 @@ class RowsView(NetworkView):
     """
 
     def __init__(self, network: TensorNetwork, mode: str) -> None:
-        legs = Legs(tuple(Term((mode, *term.legs)) for term in network.legs.terms))
+        terms = network.legs.terms
+        legs = Legs(tuple(Term(t.legs if t.shared else (mode, *t.legs)) for t in terms))
         shapes = network.legs.unhashed.stored_shapes(network.sizes)
         with torch.inference_mode(False):
-            like = [torch.zeros(1).expand(2, *shape) for shape in shapes]
+            like = [
+                torch.zeros(1).expand(*(() if term.shared else (2,)), *shape)
+                for term, shape in zip(terms, shapes)
+            ]
         super().__init__(legs, like, (mode, *network.modes))
         self._network = network
 

@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._torch import forget_compiled, is_tracing
 from .._anatomy import Site
 from .._forward import (
     Handle,
+    Slot,
     add_update,
     by_module,
     detach,
@@ -103,6 +105,7 @@ class RowUpdate:
         self._current = current
         self._path = path
         self._slots = slots_of(current, sites)
+        self._features: dict[tuple[str, int, torch.device], Tensor] = {}
         self.place = place_of(self._slots)
 
     @property
@@ -127,10 +130,25 @@ class RowUpdate:
         batch.check(x, self._path, scope.running)
         running = None if is_tracing() else scope.running
         for slot in self._slots:
-            pair, users = batch.pair(slot, y.dtype, y.device), slot.source.users(slot.number)
-            y = add_update(running, x, y, pair, users, 0.0, may_write)
+            pair, maps = batch.pair(slot, y.dtype, y.device, running)
+            features = self._features_of(slot, y.device) if maps.middle is not None else None
+            own = y if features is None else y.index_select(-1, features)
+            free = may_write or (features is not None and running is not None)
+            own = add_update(running, x, own, pair, slot.source.users(slot.number), 0.0, free, maps)
+            y = own if features is None else y.index_copy(-1, features, own)
             may_write = running is not None
         return y
+
+    def _features_of(self, slot: Slot, device: torch.device) -> Tensor | None:
+        """Return the positions of a part of a fused projection on the axis of its features."""
+        rows = slot.source.signature(slot.number).sites[0].rows
+        if rows is None:
+            return None
+        key = slot.source.group.name, slot.number, device
+        if key not in self._features:
+            with torch.inference_mode(False):  # later forwards use them in any mode
+                self._features[key] = rows.index(device)
+        return self._features[key]
 
 
 def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) -> None:

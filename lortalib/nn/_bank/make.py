@@ -29,6 +29,7 @@ def bank(
     gqa: str = "pool",
     acts_on: str | None = None,
     share_residual: bool = False,
+    shared: Iterable[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -42,6 +43,11 @@ def bank(
         alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` has its own
             scaling.
         share_residual: as for `apply`; every network then stores the shared factor.
+        shared: legs, such as ``("in", "out")``. All adapters have the parameters that carry one of them in
+            common, as if the line marked these ``(shared)``; each adapter has the other parameters of its
+            own. If ``in`` and ``out`` are shared, rows differ in a small middle only, and a batch of many
+            adapters costs about as much as one of a single adapter. Shared parameters are drawn as by
+            ``init="normal"``; the first adapters that an empty bank gets replace them by theirs.
         dtype: the dtype of the stored parameters: float64, float32, bfloat16, float16, float8_e5m2 or
             float8_e4m3fn. Pairs are computed in the wider of this dtype and the model's.
         device: the device of the stored parameters; by default that of the model's weights (main memory
@@ -84,8 +90,9 @@ def bank(
         gqa=gqa,
         acts_on=acts_on,
         share_residual=share_residual,
+        shared=shared,
         rules=rules,
-        device="meta",  # only the legs and sizes of the networks are used
+        device="meta",
     )
     for site in planned.sites:
         check_rows(model, site)

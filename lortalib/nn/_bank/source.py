@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
-from typing import Union
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .._anatomy import BlockRule
 from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
+from .shared import SharedParameters
 
 #: A source for `Bank.add`: an adapter, its folder, or the tensors of each group in the order of the line.
 Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
@@ -23,12 +24,25 @@ Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
 Stacked = dict[str, list[Tensor]]
 
 
+class Reading(NamedTuple):
+    """What was read of some adapters.
+
+    Attributes:
+        own: a mapping from the name of each group to the adapters' own tensors.
+        shared: the same for the shared tensors; None if the source has none.
+    """
+
+    own: Stacked
+    shared: Stacked | None
+
+
 class SourceReader:
     """Reads sources into tensors of the shape, dtype and device of one bank; changes nothing.
 
     Args:
         model: the bank's model, to which adapters from files are fitted.
         plan: the groups and networks of one adapter, and the bank's alpha.
+        shared: the parameters that the bank's adapters share.
         rules: as for `bank`.
         dtype: the dtype of the bank's tensors.
         device: the device of the bank's tensors.
@@ -38,11 +52,13 @@ class SourceReader:
         self,
         model: nn.Module,
         plan: Plan,
+        shared: SharedParameters,
         rules: BlockRule | Sequence[BlockRule],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._model = model
+        self._shared = shared
         self._rules = rules
         self._dtype = dtype
         self._device = device
@@ -50,11 +66,11 @@ class SourceReader:
         self._alpha = plan.config.alpha
         self.legs = {name: plan.networks[name].legs for name in self._groups}
         self.shapes = {
-            name: [tuple(tensor.shape) for tensor in plan.networks[name].stored]
+            name: [tuple(t.shape) for t in shared.own(name, plan.networks[name].stored)]
             for name in self._groups
         }
 
-    def read(self, name: Hashable, source: Source) -> Stacked:
+    def read(self, name: Hashable, source: Source) -> Reading:
         """Read one adapter.
 
         Args:
@@ -62,8 +78,7 @@ class SourceReader:
             source: an adapter, its folder, or tensors without the scaling by alpha.
 
         Returns:
-            A mapping from the name of each group to its tensors, without the scaling by alpha, with a
-            leading axis of 1.
+            Its own tensors without the scaling by alpha, with a leading axis of 1; and its shared ones.
 
         Raises:
             ValueError: the name is None, or the source does not fit or cannot be stored.
@@ -72,31 +87,36 @@ class SourceReader:
         check_name(name)
         if isinstance(source, (str, PathLike)):
             source = read_adapter(self._model, source, rules=self._rules)
+        shared = None
         if isinstance(source, Adapter):
-            source = self._of_adapter(name, source)
+            source, shared = self._of_adapter(name, source)
         if not isinstance(source, Mapping):
             raise TypeError(
                 f"adapter {name!r} is to be an Adapter, the folder of one, or for each group by name its "
                 f"tensors; found {type(source).__name__}"
             )
         label = f"adapter {name!r} does not fit the bank"
-        self._check_shapes(label, source, ())
+        self.check_shapes(label, source, ())
         one = {group: [tensor[None] for tensor in tensors] for group, tensors in source.items()}
-        return self._cast([name], one)
+        return Reading(self._cast([name], one), shared)
 
-    def read_all(self, sources: Mapping[Hashable, Source]) -> Stacked:
-        """Read several adapters; see `read`.
+    def read_all(self, sources: Mapping[Hashable, Source]) -> Reading:
+        """Read several adapters, which have one set of shared parameters; see `read`.
 
         Returns:
-            A mapping from the name of each group to its tensors, each with a leading axis of adapters.
+            Their own tensors, each with a leading axis of adapters; and the shared ones.
         """
-        read = [self.read(name, source) for name, source in sources.items()]
+        read = {name: self.read(name, source) for name, source in sources.items()}
         if len(read) == 1:
-            return read[0]
-        return {
-            group: [torch.cat(each) for each in zip(*(tensors[group] for tensors in read))]
+            return next(iter(read.values()))
+        found = [(name, each.shared) for name, each in read.items() if each.shared is not None]
+        for name, shared in found[1:]:
+            _check_same(found[0], (name, shared))
+        own = {
+            group: [torch.cat(each) for each in zip(*(one.own[group] for one in read.values()))]
             for group in self.shapes
         }
+        return Reading(own, found[0][1] if found else None)
 
     def read_stacked(
         self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]
@@ -113,7 +133,7 @@ class SourceReader:
         """
         for name in names:
             check_name(name)
-        self._check_shapes("the tensors do not fit the bank", tensors, (len(names),))
+        self.check_shapes("the tensors do not fit the bank", tensors, (len(names),))
         return self._cast(names, tensors)
 
     def scaled(
@@ -143,13 +163,13 @@ class SourceReader:
                     f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
                     "make the bank with the adapter's targets, layers and gqa"
                 )
-            if str(legs[group.name]) != str(self.legs[group.name]):
+            if _without_marks(legs[group.name]) != _without_marks(self.legs[group.name]):
                 raise ValueError(
                     f"{label} does not fit the bank: its group {group.name!r} has the legs\n"
                     f"    {legs[group.name]}\nand the bank's\n    {self.legs[group.name]}"
                 )
 
-    def _of_adapter(self, name: Hashable, adapter: Adapter) -> dict[str, list[Tensor]]:
+    def _of_adapter(self, name: Hashable, adapter: Adapter) -> tuple[Stacked, Stacked | None]:
         paths = adapter.trained_modules.paths
         if paths:
             raise ValueError(
@@ -159,15 +179,44 @@ class SourceReader:
         networks = {group.name: adapter.network(group) for group in adapter.groups}
         legs = {group: network.legs for group, network in networks.items()}
         self.check_alike(f"adapter {name!r}", adapter.groups, legs)
-        tensors = {
+        stored = {
             group: [tensor.detach() for tensor in network.stored]
             for group, network in networks.items()
         }
-        return self.scaled(tensors, adapter.scaling)
+        own = {group: self._shared.own(group, tensors) for group, tensors in stored.items()}
+        if not self._shared:
+            return self.scaled(own, adapter.scaling), None
+        shared = {group: self._shared.shared(group, tensors) for group, tensors in stored.items()}
+        self._check_finite(name, shared)
+        return self.scaled(own, adapter.scaling), shared
 
-    def _check_shapes(
+    def _check_finite(self, name: Hashable, tensors: Stacked) -> None:
+        for group, values in tensors.items():
+            for parameter, value in zip(self._shared.parameters[group], values):
+                if parameter.shape != value.shape:
+                    raise ValueError(
+                        f"adapter {name!r} does not fit the bank: a shared parameter of its group "
+                        f"{group!r} has the shape {tuple(value.shape)}, and the bank's "
+                        f"{tuple(parameter.shape)}"
+                    )
+                if not value.to(parameter).isfinite().all():
+                    raise ValueError(
+                        f"adapter {name!r} holds NaN or infinity in a shared parameter of group {group!r}"
+                    )
+
+    def check_shapes(
         self, label: str, tensors: Mapping[str, Sequence[Tensor]], lead: tuple[int, ...]
     ) -> None:
+        """Refuse tensors that are not those of an adapter, with some leading axes.
+
+        Args:
+            label: how an error message begins.
+            tensors: a mapping from the name of each group to its tensors.
+            lead: the leading axes.
+
+        Raises:
+            ValueError: other groups, shapes or kinds of tensors.
+        """
         unknown = [group for group in tensors if group not in self.shapes]
         if unknown:
             raise ValueError(
@@ -190,14 +239,16 @@ class SourceReader:
                     raise ValueError(
                         f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
                     )
-        self._check_shared(label, tensors)
+        self._check_hashed(label, tensors)
 
-    def _check_shared(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+    def _check_hashed(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Refuse different vectors for parameters that are hashed from one."""
         for group, given in tensors.items():
             legs = self.legs[group]
-            for k, holder in enumerate(legs.holders):
-                one, other = given[k], given[holder]
+            own = [k for k, term in enumerate(legs.terms) if not term.shared]
+            for k, one in zip(own, given):
+                holder = legs.holders[k]
+                other = given[own.index(holder)]
                 if (
                     legs.terms[holder].of
                     and one is not other
@@ -234,6 +285,22 @@ class SourceReader:
             f"adapter {name!r} holds NaN or infinity in group {group!r}, or values beyond {largest:g}, "
             f"the largest in {self._dtype}; a bank of a wider dtype holds larger values"
         )
+
+
+def _without_marks(legs: Legs) -> list[tuple[object, ...]]:
+    """Describe a line such that equal descriptions have tensors of equal meaning, however they train."""
+    return [(term.legs, term.tied, term.of, term.seed) for term in legs.terms]
+
+
+def _check_same(one: tuple[Hashable, Stacked], other: tuple[Hashable, Stacked]) -> None:
+    """Refuse two adapters with different shared parameters."""
+    for group, tensors in one[1].items():
+        for a, b in zip(tensors, other[1][group]):
+            if not torch.equal(a, b.to(a)):
+                raise ValueError(
+                    f"adapters {one[0]!r} and {other[0]!r} have different shared parameters in group "
+                    f"{group!r}, so one bank cannot hold both"
+                )
 
 
 def check_name(name: Hashable) -> None:

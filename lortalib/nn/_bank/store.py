@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shared import SharedParameters, Tensors
+
 #: The floating-point dtypes that have a zero and a sign.
 _DTYPES = (
     torch.float64,
@@ -32,6 +34,7 @@ class Store:
         capacity: the number of adapters to make room for.
         dtype: the dtype of the tensors.
         device: the device of the tensors.
+        shared: the parameters that all adapters share.
 
     Raises:
         ValueError: a dtype that cannot hold parameters, or the device meta, which holds no values.
@@ -43,6 +46,7 @@ class Store:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        shared: SharedParameters,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(
@@ -53,6 +57,7 @@ class Store:
         self.dtype = dtype
         self.device = device
         self._shapes = dict(shapes)
+        self._shared = shared
         self._lock = threading.Lock()
         self._places: dict[Hashable, int] = {}
         self._free: list[int] = []  # places below the used end that are free
@@ -113,6 +118,7 @@ class Store:
         tensors: Mapping[str, Sequence[Tensor]],
         *,
         may_replace: bool = True,
+        shared: Tensors | None = None,
     ) -> None:
         """Store the tensors of these adapters.
 
@@ -121,13 +127,18 @@ class Store:
             tensors: a mapping from the name of each group to its tensors, each with a leading axis as
                 long as ``names``.
             may_replace: whether an adapter with the same name is replaced.
+            shared: values of the shared parameters, which they get if the store is empty.
 
         Raises:
-            ValueError: a name is in use and may not be replaced.
+            ValueError: a name is in use and may not be replaced, or other adapters have other values of the
+                shared parameters.
         """
         if not names:
             return
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            if shared is not None and self._places:
+                self._shared.check_equal(shared, f"adapter {names[0]!r}")
+                shared = None
             old = {name: self._places[name] for name in names if name in self._places}
             if old and not may_replace:
                 raise ValueError(
@@ -141,18 +152,19 @@ class Store:
             stacks = self._with_room(end)
             self._write(stacks, places, tensors)
             before = self._stacks, self._used
-            try:
-                self._stacks, self._used = stacks, end
-                self._free[kept:] = old.values()
-                self._places.update(zip(names, places))
-            except BaseException:
-                self._stacks, self._used = before
-                self._free[kept:] = recycled
-                self._places.update(old)
-                for name in names:
-                    if name not in old:
-                        self._places.pop(name, None)
-                raise
+            with self._shared.changed(shared or {}):
+                try:
+                    self._stacks, self._used = stacks, end
+                    self._free[kept:] = old.values()
+                    self._places.update(zip(names, places))
+                except BaseException:
+                    self._stacks, self._used = before
+                    self._free[kept:] = recycled
+                    self._places.update(old)
+                    for name in names:
+                        if name not in old:
+                            self._places.pop(name, None)
+                    raise
 
     def drop(self, name: Hashable) -> None:
         """Remove an adapter; the next one that is stored gets its place.

@@ -3,6 +3,7 @@
 from .attach import Handle, attach, detach
 from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards
 from .pairs import Pair, PairSource
+from .rows import EvenRows, Layout, RowMaps, TokenRows
 from .scope import ForwardScope
 from .update import (
     ModuleUpdate,
@@ -17,14 +18,18 @@ from .update import (
 )
 
 __all__ = [
+    "EvenRows",
     "ForwardScope",
     "Handle",
+    "Layout",
     "ModuleUpdate",
     "OutputHook",
     "Pair",
     "PairSource",
     "Place",
+    "RowMaps",
     "Slot",
+    "TokenRows",
     "Update",
     "UpdateHook",
     "add_update",

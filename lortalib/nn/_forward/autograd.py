@@ -25,8 +25,8 @@ class Contraction(NamedTuple):
         layers: number of layers.
         spread: function of the parameters that returns the tensors of the terms; the two differ only for
             hashed terms.
-        contract: function of the terms' tensors that returns tensors (layers, matrices, p, features); the
-            first axis has size 1 if all layers are alike.
+        contract: function of the terms' tensors that returns tensors (layers, matrices, ...); the first
+            axis has size 1 if all layers are alike.
         of_layers: function of the terms' tensors and positions of layers that returns the tensors of these
             layers.
         backwards: counter that every backward increases.

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..._torch import integers, without_autocast
-from ...decomp import Cut, CutPlan, NetworkView, TensorNetwork
+from ...decomp import CutPlan, NetworkView, TensorNetwork, ThreeWayPlan, three_way_plan
 from .._anatomy import Site
 from .._group import Group
 from .autograd import Contraction, Counter, matrices
+from .cuts import CutByMatrix, CutRecipe
 
 
 class Pair(NamedTuple):
@@ -82,26 +83,6 @@ class ModuleSites:
         return Pair(b, a) if self.writer else Pair(a, b)
 
 
-class CutByMatrix(NamedTuple):
-    """The cuts of all sites of a group with one head count.
-
-    Attributes:
-        roles: role for each position of the axis ``matrix``.
-        cut: A (..., matrix, p, width) and B (..., matrix, heads*head_dim, p).
-        in_parameters: the parameters that A depends on, if every matrix has the same A.
-    """
-
-    roles: tuple[str, ...]
-    cut: Cut
-    in_parameters: tuple[int, ...] | None
-
-    def of(self, site: Site) -> Cut:
-        """Return the cut of one site."""
-        matrix = self.roles.index(site.role)
-        at = (0 if side.shape[-3] == 1 else matrix for side in self.cut)
-        return Cut(*(side.select(-3, position) for side, position in zip(self.cut, at)))
-
-
 class PairIndex(NamedTuple):
     """The position of a matrix in the result of `PairSource.contract`: the tensor, and the matrix in it."""
 
@@ -109,58 +90,41 @@ class PairIndex(NamedTuple):
     matrix: int
 
 
-@dataclass(frozen=True)
-class CutRecipe:
-    """The steps that compute the cuts of the sites with one head count from the parameters.
-
-    Attributes:
-        roles: the roles of the sites.
-        takes: (parameter, axis, positions) for each parameter that is restricted to some positions.
-        constants: tensors of the network that are no parameters; they follow the parameters.
-        plan: the plan that divides the network.
-        in_parameters: as in `CutByMatrix`.
-    """
-
-    roles: tuple[str, ...]
-    takes: list[tuple[int, int, Tensor]]
-    constants: list[Tensor]
-    plan: CutPlan
-    in_parameters: tuple[int, ...] | None
-
-    def cut(self, tensors: Sequence[Tensor]) -> CutByMatrix:
-        """Compute the cuts from these parameters."""
-        own = [*tensors, *self.constants]
-        for parameter, axis, at in self.takes:
-            own[parameter] = own[parameter].index_select(axis, at)
-        return CutByMatrix(self.roles, self.plan.cut(own), self.in_parameters)
-
-
 class PairSource:
     """Makes the pairs of all modules that one network updates, and keeps none of the pairs.
 
-    Attributes:
+    Args:
         group: the sites that share the network.
         network: the network.
         scaling: the number that the tensor is multiplied by to give the update.
+        row_mode: a mode whose positions are the rows of a batch, if rows have parameters of their own.
+
+    Attributes:
+        group, network, scaling: the arguments.
         backwards: the count of backwards that reached the network's parameters.
+        has_middle: whether the sides of all pairs are the same for all rows, which then differ in a small
+            middle only.
     """
 
     def __init__(
-        self,
-        group: Group,
-        network: TensorNetwork,
-        scaling: float,
-        batch_modes: tuple[str, ...] = (),
+        self, group: Group, network: TensorNetwork, scaling: float, row_mode: str = ""
     ) -> None:
         self.group = group
         self.network = network
         self.scaling = scaling
         self.backwards = Counter()
-        self._batch_modes = batch_modes  # leading axes of every pair, after the axis of the layers
+        self._row_mode = row_mode
         self._signatures: list[ModuleSites] = []
-        self._places: list[tuple[PairIndex, PairIndex]] = []  # a function of the signatures alone
+        self._places: list[tuple[PairIndex, ...]] = []  # a function of the signatures alone
         self._users: list[int] = []
         self._recipes: dict[object, CutRecipe] = {}
+        counts = {site.heads for site in group.sites} if row_mode else set()
+        pooled = [self._pooled(heads, network.stored[0])[0] for heads in counts]
+        self.has_middle = bool(row_mode) and all(self._three_way(each) for each in pooled)
+
+    def parts(self, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
+        """Divide the sites of a module into parts with a pair each: sites with middles have none together."""
+        return [(site,) for site in sites] if self.has_middle else [tuple(sites)]
 
     def add(self, sites: ModuleSites) -> int:
         """Add a module.
@@ -220,22 +184,44 @@ class PairSource:
             same tensor object.
         """
         self._check_numbers(device)
-        how = Contraction(
-            self.group.name,
-            len(self.group.layers),
-            self.network.spread,
-            self.contract,
-            self._of_layers,
-            self.backwards,
-        )
-        counts, flat = matrices(how, dtype, device, self.network.stored)
-        rows = iter(flat)
-        layers = range(how.layers)
-        made = [[[next(rows) for _ in range(n)] for _ in layers] for n in counts]
+        made = self.matrices(self.network.stored, dtype, device)
         return [
-            [Pair(made[a][layer][i], made[b][layer][j]) for (a, i), (b, j) in self._places]
-            for layer in layers
+            [Pair(*(made[k][layer][matrix] for k, matrix in place)) for place in self._places]
+            for layer in range(len(self.group.layers))
         ]
+
+    def matrices(
+        self,
+        stored: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        wide: torch.dtype | None = None,
+    ) -> list[list[list[Tensor]]]:
+        """Compute the matrices of all layers from parameters, as one node of the autograd graph.
+
+        Args:
+            stored: the parameters, one for each term.
+            dtype: dtype of the result.
+            device: device of the result.
+            wide: dtype of the contraction, which then takes place on ``device``; by default it is that of
+                the parameters, on their device.
+
+        Returns:
+            The matrices, by tensor of `contract`, layer and matrix.
+        """
+
+        def spread(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            if wide is not None:
+                tensors = [tensor.to(device, wide) for tensor in tensors]
+            return self.network.spread(tensors)
+
+        layers = len(self.group.layers)
+        how = Contraction(
+            self.group.name, layers, spread, self.contract, self._of_layers, self.backwards
+        )
+        counts, flat = matrices(how, dtype, device, stored)
+        rows = iter(flat)
+        return [[[next(rows) for _ in range(n)] for _ in range(layers)] for n in counts]
 
     def _check_numbers(self, device: torch.device | None) -> None:
         """Refuse parameters on the meta device, which an engine offloaded and does not bring back."""
@@ -248,8 +234,8 @@ class PairSource:
                     "Offload the base first (dispatch_model, device_map), then apply or load the adapter"
                 )
 
-    def place(self, number: int) -> tuple[PairIndex, PairIndex]:
-        """Return the positions of a module's two maps in the result of `contract`."""
+    def place(self, number: int) -> tuple[PairIndex, ...]:
+        """Return the positions of a module's two maps in the result of `contract`, and of its middle."""
         return self._places[number]
 
     def contract(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -259,37 +245,40 @@ class PairSource:
             tensors: the tensors of the terms, of all layers or of some.
 
         Returns:
-            Tensors (layers, batch modes, matrices, p, features); an axis has size 1 if all layers or
-            matrices are alike. `place` returns the position of each module's matrices.
+            Tensors (layers, matrices, p, features), with an axis of rows after the matrices if there is a
+            ``row_mode``; an axis has size 1 if all layers, matrices or rows are alike. A middle has (heads,
+            c, p, q) in place of (p, features). `place` returns the position of each module's matrices.
         """
+        axis = 2 if self._row_mode else 1  # of the matrices in a cut
         made: list[Tensor] = []
-        sides: dict[int, tuple[int, int]] = {}  # positions of A and B for each head count
+        sides: dict[int, tuple[int, ...]] = {}  # positions of A, B and middle for each head count
         shared: dict[tuple[int, ...], int] = {}  # position of an A that several head counts share
         cuts = self._cut(tensors, True)
-        for heads, (_, cut, parameters) in cuts.items():
+        for heads, (_, cut, parameters, middle) in cuts.items():
             known = None if parameters is None else shared.get(parameters)
             if known is None:
                 known = len(made)
                 made.append(cut.A * self.scaling)
             if parameters is not None:
                 shared[parameters] = known
-            sides[heads] = known, len(made)
-            made.append(cut.B.mT)
-        places = []
+            own = [cut.B.mT] if middle is None else [cut.B.mT, middle]
+            sides[heads] = known, *range(len(made), len(made) + len(own))
+            made += own
+        places: list[tuple[PairIndex, ...]] = []
         for module in self._signatures:
             site = module.sites[0]
-            if len(module.sites) > 1 or site.rows is not None:
+            if not self.has_middle and (len(module.sites) > 1 or site.rows is not None):
                 places.append((PairIndex(len(made), 0), PairIndex(len(made) + 1, 0)))
                 made += [side.unsqueeze(-3) for side in module.pair(cuts, self.scaling)]
                 continue
             matrix = cuts[site.heads].roles.index(site.role)
-            a, b = (PairIndex(k, matrix % made[k].shape[-3]) for k in sides[site.heads])
-            places.append((b, a) if module.writer else (a, b))
+            a, b, *rest = (PairIndex(k, matrix % made[k].shape[axis]) for k in sides[site.heads])
+            places.append((b, a, *rest) if module.writer else (a, b, *rest))
         if places != self._places:
             # On the stream a writer has the same A as the readers, but another input x.
-            firsts = [(first, m.sites[0].writer) for (first, _), m in zip(places, self._signatures)]
+            firsts = [(place[0], m.sites[0].writer) for place, m in zip(places, self._signatures)]
             self._places, self._users = places, [firsts.count(first) for first in firsts]
-        return made
+        return [tensor.movedim(axis, 1) for tensor in made]
 
     def _head_counts(self) -> dict[int, None]:
         return dict.fromkeys(s.heads for module in self._signatures for s in module.sites)
@@ -324,22 +313,37 @@ class PairSource:
         here = {s.role for module in self._signatures for s in module.sites if s.heads == heads}
         roles = tuple(role for role in group.roles if role in here)
         takes: list[tuple[int, int, Tensor]] = []
-        constants: list[Tensor] = []
-        batch_modes: tuple[str, ...] = ("layer", *self._batch_modes, "matrix")
         if not over_layers:
-            network, batch_modes = network.select(layer=0), batch_modes[1:]
+            network = network.select(layer=0)
         if len(roles) < len(group.roles):
             at = torch.tensor([group.roles.index(role) for role in roles], device=like.device)
             legs = [term.legs for term in network.legs.terms]
             takes = [(k, t.index("matrix"), at) for k, t in enumerate(legs) if "matrix" in t]
             network = network.index_select("matrix", at.to(network.stored[0].device))
-        if heads != group.heads:
-            means = group.head_means(heads, like)
-            constants = [means]
-            network = network.mode_dot(means.to(network.stored[0]), "head")
-        plan = network.cut_plan(*batch_modes)
+        network, constants = self._pooled(heads, like, network)
+        plan: CutPlan | ThreeWayPlan | None = self._three_way(network) if self.has_middle else None
+        if plan is None:
+            plan = network.cut_plan(*self._leading(network))
         alike = plan.in_side is None or not plan.in_side.batch_modes[-1]
-        return CutRecipe(roles, takes, constants, plan, plan.partition.in_side if alike else None)
+        parameters = () if plan.in_side is None else plan.in_side.parameters
+        return CutRecipe(roles, takes, constants, plan, parameters if alike else None)
+
+    def _pooled(
+        self, heads: int, like: Tensor, network: TensorNetwork | None = None
+    ) -> tuple[TensorNetwork, list[Tensor]]:
+        """Return a network over the heads of its sites, and the constants that it has more than before."""
+        network = self.network if network is None else network
+        if heads == self.group.heads:
+            return network, []
+        means = self.group.head_means(heads, like)
+        return network.mode_dot(means.to(network.stored[0]), "head"), [means]
+
+    def _leading(self, network: TensorNetwork) -> list[str]:
+        """List the modes that are leading axes of a cut."""
+        return [mode for mode in ("layer", self._row_mode, "matrix") if mode in network.modes]
+
+    def _three_way(self, network: TensorNetwork) -> ThreeWayPlan | None:
+        return three_way_plan(network, self._row_mode, *self._leading(network))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recipes": {}}

@@ -23,20 +23,28 @@ from torch.nn.functional import dropout, linear
 
 from ..._torch import is_capturing, is_in_backward
 from .pairs import Pair, PairSource
+from .rows import EvenRows, Layout
 
 
-def down(x: Tensor, a: Tensor, p: float) -> Tensor:
+def down(x: Tensor, a: Tensor, p: float, layout: Layout | None = None) -> Tensor:
     """Compute ``x @ a^T`` in the dtype of ``a``.
 
     Args:
-        x: (..., features).
+        x: (..., features), or (..., heads * features) if ``a`` maps the features of one head.
         a: (p, features), or (rows, p, features) if each row of a batch has its own map.
         p: probability of dropping a feature of x.
+        layout: the arrangement of the tokens in rows; x is divided equally over the rows by default.
+
+    Returns:
+        (..., p), or (..., heads, p).
     """
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
-    if a.dim() == 3:  # x is divided equally over the rows
-        return x.reshape(len(a), -1, x.shape[-1]) @ a.mT
+    if a.dim() == 3:
+        layout = layout or EvenRows(len(a))
+        return layout.join(layout.split(x) @ a.mT).view(*x.shape[:-1], -1)
+    if x.shape[-1] != a.shape[-1]:
+        x = x.unflatten(-1, (-1, a.shape[-1]))
     h = linear(dropout(x, p) if p else x, a)
     return h if h.dtype == a.dtype else h.to(a.dtype)
 
@@ -137,7 +145,9 @@ class Running:
         """Return the pair of one module; the pairs of all layers are made at once."""
         return self.pairs.of(source, dtype, device)[layer][number]
 
-    def product_of(self, x: Tensor, first: Tensor, users: int, p: float) -> Tensor:
+    def product_of(
+        self, x: Tensor, first: Tensor, users: int, p: float, layout: Layout | None = None
+    ) -> Tensor:
         """Compute ``x @ first^T`` once for all modules of a layer that share x and first.
 
         The product is reused only for the same tensor objects x and first, only while x is unchanged, and
@@ -148,9 +158,10 @@ class Running:
             first: (p, features), or (rows, p, features) if each row of a batch has its own map.
             users: number of modules of a layer that have this first.
             p: probability of dropping a feature of x; all modules that share x share one mask.
+            layout: the arrangement of the tokens in rows, as for `down`.
         """
         if users == 1 or x.is_inference():  # inference tensors count no changes
-            return down(x, first, p)
+            return down(x, first, p, layout)
         known = self.product
         backwards = self.pairs.backwards
         mark = x._version, x.requires_grad, torch.is_grad_enabled(), p, backwards
@@ -159,7 +170,7 @@ class Running:
             if known.left == 0:
                 self.product = None
             return known.h
-        h = down(x, first, p)
+        h = down(x, first, p, layout)
         self.product = CachedProduct(weakref.ref(x), mark, first, h, users - 1)
         return h
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..._torch import has_global_forward_hooks, is_autocast, is_tracing
 from .._anatomy import Site, is_conv1d
 from .pairs import ModuleSites, Pair, PairSource
+from .rows import EvenRows, Layout, RowMaps
 from .scope import ForwardScope, Running, down
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -63,12 +64,13 @@ class Slot(NamedTuple):
 
 
 def slots_of(owner: UpdateOwner, sites: Sequence[Site]) -> list[Slot]:
-    """Find the slots of one module; a module whose sites are in several groups has several."""
+    """Find the slots of one module; a module has several if its sites are in several groups, or if rows of a
+    batch have a middle of their own for each site."""
     slots = []
     for source in owner.sources:
         own = tuple(site for site in sites if site in source.group.members)
-        if own:
-            module = ModuleSites(source.group, own)
+        for part in source.parts(own) if own else ():
+            module = ModuleSites(source.group, part)
             slots.append(Slot(source, source.add(module), module.layer))
     return slots
 
@@ -159,8 +161,9 @@ def add_update(
     users: int,
     p: float,
     may_write: bool,
+    rows: RowMaps | None = None,
 ) -> Tensor:
-    """Compute ``y + (x @ first^T) @ second``.
+    """Compute ``y + (x @ first^T) @ second``; rows of a batch may have a middle between the two.
 
     Args:
         running: the forward under way; it computes ``x @ first^T`` once for modules that share it.
@@ -170,46 +173,56 @@ def add_update(
         users: number of modules of a layer that have this first.
         p: probability of dropping a feature of x.
         may_write: whether y may be changed in place, because no other code uses it.
+        rows: the middles of the rows of a batch, and the arrangement of the tokens in rows.
     """
     first, second = pair
-    h = down(x, first, p) if running is None else running.product_of(x, first, users, p)
-    return add_up(y, h, second, may_write)
+    layout = None if rows is None else rows.layout
+    asked = first, users, p, layout
+    h = down(x, first, p, layout) if running is None else running.product_of(x, *asked)
+    if rows is not None:
+        h = rows.apply(h, x.shape[:-1])
+    return add_up(y, h, second, may_write, layout)
 
 
-def add_up(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
+def add_up(
+    y: Tensor, h: Tensor, b: Tensor, may_write: bool, layout: Layout | None = None
+) -> Tensor:
     """Compute ``y + h @ b``.
 
     Args:
-        y: (..., features).
-        h: (..., p).
+        y: (..., features), or (..., heads * features) if ``b`` maps to the features of one head.
+        h: (..., p), or (..., heads, p).
         b: (p, features), or (rows, p, features) if each row of a batch has its own map.
         may_write: whether y may be changed in place, because no other code uses it; must be False while
             torch traces.
+        layout: the arrangement of the tokens in rows; y is divided equally over the rows by default.
     """
     if b.dim() == 3:
-        return _add_by_row(y, h, b, may_write)
+        return _add_by_row(y, h, b, may_write, layout or EvenRows(len(b)))
     if not y.is_contiguous():
-        return y + h @ b
+        return y + (h @ b).view(y.shape)
     if not may_write:
         if y.dtype == h.dtype == b.dtype and not is_autocast(y.device.type):
             # addmm needs one pass over y less than a product and a sum.
-            return torch.addmm(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), b).view(y.shape)
-        return y + h @ b
+            return torch.addmm(y.view(-1, b.shape[-1]), h.reshape(-1, h.shape[-1]), b).view(y.shape)
+        return y + (h @ b).view(y.shape)
     if not torch.is_grad_enabled():
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
+        y.view(-1, b.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
         return y
     # With an ordinary view, autograd would copy the gradient because of the change in place.
-    flat = _unsafe_view(y, (-1, y.shape[-1]))
+    flat = _unsafe_view(y, (-1, b.shape[-1]))
     flat.addmm_(h.reshape(-1, h.shape[-1]), b)
     return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
 
 
-def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool) -> Tensor:
-    """Compute `add_up` with one map for each row of a batch; y is divided equally over the rows."""
-    if may_write and y.is_contiguous() and not torch.is_grad_enabled():
+def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool, layout: Layout) -> Tensor:
+    """Compute `add_up` with one map for each row of a batch."""
+    h = layout.split(h)
+    even = isinstance(layout, EvenRows)
+    if even and may_write and y.is_contiguous() and not torch.is_grad_enabled():
         y.view(len(b), -1, y.shape[-1]).baddbmm_(h, b)
         return y
-    return y + (h @ b).view(y.shape)
+    return y + layout.join(h @ b).view(y.shape)
 
 
 class OutputHook:

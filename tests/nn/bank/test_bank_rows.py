@@ -112,13 +112,13 @@ def test_a_model_of_low_precision_gets_pairs_of_full_precision():
     forward = lortalib.nn._forward
     down, add_up = forward.scope.down, forward.update.add_up
 
-    def watched_down(x, a, p):
+    def watched_down(x, a, *rest):
         seen.append(a)
-        return down(x, a, p)
+        return down(x, a, *rest)
 
-    def watched_add_up(y, h, b, may_write):
+    def watched_add_up(y, h, b, *rest):
         seen.append(b)
-        return add_up(y, h, b, may_write)
+        return add_up(y, h, b, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lortalib.nn._forward.scope.down", watched_down)
