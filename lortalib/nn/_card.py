@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from huggingface_hub import ModelCardData
-
 from ._adapter import Adapter
 from ._hub import is_repository
 from ._table import lora_count
@@ -83,6 +81,8 @@ def _without(adapter: Adapter, base: str, place: str, lora: str | None) -> str:
 
 def _metadata(adapters: Iterable[Adapter], base: str) -> str:
     """Return the block of metadata. A base that is a local folder is left out: the hub does not know it."""
+    from huggingface_hub import ModelCardData  # deferred, as in _hub
+
     formats = sorted({each.config.decomposition for each in adapters})
     known = is_repository(base) and not os.path.exists(base)
     about = ModelCardData(
