@@ -36,7 +36,7 @@ def model_card(
     """
     first = next(iter(adapters.values()))
     base = base_model or getattr(getattr(first.model, "config", None), "_name_or_path", None) or ""
-    kind = type(first.model).__name__
+    kind, library = type(first.model).__name__, type(first.model).__module__.partition(".")[0]
     loaded = place if with_base else base or "MODEL"
     parts = [
         _metadata(adapters.values(), base),
@@ -50,7 +50,7 @@ def model_card(
         rows = "".join(f"| {_cell(name)} | {_cell(score)} |\n" for name, score in scores.items())
         parts.append(f"## Scores\n\n| measured | score |\n|---|---|\n{rows}")
     parts += [
-        _WITH.format(kind=kind, base=loaded, place=place),
+        _WITH.format(library=library, kind=kind, base=loaded, place=place),
         _without(first, loaded, place, lora),
     ]
     return "\n".join(parts)
@@ -65,7 +65,7 @@ _WITH = """\
 ## With lortalib
 
     import lortalib
-    from transformers import {kind}
+    from {library} import {kind}
 
     model = {kind}.from_pretrained("{base}")
     lortalib.nn.load(model, "{place}")

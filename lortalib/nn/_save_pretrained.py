@@ -117,8 +117,17 @@ def stand_in(model: nn.Module, host: AdapterHost) -> None:
 
 @contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    """Make transformers leave the adapters' parameters out of the files that it writes within a context."""
+    """Leave the adapters' parameters out of the files that the model writes within a context."""
     ignored = "_keys_to_ignore_on_save"  # transformers does not save parameters of these names
+    if not hasattr(type(model), ignored):  # diffusers saves every parameter
+        modules = dict(model._modules)
+        try:
+            model._modules.pop(ATTRIBUTE, None)
+            yield
+        finally:
+            model._modules.clear()
+            model._modules.update(modules)
+        return
     had, before = ignored in vars(model), getattr(model, ignored, None)
     own = {name for name in model.state_dict() if ATTRIBUTE in name.split(".")}
     vars(model)[ignored] = {*(before or ()), *own}
