@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from huggingface_hub import ModelCardData
-
 from ._adapter import Adapter
 from ._hub import is_repository
 from ._table import lora_count
@@ -20,6 +18,7 @@ def model_card(
     data: str | None = None,
     scores: Mapping[str, float | str] | None = None,
     lora: str | None = None,
+    with_base: bool = False,
 ) -> str:
     """Write the model card of the adapters of one model, in Markdown.
 
@@ -30,34 +29,43 @@ def model_card(
         data: the training data, in words.
         scores: what was measured, by name.
         lora: the folder beside them with the same adapter as a LoRA of PEFT, if there is one.
+        with_base: whether the weights of the model are beside them, because they changed too.
 
     Returns:
         The text, headed by the metadata that the hub reads.
     """
     first = next(iter(adapters.values()))
     base = base_model or getattr(getattr(first.model, "config", None), "_name_or_path", None) or ""
-    kind = type(first.model).__name__
+    kind, library = type(first.model).__name__, type(first.model).__module__.partition(".")[0]
+    loaded = place if with_base else base or "MODEL"
     parts = [
         _metadata(adapters.values(), base),
         "# A fine-tuning as a tensor network\n",
-        f"The weights of `{base or kind}` are not here, only what was trained on them.\n",
+        _WHOLE.format(kind=kind)
+        if with_base
+        else f"The weights of `{base or kind}` are not here, only what was trained on them.\n",
         *(_table(file, adapter, base, data) for file, adapter in adapters.items()),
     ]
     if scores:
         rows = "".join(f"| {_cell(name)} | {_cell(score)} |\n" for name, score in scores.items())
         parts.append(f"## Scores\n\n| measured | score |\n|---|---|\n{rows}")
     parts += [
-        _WITH.format(kind=kind, base=base or "MODEL", place=place),
-        _without(first, base or "MODEL", place, lora),
+        _WITH.format(library=library, kind=kind, base=loaded, place=place),
+        _without(first, loaded, place, lora),
     ]
     return "\n".join(parts)
 
+
+_WHOLE = """\
+The weights of the model are here too, because they changed. `{kind}.from_pretrained` alone loads them without
+what is in the tensor network; `lortalib.nn.load` adds it.
+"""
 
 _WITH = """\
 ## With lortalib
 
     import lortalib
-    from transformers import {kind}
+    from {library} import {kind}
 
     model = {kind}.from_pretrained("{base}")
     lortalib.nn.load(model, "{place}")
@@ -83,6 +91,8 @@ def _without(adapter: Adapter, base: str, place: str, lora: str | None) -> str:
 
 def _metadata(adapters: Iterable[Adapter], base: str) -> str:
     """Return the block of metadata. A base that is a local folder is left out: the hub does not know it."""
+    from huggingface_hub import ModelCardData  # deferred, as in _hub
+
     formats = sorted({each.config.decomposition for each in adapters})
     known = is_repository(base) and not os.path.exists(base)
     about = ModelCardData(

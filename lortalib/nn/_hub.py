@@ -1,4 +1,7 @@
-"""Finds the folder of a repository of the Hugging Face hub, and uploads a folder to a repository."""
+"""Finds the folder of a repository of the Hugging Face hub, and uploads a folder to a repository.
+
+huggingface_hub, which takes a quarter of a second to import, is imported when it is first asked.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-
-import huggingface_hub
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-#: What huggingface_hub raises: errors of the system and of the HTTP library below it.
-_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)  # type: ignore[assignment]
 
 
 def is_repository(name: object) -> bool:
@@ -32,6 +23,9 @@ def is_repository(name: object) -> bool:
     """
     if not isinstance(name, str) or name.count("/") != 1 or name.endswith(".safetensors"):
         return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -70,6 +64,8 @@ def local_folder(
                 f"{found}"
             )
         return path
+    import huggingface_hub
+
     with _explained(f"there is no folder {name!r} here", str(name), revision):
         folder = huggingface_hub.snapshot_download(
             str(name), revision=revision, token=token, allow_patterns=list(files)
@@ -113,6 +109,8 @@ def upload(
             f"a repository of the hub is named user/name, with letters, digits, '-', '_' and '.'; "
             f"found {repository!r}"
         )
+    import huggingface_hub
+
     api = huggingface_hub.HfApi(token=token)
     with _explained("nothing was uploaded", repository, revision):
         api.create_repo(repository, private=private, exist_ok=True)
@@ -132,6 +130,15 @@ def upload(
 @contextmanager
 def _explained(outcome: str, repository: str, revision: str | None) -> Iterator[None]:
     """Turn the errors of huggingface_hub into one that says what to try."""
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # Errors of the system, and of the HTTP library below huggingface_hub, such as a refused connection.
+    errors: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)  # type: ignore
     try:
         yield
     except RevisionNotFoundError as error:
@@ -143,7 +150,7 @@ def _explained(outcome: str, repository: str, revision: str | None) -> Iterator[
             f"{outcome}, and the hub shows this token no repository {repository!r}. Look at the name; "
             "for a private or gated one log in with `hf auth login`, or pass token="
         ) from error
-    except _ERRORS as error:
+    except errors as error:
         offline = huggingface_hub.is_offline_mode()
         why = (
             "HF_HUB_OFFLINE is set"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from ._host import AdapterHost
 
 _NAME = "save_pretrained"
 _FILE = "adapter.safetensors"
+#: Whether the Trainer that is saving reads adapters when it resumes.
+_reads_adapters = ContextVar("_reads_adapters", default=False)
 
 
 class SavePretrained:
@@ -54,14 +59,22 @@ class SavePretrained:
                 "model.push_to_hub(repository), which saves in the same way"
             )
         written = None
-        if not unmerged or self._trains_the_base() or len(unmerged) < len(self._host):
+        with_base = not unmerged or self._trains_the_base() or len(unmerged) < len(self._host)
+        if with_base:
             with _without_adapters(model):
                 written = getattr(type(model), _NAME)(model, save_directory, *args, **options)
         if (args[0] if args else options.get("is_main_process", True)) and unmerged:
             state = args[1] if len(args) > 1 else options.get("state_dict")
             for adapter in unmerged:
                 adapter.save(places[adapter.name], state=state)
-            _write_card(folder, {places[each.name] / _FILE: each for each in unmerged})
+            _write_card(folder, {places[each.name] / _FILE: each for each in unmerged}, with_base)
+            if re.fullmatch(r"checkpoint-\d+", folder.name) and not _reads_adapters.get():
+                warnings.warn(
+                    "this Trainer cannot resume from its checkpoints, nor load the best one at the end: it "
+                    "does not read adapter.safetensors. Put the mixin of lortalib before its class: "
+                    "class AdapterTrainer(lortalib.nn.AdapterTrainerMixin, Trainer): pass",
+                    stacklevel=2,
+                )
         return written
 
     def _trains_the_base(self) -> bool:
@@ -86,6 +99,16 @@ def saved_in(folder: Path, adapters: list[Adapter]) -> dict[str, Path]:
     return {adapter.name: folder / adapter.name for adapter in adapters}
 
 
+@contextmanager
+def by_a_trainer_that_reads_adapters() -> Iterator[None]:
+    """Let `SavePretrained` know within a context that a Trainer saves which can resume from adapter files."""
+    token = _reads_adapters.set(True)
+    try:
+        yield
+    finally:
+        _reads_adapters.reset(token)
+
+
 def stand_in(model: nn.Module, host: AdapterHost) -> None:
     """Replace ``save_pretrained`` of a model, if the model has it, by `SavePretrained`."""
     if callable(getattr(type(model), _NAME, None)):
@@ -94,8 +117,17 @@ def stand_in(model: nn.Module, host: AdapterHost) -> None:
 
 @contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    """Make transformers leave the adapters' parameters out of the files that it writes within a context."""
+    """Leave the adapters' parameters out of the files that the model writes within a context."""
     ignored = "_keys_to_ignore_on_save"  # transformers does not save parameters of these names
+    if not hasattr(type(model), ignored):  # diffusers saves every parameter
+        modules = dict(model._modules)
+        try:
+            model._modules.pop(ATTRIBUTE, None)
+            yield
+        finally:
+            model._modules.clear()
+            model._modules.update(modules)
+        return
     had, before = ignored in vars(model), getattr(model, ignored, None)
     own = {name for name in model.state_dict() if ATTRIBUTE in name.split(".")}
     vars(model)[ignored] = {*(before or ()), *own}
@@ -108,9 +140,9 @@ def _without_adapters(model: Any) -> Iterator[None]:
             vars(model).pop(ignored, None)
 
 
-def _write_card(folder: Path, adapters: dict[Path, Adapter]) -> None:
+def _write_card(folder: Path, adapters: dict[Path, Adapter], with_base: bool) -> None:
     """Write README.md, the page that a repository shows, unless the folder has one."""
     page = folder / "README.md"
     if not page.exists():
         named = {file.relative_to(folder).as_posix(): each for file, each in adapters.items()}
-        page.write_text(model_card(named), encoding="utf-8")
+        page.write_text(model_card(named, with_base=with_base), encoding="utf-8")

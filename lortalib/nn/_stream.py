@@ -44,7 +44,7 @@ def _whole(name: str, parts: Sequence[Site]) -> Site:
     """Join the sites of one weight to one site."""
     first = parts[0]
     features = sum(site.features for site in parts)
-    if first.fused not in (None, features):
+    if not first.writer and first.fused not in (None, features):
         raise UnsupportedModelError(
             f"{name} has {first.fused} features, of which {features} are asked for "
             f"({', '.join(site.role for site in parts)}). A tensor on the stream changes what the whole "
@@ -56,7 +56,8 @@ def _whole(name: str, parts: Sequence[Site]) -> Site:
         role="+".join(site.role for site in parts),
         heads=1,
         query_heads=1,
-        head_dim=features,
+        head_dim=first.fused
+        or features,  # all that the module writes, also of an MLP beside the heads
         rows=None,
         fused=None,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._adapters import adapters
 from ._files import restore
-from ._save_pretrained import saved_in
+from ._save_pretrained import by_a_trainer_that_reads_adapters, saved_in
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -24,7 +24,7 @@ class AdapterTrainerMixin(_Trainer):
 
     Checkpoints of a model with adapters of `lortalib.nn.apply` contain the adapters and the optimiser, but no
     base; this mixin reads them for ``resume_from_checkpoint`` and ``load_best_model_at_end``. It warns if an
-    adapter cannot train because it is merged, and of the first loss that is not finite.
+    adapter cannot train because it is merged or not active, and of the first loss that is not finite.
 
     Example:
         >>> import lortalib, tempfile, torch
@@ -46,11 +46,18 @@ class AdapterTrainerMixin(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         """Take one training step, as ``Trainer.training_step`` does, with the warnings of this class."""
-        merged = [name for name, adapter in adapters(model).items() if adapter.merged]
-        if merged:
+        found = adapters(model)
+        for name, adapter in found.items():
+            if adapter.merged:
+                warnings.warn(
+                    f"adapter {name!r} is merged: the forward is the base's own, so the adapter does not "
+                    "train; call unmerge() first",
+                    stacklevel=2,
+                )
+        if found and not any(adapter.active for adapter in found.values()):
             warnings.warn(
-                f"adapter {', '.join(map(repr, merged))} is merged: the forward is the base's own, so the "
-                "adapter does not train; call unmerge() first",
+                f"no adapter of the model is active ({', '.join(map(repr, found))}), so none trains; call "
+                "enable() first",
                 stacklevel=2,
             )
         loss: Tensor = super().training_step(model, inputs, *args, **options)
@@ -62,6 +69,10 @@ class AdapterTrainerMixin(_Trainer):
                 stacklevel=2,
             )
         return loss
+
+    def _save(self, *args: Any, **options: Any) -> None:
+        with by_a_trainer_that_reads_adapters():
+            super()._save(*args, **options)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

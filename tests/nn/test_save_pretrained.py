@@ -102,6 +102,20 @@ def test_what_trains_beside_the_adapter_is_saved_too(model, tmp_path):
     assert not any("lortalib" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
+def test_the_page_of_a_folder_with_a_base_says_that_from_pretrained_is_not_all(model, tmp_path):
+    put(model, freeze=False)
+    model.save_pretrained(tmp_path / "both")
+    text = (tmp_path / "both" / "README.md").read_text(encoding="utf-8")
+    assert "The weights of the model are here too" in text
+    assert 'LlamaForCausalLM.from_pretrained("FOLDER")' in text
+    assert 'lortalib.nn.load(model, "FOLDER")' in text
+    alone = FAMILY.model("ForCausalLM")
+    put(alone)
+    alone.save_pretrained(tmp_path / "alone")
+    text = (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
+    assert "are not here, only what was trained" in text
+
+
 def test_one_merged_and_one_beside(model, tmp_path):
     put(model, name="one").merge()
     put(model, name="two", seed=1)
@@ -193,6 +207,29 @@ def test_a_plain_trainer_says_that_it_cannot_read_the_checkpoint(model, tmp_path
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
         trainer(model, tmp_path / "x", kind=Trainer).train(resume_from_checkpoint=str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": False}])
+def test_a_plain_trainer_is_told_at_its_first_checkpoint(model, options, tmp_path):
+    put(model, **options)
+    with pytest.warns(UserWarning, match=r"cannot resume.*AdapterTrainerMixin"):
+        trainer(model, tmp_path / "plain", kind=Trainer).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "this Trainer cannot resume")
+        trainer(model, tmp_path / "mixin").train()
+        trainer(model, tmp_path / "mixin").save_model(str(tmp_path / "model"))
+        model.save_pretrained(tmp_path / "by hand")
+
+
+def test_an_adapter_that_is_not_active_is_named(model, tmp_path):
+    adapter = put(model, train_also=["lm_head"])
+    adapter.disable()
+    for parameter in model.lm_head.parameters():
+        parameter.requires_grad_(True)
+    with pytest.warns(
+        UserWarning, match=r"no adapter of the model is active \('default'\).*enable\(\)"
+    ):
+        trainer(model, tmp_path, max_steps=1, save_strategy="no").train()
 
 
 def test_what_cannot_train_is_said_early(model, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -33,6 +33,7 @@ def find_blocks(
         for full, role in declared.items():
             if full in modules:
                 sets[()][role].append(full)
+        words_of: dict[str, tuple[str, ...]] = defaultdict(tuple)
         for name, below in projection_children(module):
             full = first[id(module_at(module, below))]  # a module can have two paths
             role, extra = role_of(name) or ("", ())
@@ -42,7 +43,8 @@ def find_blocks(
             if latent:
                 role, extra = f"{role}_{extra[0]}", ()
             sets[() if role == "o" else extra][role].append(full)
-        outputs = sets[()].get("o", [])
+            words_of[full] = extra
+        outputs = {full: words_of[full] for full in sets[()].get("o", [])}
         if "q" in sets[()] and "qkv" in sets[()]:  # GPT-2's cross attention: c_attn is k and v
             sets[()]["kv"] = sets[()].pop("qkv")
         taken: set[str] = set()
@@ -72,16 +74,24 @@ def _is_block(roles: set[str], module: nn.Module, second: bool) -> bool:
 
 
 def _output(
-    path: str, extra: Sequence[str], candidates: Sequence[str], modules: dict[str, nn.Module]
+    path: str,
+    extra: tuple[str, ...],
+    candidates: Mapping[str, tuple[str, ...]],
+    modules: dict[str, nn.Module],
 ) -> str | None:
-    """Find the output projection: in the block itself, else ``../output.dense`` as in BERT."""
+    """Find the output projection: in the block itself, else ``../output.dense`` as in BERT.
+
+    Of several in the block, those with the extra words of the set come first: ``to_add_out`` for
+    ``add_q_proj``, ``add_k_proj`` and ``add_v_proj``.
+    """
 
     def preference(candidate: str) -> tuple[bool, bool]:
         name = candidate.removeprefix(path)
         return "o_proj" not in name and "out_proj" not in name, "out" not in name
 
     if candidates:
-        return min(candidates, key=preference)
+        alike = [each for each, words in candidates.items() if words == extra]
+        return min(alike or candidates, key=preference)
     parent, _, own = path.rpartition(".")
     dot = f"{parent}." if parent else ""
     words = "_".join((*extra, "output"))

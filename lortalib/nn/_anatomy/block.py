@@ -149,7 +149,10 @@ class BlockReader:
             )
         kv_heads = k_out // qk
         v_out = self.width["v"][1] if "v" in self.width else kv_heads * (o_in // self.heads)
-        if v_out % kv_heads or o_in != self.heads * (v_out // kv_heads):
+        outputs, offset = self.heads * (v_out // kv_heads), self.block.row.output_offset
+        if offset is not None and offset + outputs < o_in:  # it reads the MLP too, as in Flux
+            rows["o"] = feature_rows(offset, (outputs, 1))
+        elif v_out % kv_heads or o_in != outputs:
             raise BlockError(
                 f"its output projection reads {o_in} features, which is not {self.heads} heads with "
                 f"values of width {v_out} in {kv_heads} heads"
@@ -276,7 +279,7 @@ class BlockReader:
             writer=writer,
             transposed=is_conv1d(self.modules[path]),
             rows=rows,
-            fused=n_out if rows is not None else None,
+            fused=(n_in if writer else n_out) if rows is not None else None,
             weight_read_directly=self._is_bypassed(path),
         )
 

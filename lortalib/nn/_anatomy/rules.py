@@ -84,6 +84,8 @@ class BlockRule:
         weight_read_directly: whether the block reads the projections' weights directly, without calling
             their forward; or a function from the block to that. By default lortalib reads the block's
             source to find out.
+        output_offset: the position of the heads in what the output projection reads, if that is more than
+            the heads.
         refuse: the reason why such a block is not supported.
 
     Example:
@@ -96,6 +98,7 @@ class BlockRule:
     projections: Mapping[str, str] = field(default_factory=dict)
     skip: bool = False
     weight_read_directly: bool | Callable[[Any], bool] | None = None
+    output_offset: int | None = None
     refuse: str = ""
 
     @cached_property
@@ -138,5 +141,6 @@ RULES: tuple[BlockRule, ...] = (
     ),
     BlockRule(r"EsmFold2RowAttentionPooling", skip=True),  # its scores have no queries and keys
     BlockRule(r"AXK2Attention", projections={"q_b": "q_gate_proj"}),
+    BlockRule(r"FluxAttention", output_offset=0),  # of single blocks: the heads, then the MLP
     BlockRule(r"NeoMMEAttention", projections={"o": "output_projection.o_proj"}),
 )

@@ -67,7 +67,7 @@ class Site:
         transposed: whether the weight is stored (in, out), as in transformers' Conv1D.
         parameter: the name of the weight in its module.
         rows: where the features lie, if the module holds other features too.
-        fused: the output features of the whole module, if ``rows`` is set.
+        fused: the features of the whole module on that side, if ``rows`` is set.
         weight_read_directly: whether the weight is read directly and the module's forward not called.
         tied_paths: paths of other modules that hold the same weight; they get the same update.
         experts: the number of experts packed in the weight's first axis; 0 for an ordinary weight.

@@ -66,16 +66,35 @@ class PlannedBlocks:
             self.blocks[site.stack, site.layer][site.role] = site
             self.owners[weight_name(site)].append(site)
 
-    def compare(self, trace: Trace) -> CallFindings | None:
-        """Compare a trace with the block that it belongs to; None if no planned site takes part."""
-        block = self._block_of(trace)
-        if block is None:
-            return None
-        match = CallFindings(block, max(site.query_heads for site in self.blocks[block].values()))
-        readings = {role: self._read(role, trace.sources[role], match) for role in "qkv"}
-        readings["o"] = self._read_output(trace.sinks, match)
-        _compare_heads(readings, match)
-        return match
+    def compare(self, trace: Trace) -> list[CallFindings]:
+        """Compare a trace with the blocks that it belongs to; no planned site may take part.
+
+        A joint call, as of the pictures and words of SD3, belongs to several blocks: its queries, keys and
+        values come from each of them, and its output goes to each.
+        """
+        main = self._block_of(trace)
+        if main is None:
+            return []
+        blocks = [main, *(block for block in self._joint(trace) if block != main)]
+        found = []
+        for block in blocks:
+            planned = max(site.query_heads for site in self.blocks[block].values())
+            match = CallFindings(block, planned)
+            readings = {role: self._read(role, trace.sources[role], match) for role in "qkv"}
+            readings["o"] = self._read_output(trace.sinks, match, blocks)
+            _compare_heads(readings, match)
+            found.append(match)
+        return found
+
+    def _joint(self, trace: Trace) -> list[Block]:
+        """Find the blocks from which queries, keys and values of the call all come."""
+        return [
+            block
+            for block, roles in self.blocks.items()
+            if all(
+                role in roles and weight_name(roles[role]) in trace.sources[role] for role in "qkv"
+            )
+        ]
 
     def _block_of(self, trace: Trace) -> Block | None:
         """Find the block with the most sites in the call; among equals, the one whose output reads it."""
@@ -131,12 +150,18 @@ class PlannedBlocks:
             _Reading.of(site, fed[weight_name(site)], match) for site in sites if _feeds(site, lit)
         ]
 
-    def _read_output(self, sinks: Mapping[str, Tensor], match: CallFindings) -> list[_Reading]:
-        """Find which heads of the output projection read the call; two blocks can share one projection."""
+    def _read_output(
+        self, sinks: Mapping[str, Tensor], match: CallFindings, joint: Sequence[Block]
+    ) -> list[_Reading]:
+        """Find which heads of the output projection read the call; two blocks can share one projection.
+
+        The projections of the other blocks of a joint call read it too.
+        """
         own = self.blocks[match.block].get("o")
         writers = {s.path: s for block in self.blocks.values() for s in block.values() if s.writer}
         sites = [own] if own else [writers[path] for path in sinks]
-        others = [path for path in sinks if path not in {site.path for site in sites}]
+        known = [*sites, *(self.blocks[block]["o"] for block in joint if "o" in self.blocks[block])]
+        others = [path for path in sinks if path not in {site.path for site in known}]
         if others:
             match.refute(own, f"its output is read by {', '.join(others)}")
         if not sites:

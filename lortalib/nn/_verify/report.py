@@ -257,18 +257,19 @@ def _report(model: nn.Module, planned: Sequence[Site], forward: Forward) -> Repo
         units, queries, keys = call.weights.shape
         where = f"in {call.where or type(model).__name__}, {units} x {queries} queries, {keys} keys"
         try:
-            match = plan.compare(trace_heads(forward, number, *whole_units(call, most)))
-            if match and (match.wrong or len(set(match.heads)) < match.planned):
+            found = plan.compare(trace_heads(forward, number, *whole_units(call, most)))
+            if any(match.wrong or len(set(match.heads)) < match.planned for match in found):
                 closer = plan.compare(
                     trace_heads(forward, number, *single_queries(call, _MOST_SINGLE))
                 )
-                match = closer if closer and not closer.wrong else match
+                if closer and not any(match.wrong for match in closer):
+                    found = closer
         except RuntimeError as error:
             unplanned[f"{where}, could not be differentiated: {error}"] = None
             continue
-        if match is None:
+        if not found:
             unplanned[where] = None
-        else:
+        for match in found:
             findings[match.block[0]].add(match)
     by_stack: dict[str, list[Site]] = defaultdict(list)
     for site in planned:
