@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -258,25 +258,6 @@ class Adapter(AdapterModule):
             elif active:
                 self.enable()
 
-    def keep_pairs(self) -> AbstractContextManager[None]:
-        """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.
-
-        Otherwise each forward on a CPU compares the values once, and each forward on a GPU, where a
-        comparison would wait for the device, makes its low-rank pairs again. This context saves both when
-        decoding, where every token is a forward. It notices every change of the parameters except writes
-        through ``p.data`` and by some fused optimisers.
-
-        Example:
-            >>> import lortalib, torch
-            >>> from transformers import BertConfig, BertModel
-            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-            ...                              num_attention_heads=4, intermediate_size=64)).eval()
-            >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
-            >>> with adapter.keep_pairs(), torch.no_grad():
-            ...     outputs = [model(torch.tensor([[k]])) for k in range(3)]
-        """
-        return self.scope.keep()
-
     # In the weights
 
     def merge(self) -> None:
@@ -311,13 +292,18 @@ class Adapter(AdapterModule):
     # In words
 
     def save(
-        self, folder: str | PathLike[str], *, state: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | PathLike[str],
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        model: nn.Module | None = None,
     ) -> Path:
         """Write the adapter to a folder and return the folder; `lortalib.nn.load` reads it.
 
         Args:
             folder: the folder, which is made if it does not exist.
             state: the model's whole state dict, if one process saves alone what is divided over several.
+            model: the model of an adapter that is on none, such as one that was taken out of a bank.
 
         Raises:
             OSError: the folder cannot be written. Files in it are then unchanged.
@@ -325,8 +311,9 @@ class Adapter(AdapterModule):
         """
         from ._files import save  # deferred on purpose: files know adapters
 
-        self._require_host().prepare_files(self)
-        return save(self, folder, state)
+        if model is None:
+            self._require_host().prepare_files(self)
+        return save(self, folder, state, model)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
         """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.
