@@ -97,10 +97,13 @@ def measure_cell(cell: Cell, rounds: int) -> dict[str, Any]:
 
 def fill(bank: Bank, names: range) -> None:
     """Fill a bank with random adapters."""
-    stack = {
-        name: [torch.randn(len(names), *tensor.shape) for tensor in tensors]
-        for name, tensors in bank[None].items()
-    }
+    stack: dict[str, list[Tensor]] = {}
+    for name, tensors in bank[None].items():
+        own = [term for term in bank.legs[name].terms if not term.shared]
+        stack[name] = []
+        for term, tensor in zip(own, tensors):
+            drawn = stack[name][-1] if term.tied else torch.randn(len(names), *tensor.shape)
+            stack[name].append(drawn)
     bank.fill(names, stack)
 
 
