@@ -8,6 +8,7 @@ from http.client import HTTPConnection
 import pytest
 import torch
 from adapted import put
+from banks import random_stack
 from serve import Engine, Server
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,15 +75,8 @@ class Running:
 
 
 def random_tensors(bank, seed):
-    """Random numbers for an adapter; a tied parameter has those of the parameter before it."""
-    draw, found = torch.Generator().manual_seed(seed), {}
-    for name, tensors in bank[None].items():
-        terms = [term for term in bank.legs[name].terms if not term.shared]
-        found[name] = []
-        for term, like in zip(terms, tensors):
-            drawn = torch.randn(like.shape, generator=draw, dtype=like.dtype)
-            found[name].append(found[name][-1] if term.tied else drawn)
-    return found
+    stack = random_stack(bank, 1, seed)
+    return {name: [tensor[0] for tensor in tensors] for name, tensors in stack.items()}
 
 
 def prompt_of(k):

@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 from adapted import close, output, put
-from banks import constant, prompts, rows_of, small_llama
+from banks import constant, prompts, random_stack, rows_of, small_llama
 from models import FAMILIES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lortalib
@@ -205,7 +206,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 def test_generation_is_that_of_each_adapter_alone():
     model = small_llama()
     bank = shared_bank(model, "indscal")
-    bank.fill(range(4), {n: [torch.randn(4, *t.shape) for t in ts] for n, ts in bank[None].items()})
+    bank.fill(range(4), random_stack(bank, 4))
     ids = prompts(3, 6)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -284,7 +285,7 @@ def test_an_adapter_of_llama_3_8b_has_two_kilobytes():
 def test_copies_and_threads():
     model, inputs = small_llama(), prompts()
     bank = shared_bank(model)
-    bank.fill(range(2), {n: [torch.randn(2, *t.shape) for t in ts] for n, ts in bank[None].items()})
+    bank.fill(range(2), random_stack(bank, 2))
     wanted = {k: rows_of(model, bank, [k, k], inputs) for k in range(2)}
     other_model, other = copy.deepcopy((model, bank))
     for parameter in bank.shared["layers"]:
@@ -303,3 +304,24 @@ def test_copies_and_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_transforms_and_traces_leave_nothing_in_a_context(packed):
+    model, inputs = small_llama().double(), prompts()
+    bank = shared_bank(model, "tucker", dtype=torch.float64)
+    bank.fill([1], random_stack(bank, 1))
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    names = [[1] * 5, [None] * 5] if packed else [1, None]
+
+    def loss(embedded):
+        return model(inputs_embeds=embedded)[0].square().sum()
+
+    wanted = rows_of(model, bank, names, inputs)
+    with bank.using(names):
+        found = torch.func.grad(loss)(embedded)
+        loss(embedded.requires_grad_()).backward()
+        torch.testing.assert_close(found, embedded.grad, rtol=1e-4, atol=1e-4)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            output(model, inputs)
+        torch.testing.assert_close(output(model, inputs), wanted)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapted import output
-from banks import alone, filled, prompts, small_llama
+from banks import alone, filled, prompts, random_stack, small_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES
@@ -20,12 +20,7 @@ each_sharing = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 def random_bank(model, shared, decomposition="cp", **options):
     """A bank of four random adapters."""
     bank = lortalib.nn.bank(model, decomposition, 2, shared=shared, dtype=torch.float64, **options)
-    draw = torch.Generator().manual_seed(3)
-    stacks = {
-        name: [torch.randn(4, *t.shape, generator=draw, dtype=torch.float64) for t in ts]
-        for name, ts in bank[None].items()
-    }
-    bank.fill(range(4), stacks)
+    bank.fill(range(4), random_stack(bank, 4))
     return bank
 
 
