@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from .._anatomy import BlockRule
 from .._group import Group
 from .._plan import Plan, share_input_factor
 from .._trained_modules import TrainedModules
+from .file import read_bank, write_bank
 from .shared import SharedParameters
 from .source import Source, SourceReader
 from .store import Store
@@ -33,6 +36,7 @@ class BankContents:
     ) -> None:
         self._model = model
         self._plan = plan
+        self._rules = rules
         self._shared = SharedParameters(plan.networks, device, dtype)
         self._reader = SourceReader(model, plan, self._shared, rules, dtype, device)
         self._store = Store(self._reader.shapes, capacity, dtype, device, self._shared)
@@ -112,12 +116,13 @@ class BankContents:
         Args:
             name: any hashable name but None.
             source: an `Adapter` (on any model of this shape), a folder that one was saved to, or a
-                mapping from the name of each group to its tensors, in the order of the line and
-                without the scaling by `alpha`.
+                mapping from the name of each group to its own tensors (not those that all adapters share),
+                in the order of the line and without the scaling by `alpha`.
 
         Raises:
             ValueError: the source has other groups, legs or shapes than the bank, has trained modules,
-                or has values that are not finite in the bank's dtype.
+                has values that are not finite in the bank's dtype, or has other shared parameters than the
+                adapters in the bank. An empty bank takes its shared parameters from the source.
             TypeError: a source of another type.
             FileNotFoundError: a file of the folder is missing.
             AdapterFileError: a file is damaged, or its adapter does not fit the model.
@@ -174,7 +179,7 @@ class BankContents:
 
         Args:
             names: names that are not in the bank yet.
-            tensors: a mapping from the name of each group to its tensors, in the order of the line and
+            tensors: a mapping from the name of each group to its own tensors, in the order of the line and
                 without the scaling by `alpha`, each with a leading axis as long as ``names``.
 
         Raises:
@@ -202,7 +207,7 @@ class BankContents:
         self.add(name, source)
 
     def __getitem__(self, name: Hashable) -> dict[str, list[Tensor]]:
-        """Copy the tensors of an adapter, by the name of the group; None gives zeros.
+        """Copy an adapter's own tensors, by the name of the group; None gives zeros.
 
         They are in the order of the line and without the scaling by `alpha`, as `add` takes them.
 
@@ -246,6 +251,52 @@ class BankContents:
         if config.share_residual:
             share_input_factor(self.groups, networks)
         return Adapter(str(name), config, self.groups, networks, TrainedModules())
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write all adapters, and the parameters that they share, to a folder; `load` reads them.
+
+        Args:
+            folder: the folder, which is made if it does not exist.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: a name that is neither a text nor an integer, or a float8 bank.
+            OSError: the folder cannot be written.
+        """
+        names = list(self)
+        own = self._store.gather(names)
+        return write_bank(folder, self._model, self.adapter(None), names, own)
+
+    def load(self, folder: str | PathLike[str]) -> None:
+        """Store the adapters that a bank of this shape saved, replacing adapters of the same names.
+
+        Args:
+            folder: a folder that `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file of the folder is missing.
+            AdapterFileError: a file is damaged, or its adapters do not fit the model.
+            ValueError: they have other groups, legs, shapes or shared parameters than this bank.
+
+        Example:
+            >>> import lortalib, tempfile
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> bank.update({"ann": bank[None], "bob": bank[None]})
+            >>> again = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> again.load(bank.save(tempfile.mkdtemp()))
+            >>> list(again)
+            ['ann', 'bob']
+        """
+        saved = read_bank(folder, self._model, self._rules)
+        base = self._reader.read("the folder", saved.base)
+        own = self._reader.scaled(saved.own, saved.base.scaling)
+        stacked = self._reader.read_stacked(saved.names, own)
+        self._store.put(saved.names, stacked, shared=base.shared)
 
     def __delitem__(self, name: Hashable) -> None:
         self._store.drop(name)
