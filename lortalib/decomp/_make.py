@@ -26,7 +26,8 @@ def network(
 
     Args:
         legs: the line, for instance ``"in p, layer matrix p q, head out q"``, or the name of a
-            format. A parameter may be marked ``(frozen)``, ``(zero)``, ``(tied)`` or ``(of n)``.
+            format. A parameter may be marked, as ``(frozen)``, ``(zero)``, ``(shared)``, ``(tied)`` or
+            ``(of n)``.
         shape: ``(layers, heads, matrices, in, out)``, or a mapping from mode names to sizes.
         rank: one size for every bond, one for each bond in the order in which they first appear
             in the line, or a mapping from bond to size. The vectors of parameters marked ``(of n)`` stand

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -247,25 +247,6 @@ class Adapter(AdapterFiles):
                 self.merge()
             elif active:
                 self.enable()
-
-    def keep_pairs(self) -> AbstractContextManager[None]:
-        """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.
-
-        Otherwise each forward on a CPU compares the values once, and each forward on a GPU, where a
-        comparison would wait for the device, makes its low-rank pairs again. This context saves both when
-        decoding, where every token is a forward. It notices every change of the parameters except writes
-        through ``p.data`` and by some fused optimisers.
-
-        Example:
-            >>> import lortalib, torch
-            >>> from transformers import BertConfig, BertModel
-            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-            ...                              num_attention_heads=4, intermediate_size=64)).eval()
-            >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
-            >>> with adapter.keep_pairs(), torch.no_grad():
-            ...     outputs = [model(torch.tensor([[k]])) for k in range(3)]
-        """
-        return self.scope.keep()
 
     # In the weights
 

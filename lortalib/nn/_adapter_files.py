@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._adapter_module import AdapterModule
 
@@ -17,13 +17,18 @@ class AdapterFiles(AdapterModule):
     """The part of an adapter that writes files. Files know adapters, so their modules are imported late."""
 
     def save(
-        self, folder: str | PathLike[str], *, state: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | PathLike[str],
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        model: nn.Module | None = None,
     ) -> Path:
         """Write the adapter to a folder and return the folder; `lortalib.nn.load` reads it.
 
         Args:
             folder: the folder, which is made if it does not exist.
             state: the model's whole state dict, if one process saves alone what is divided over several.
+            model: the model of an adapter that is on none, such as one that was taken out of a bank.
 
         Raises:
             OSError: the folder cannot be written. Files in it are then unchanged.
@@ -31,8 +36,9 @@ class AdapterFiles(AdapterModule):
         """
         from ._files import save
 
-        self.require_host().prepare_files(self)
-        return save(cast(Any, self), folder, state)
+        if model is None:
+            self.require_host().prepare_files(self)
+        return save(cast(Any, self), folder, state, model)
 
     def export_lora(self, folder: str | PathLike[str]) -> Path:
         """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.

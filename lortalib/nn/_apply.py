@@ -12,6 +12,8 @@ from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
+from ._bank import Bank
+from ._from_shared import on_shared
 from ._lora_words import explains_lora_words
 from ._plan import Decomposition
 from ._plan_model import plan
@@ -36,6 +38,7 @@ def apply(
     name: str = "default",
     train_also: Sequence[str] = (),
     share_residual: bool = False,
+    shared: Iterable[str] | Adapter | Bank = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     verify_with: Mapping[str, Any] | None = None,
     freeze: bool = True,
@@ -77,6 +80,10 @@ def apply(
         train_also: modules that train as a whole with the adapter and are saved with it.
         share_residual: let the networks of one stack with equal width and rank, such as those of attention
             and MLP, share one factor for ``in``, the residual stream.
+        shared: an adapter or a `Bank` with parameters marked ``(shared)``: the new adapter has frozen copies
+            of these, and trains what is its own. Or legs, such as ``("in", "out")``: the parameters that
+            carry one of them are marked ``(shared)``, which matters to adapters and banks that take them
+            from this one. The networks must be those of the other: the same decomposition, rank, targets.
         rules: rules that describe the attention blocks of a remote-code model; see `sites`.
         verify_with: example inputs of the model. One forward of the live model checks the plan of the
             attention before anything is changed (see `lortalib.nn.verify`). Networks of the MLP or on the
@@ -103,6 +110,10 @@ def apply(
         100
     """
     model = check_name(model, name)
+    base = None
+    if isinstance(shared, (Adapter, Bank)):
+        base = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
+        shared = ()
     planned = plan(
         model,
         decomposition,
@@ -115,10 +126,13 @@ def apply(
         gqa=gqa,
         acts_on=acts_on,
         share_residual=share_residual,
+        shared=shared,
         rules=rules,
         generator=generator,
         dtype=dtype,
     )
+    if base is not None:
+        planned = on_shared(planned, base, init, generator)
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
     attention = [site for site in planned.sites if site.role not in MLP_ROLES]
     if verify_with is not None and attention and planned.config.acts_on == "weights":

@@ -50,6 +50,18 @@ def equal_tensors(one, other):
     return all(torch.equal(a, b) for group in one for a, b in zip(one[group], other[group]))
 
 
+def random_stack(bank, number, seed=0):
+    """Random numbers for so many adapters; a tied parameter has those of the parameter before it."""
+    draw, found = torch.Generator().manual_seed(seed), {}
+    for name, tensors in bank[None].items():
+        own = [term for term in bank.legs[name].terms if not term.shared]
+        found[name] = []
+        for term, like in zip(own, tensors, strict=True):
+            drawn = torch.randn(number, *like.shape, generator=draw, dtype=like.dtype)
+            found[name].append(found[name][-1] if term.tied else drawn)
+    return found
+
+
 def constant(bank, value, *lead):
     return {
         name: [torch.full((*lead, *t.shape), float(value)) for t in ts]

@@ -21,9 +21,10 @@ class SharedParameters:
         networks: the networks of one adapter, by name of the group, on any device. Their terms marked
             ``(shared)`` are shared; the parameters start with random values.
         device: the device of the parameters.
-        dtype: the dtype of the parameters.
+        dtype: the dtype of the bank. Shared parameters have at least float32, since they are few.
 
     Attributes:
+        dtype: the dtype of the parameters.
         parameters: the parameters of each group by its name, in the order of the line. They do not require
             gradients unless the user says so.
 
@@ -34,6 +35,9 @@ class SharedParameters:
     def __init__(
         self, networks: Mapping[str, Network], device: torch.device, dtype: torch.dtype
     ) -> None:
+        self.dtype = dtype = (
+            torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+        )
         self._marks: dict[str, list[bool]] = {}
         self.parameters: dict[str, list[nn.Parameter]] = {}
         made: dict[int, nn.Parameter] = {}  # one that several terms or networks use is held once

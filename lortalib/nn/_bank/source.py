@@ -139,11 +139,34 @@ class SourceReader:
     def scaled(
         self, tensors: Mapping[str, Sequence[Tensor]], scaling: float
     ) -> dict[str, list[Tensor]]:
-        """Rescale tensors, so that the bank's alpha gives the update that ``scaling`` gave."""
+        """Rescale an adapter's own tensors, so that the bank's alpha gives the update that ``scaling`` gave.
+
+        Raises:
+            ValueError: every tensor is used several times, and the two scalings have different signs.
+        """
         factor = scaling / self._alpha
         if factor == 1:
             return {group: list(values) for group, values in tensors.items()}
-        return {group: [_wide(first) * factor, *rest] for group, (first, *rest) in tensors.items()}
+        return {group: self._rescaled(group, values, factor) for group, values in tensors.items()}
+
+    def _rescaled(self, group: str, tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
+        """Multiply a network by a factor, by the tensor that the fewest terms use."""
+        holders = self.legs[group].holders
+        own = self._own_terms(group)
+        scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k))
+        uses = holders.count(scaled)
+        if uses > 1 and factor < 0:
+            raise ValueError(
+                f"the parameters of the group {group!r} ({self.legs[group]}) are all used {uses} times, so "
+                "none can take a negative scaling; make a bank with the alpha of the adapter"
+            )
+        root = factor if uses == 1 else factor ** (1 / uses)
+        pairs = zip(own, tensors)
+        return [_wide(t) * root if holders[k] == scaled else t for k, t in pairs]
+
+    def _own_terms(self, group: str) -> list[int]:
+        """List the positions of the terms that every adapter has of its own."""
+        return [k for k, term in enumerate(self.legs[group].terms) if not term.shared]
 
     def check_alike(self, label: str, groups: Sequence[Group], legs: Mapping[str, Legs]) -> None:
         """Refuse an adapter or a bank whose tensors have another meaning than this bank's.
@@ -239,25 +262,24 @@ class SourceReader:
                     raise ValueError(
                         f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
                     )
-        self._check_hashed(label, tensors)
+        self._check_repeated(label, tensors)
 
-    def _check_hashed(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Refuse different vectors for parameters that are hashed from one."""
+    def _check_repeated(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse different tensors for parameters that are one tensor: tied, or hashed from one vector."""
         for group, given in tensors.items():
-            legs = self.legs[group]
-            own = [k for k, term in enumerate(legs.terms) if not term.shared]
+            legs, own = self.legs[group], self._own_terms(group)
             for k, one in zip(own, given):
-                holder = legs.holders[k]
-                other = given[own.index(holder)]
-                if (
-                    legs.terms[holder].of
-                    and one is not other
-                    and not _wide(one).equal(_wide(other))
-                ):
-                    raise ValueError(
-                        f"{label}: the parameters of its group {group!r} ({legs}) that are hashed from "
-                        f"{legs.terms[holder].of!r} have one vector; found different ones"
-                    )
+                other = given[own.index(legs.holders[k])]
+                if one is other or _wide(one).equal(_wide(other)):
+                    continue
+                vector = legs.terms[legs.holders[k]].of
+                what = (
+                    f"hashed from {vector!r} have one vector" if vector else "tied have one tensor"
+                )
+                raise ValueError(
+                    f"{label}: the parameters of its group {group!r} ({legs}) that are {what}; found "
+                    "different ones"
+                )
 
     def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:
         """Bring the tensors to the bank's dtype and device."""

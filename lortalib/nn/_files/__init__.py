@@ -4,12 +4,13 @@ from .adapter import load, read, read_adapter, read_description, save
 from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
-from .folder import AdapterFileError
+from .folder import AdapterFileError, put_files
 from .gguf_lora import export_gguf
 from .import_lora import load_lora
 from .lora_config import lora_config
 from .peft_folder import describe_for_peft
 from .restore import restore
+from .tensors import digest, open_tensors, plain, write_tensors
 
 __all__ = [
     "AdapterFileError",
@@ -17,14 +18,19 @@ __all__ = [
     "compare_updates",
     "convert",
     "describe_for_peft",
+    "digest",
     "export_gguf",
     "export_lora",
     "load",
     "load_lora",
     "lora_config",
+    "open_tensors",
+    "plain",
+    "put_files",
     "read",
     "read_adapter",
     "read_description",
     "restore",
     "save",
+    "write_tensors",
 ]

@@ -28,7 +28,10 @@ from .weights import SavedModules, shared_weights
 
 
 def save(
-    adapter: Adapter, folder: str | PathLike[str], state: Mapping[str, Tensor] | None = None
+    adapter: Adapter,
+    folder: str | PathLike[str],
+    state: Mapping[str, Tensor] | None = None,
+    model: nn.Module | None = None,
 ) -> Path:
     """Write an adapter to a folder, as one file; see `Adapter.save`.
 
@@ -36,9 +39,10 @@ def save(
     is sharded over processes (FSDP2), every process has to call this function.
 
     Args:
-        adapter: an adapter on a model.
+        adapter: an adapter.
         folder: the folder; it is made if it does not exist.
         state: the whole state of the model, if this process saves alone what is divided over several.
+        model: the model of an adapter that is on none.
 
     Returns:
         The folder.
@@ -59,7 +63,7 @@ def save(
         ['adapter.safetensors']
     """
     folder = Path(folder)
-    model = adapter.model
+    model = adapter.model if model is None else check_model(model)
     place = f"{ATTRIBUTE}.{adapter.name}."
     tensors = {
         key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")

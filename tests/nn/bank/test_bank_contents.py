@@ -187,3 +187,31 @@ def test_a_bank_stands_in_memory_where_the_model_has_no_values_yet():
     bank = lortalib.nn.bank(model, "cp", 2)
     bank["x"] = constant(bank, 1)
     assert {t.device.type for ts in bank["x"].values() for t in ts} == {"cpu"}
+
+
+@pytest.mark.parametrize("decomposition", ["cp", "indscal", "uni_lora"])
+def test_an_adapter_with_another_scaling_comes_out_as_it_went_in(decomposition):
+    model, inputs = small_llama(), prompts()
+    bank = lortalib.nn.bank(model, decomposition, 2, alpha=2.0)
+    adapter = put(model, decomposition, 2, seed=1, alpha=0.5)
+    wanted = output(model, inputs)
+    bank["x"] = adapter
+    adapter.remove()
+    torch.testing.assert_close(
+        rows_of(model, bank, ["x", "x"], inputs), wanted, atol=3e-5, rtol=1e-4
+    )
+    again = lortalib.nn.bank(model, decomposition, 2)
+    again["x"] = bank.adapter("x")
+    torch.testing.assert_close(
+        rows_of(model, again, ["x", "x"], inputs), wanted, atol=3e-5, rtol=1e-4
+    )
+
+
+def test_tied_parameters_have_one_tensor():
+    bank = lortalib.nn.bank(small_llama(), "indscal", 2)
+    different = {n: [torch.randn(t.shape) for t in ts] for n, ts in bank[None].items()}
+    with pytest.raises(ValueError, match="that are tied have one tensor; found different ones"):
+        bank["x"] = different
+    negative = lortalib.nn.bank(small_llama(), "uni_lora", 2, alpha=-1.0)
+    with pytest.raises(ValueError, match="none can take a negative scaling"):
+        negative["x"] = put(small_llama(), "uni_lora", 2)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from adapted import output
-from banks import alone, filled, prompts, small_llama
+from banks import alone, filled, prompts, random_stack, small_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES
 from strategies import examples
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lortalib
 from lortalib.nn._forward import TokenRows
@@ -19,12 +20,7 @@ each_sharing = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 def random_bank(model, shared, decomposition="cp", **options):
     """A bank of four random adapters."""
     bank = lortalib.nn.bank(model, decomposition, 2, shared=shared, dtype=torch.float64, **options)
-    draw = torch.Generator().manual_seed(3)
-    stacks = {
-        name: [torch.randn(4, *t.shape, generator=draw, dtype=torch.float64) for t in ts]
-        for name, ts in bank[None].items()
-    }
-    bank.fill(range(4), stacks)
+    bank.fill(range(4), random_stack(bank, 4))
     return bank
 
 
@@ -138,3 +134,44 @@ def test_a_tuple_is_a_name_and_no_row_of_names():
     with bank.using([("ann", 1), None]):
         found = output(model, inputs)
     torch.testing.assert_close(found[0], alone(model, 1, inputs)[0], atol=3e-5, rtol=1e-4)
+
+
+def test_continuous_batching_names_the_adapter_of_each_request():
+    model = small_llama()
+    bank = random_bank(model, ("in", "out"))
+    prompts_ = {f"r{k}": list(range(3, 43 + k)) for k in range(6)}  # one prefix of several blocks
+    names = dict(zip(prompts_, [0, 1, None, 2, 1, 3]))
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=1, pad_token_id=0)
+    unshared = ContinuousBatchingConfig(allow_block_sharing=False)
+    contexts, found, tokens = [], {}, []
+
+    def enter(module, args, kwargs):
+        batch = manager.batch_processor.inputs_and_outputs.requests_in_batch
+        row = [names[each.state.request_id] for each in batch for _ in range(each.query_length)]
+        tokens.append(len(row))
+        row += [None] * (kwargs["input_ids"].shape[1] - len(row))
+        contexts.append(bank.using([row]))
+        contexts[-1].__enter__()
+
+    def leave(module, args, output):
+        contexts.pop().__exit__(None, None, None)
+
+    with model.continuous_batching_context_manager(
+        generation_config=settings, continuous_batching_config=unshared, warmup=False
+    ) as manager:
+        hooks = [
+            model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
+        for request, ids in prompts_.items():
+            manager.add_request(ids, request_id=request, max_new_tokens=5)
+        for _ in prompts_:
+            answer = manager.get_result(timeout=60)
+            found[answer.request_id] = answer.generated_tokens
+    for hook in hooks:
+        hook.remove()
+    assert 0 < min(tokens) < max(tokens)
+    for request, ids in prompts_.items():
+        with bank.using([names[request]]):
+            wanted = model.generate(torch.tensor([ids]), generation_config=settings)
+        assert found[request] == wanted[0, len(ids) :].tolist(), request

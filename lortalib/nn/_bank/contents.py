@@ -1,0 +1,302 @@
+"""Defines the contents of a bank: adapters under names, and the parameters that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...decomp import Legs
+from .._adapter import Adapter
+from .._anatomy import BlockRule
+from .._group import Group
+from .._plan import Plan, share_input_factor
+from .._trained_modules import TrainedModules
+from .file import read_bank, write_bank
+from .shared import SharedParameters
+from .source import Source, SourceReader
+from .store import Store
+
+
+class BankContents:
+    """The adapters that a bank stores; `Bank` lets the rows of a batch use them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rules: BlockRule | Sequence[BlockRule] = (),
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._rules = rules
+        self._shared = SharedParameters(plan.networks, device, dtype)
+        self._reader = SourceReader(model, plan, self._shared, rules, dtype, device)
+        self._store = Store(self._reader.shapes, capacity, dtype, device, self._shared)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._store
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._store)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of sites that share a network."""
+        return self._plan.groups
+
+    @property
+    def legs(self) -> dict[str, Legs]:
+        """The line of each group's network by the name of the group, with the mark ``(shared)``."""
+        return dict(self._reader.legs)
+
+    @property
+    def alpha(self) -> float:
+        """The factor by which the forward multiplies every tensor."""
+        return self._plan.config.scaling
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored parameters."""
+        return self._store.dtype
+
+    @property
+    def capacity(self) -> int:
+        """The number of adapters that there is room for.
+
+        It doubles when the room is used up; while tensors are copied, old and new ones are in memory.
+        """
+        return self._store.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of the stored adapters, without the parameters that they share."""
+        return self._store.nbytes
+
+    @property
+    def shared(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters marked ``(shared)`` of each group by its name, in the order of the line.
+
+        All adapters use them. They do not train unless ``requires_grad_()`` is called on them.
+        """
+        return {group: list(parameters) for group, parameters in self._shared.parameters.items()}
+
+    def count(self, trainable_only: bool = True) -> int:
+        """Count the parameters that one adapter has of its own; one in several networks counts once.
+
+        Args:
+            trainable_only: whether parameters marked ``(frozen)`` are left out.
+        """
+        return self._plan.count(trainable_only, shared=False)
+
+    def __repr__(self) -> str:
+        lines = ", ".join(f"{name}: {legs}" for name, legs in self._reader.legs.items())
+        return (
+            f"Bank on {type(self._model).__name__}: {len(self):,} adapters of {self.count():,} trainable "
+            f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,}"
+            + f", {sum(p.numel() for p in self._shared.distinct):,} shared" * bool(self._shared)
+            + f" ({lines})"
+        )
+
+    # Adding and reading
+
+    def add(self, name: Hashable, source: Source) -> None:
+        """Store an adapter; one with the same name is replaced.
+
+        Args:
+            name: any hashable name but None.
+            source: an `Adapter` (on any model of this shape), a folder that one was saved to, or a
+                mapping from the name of each group to its own tensors (not those that all adapters share),
+                in the order of the line and without the scaling by `alpha`.
+
+        Raises:
+            ValueError: the source has other groups, legs or shapes than the bank, has trained modules,
+                has values that are not finite in the bank's dtype, or has other shared parameters than the
+                adapters in the bank. An empty bank takes its shared parameters from the source.
+            TypeError: a source of another type.
+            FileNotFoundError: a file of the folder is missing.
+            AdapterFileError: a file is damaged, or its adapter does not fit the model.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, alpha=8.0)
+            >>> shapes = [(32, 2), (8, 2), (4, 2), (2, 2), (4, 2)]  # in, out, head, layer, matrix
+            >>> bank.add("ann", {"encoder": [torch.ones(shape) for shape in shapes]})
+            >>> bank["bob"] = bank["ann"]
+            >>> list(bank)
+            ['ann', 'bob']
+        """
+        self.update({name: source})
+
+    def update(self, sources: Mapping[Hashable, Source] | BankContents) -> None:
+        """Store several adapters, replacing adapters of the same names. If one is refused, none is stored.
+
+        Args:
+            sources: a mapping from names to sources, as `add` takes them; or another bank of this shape,
+                whose adapters make the same updates in this bank.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, AdapterFileError: as for `add`.
+            KeyError: another thread removed an adapter from the other bank meanwhile.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> small = lortalib.nn.bank(model, "cp", rank=2, alpha=8.0)
+            >>> small.update({"ann": small[None], "bob": small[None]})
+            >>> large = lortalib.nn.bank(model, "cp", rank=2, capacity=1000)
+            >>> large.update(small)
+            >>> len(large)
+            2
+        """
+        if isinstance(sources, BankContents):
+            self._reader.check_alike("the other bank", sources.groups, sources._reader.legs)
+            names = list(sources)
+            own = self._reader.scaled(sources._store.gather(names), sources.alpha)
+            stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
+            self._store.put(names, stacked, shared=shared if self._shared else None)
+            return
+        read = self._reader.read_all(sources)
+        self._store.put(list(sources), read.own, shared=read.shared)
+
+    def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Store many adapters from stacked tensors, in a few copies.
+
+        Args:
+            names: names that are not in the bank yet.
+            tensors: a mapping from the name of each group to its own tensors, in the order of the line and
+                without the scaling by `alpha`, each with a leading axis as long as ``names``.
+
+        Raises:
+            ValueError: a name that is None, twice, or in the bank; other groups or shapes than the
+                bank's; or values that are not finite in the bank's dtype.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2)
+            >>> shapes = [(32, 2), (8, 2), (4, 2), (2, 2), (4, 2)]  # in, out, head, layer, matrix
+            >>> bank.fill(range(500), {"encoder": [torch.randn(500, *shape) for shape in shapes]})
+            >>> len(bank), bank.capacity >= 500
+            (500, True)
+        """
+        names = list(names)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"fill() takes new names, each once; {twice!r} is there twice")
+        self._store.put(names, self._reader.read_stacked(names, tensors), may_replace=False)
+
+    def __setitem__(self, name: Hashable, source: Source) -> None:
+        self.add(name, source)
+
+    def __getitem__(self, name: Hashable) -> dict[str, list[Tensor]]:
+        """Copy an adapter's own tensors, by the name of the group; None gives zeros.
+
+        They are in the order of the line and without the scaling by `alpha`, as `add` takes them.
+
+        Raises:
+            KeyError: the name is not in the bank.
+        """
+        found = self._store.gather([name])
+        return {group: [tensor[0] for tensor in tensors] for group, tensors in found.items()}
+
+    def adapter(self, name: Hashable) -> Adapter:
+        """Copy an adapter out of the bank, as an ordinary one that is on no model.
+
+        ``adapter.save(folder, model=model)`` and ``lortalib.nn.export_lora(adapter, folder, model)`` write
+        it, and `lortalib.nn.load` puts it on a model.
+
+        Args:
+            name: its name in the bank; None gives an adapter that changes nothing.
+
+        Raises:
+            KeyError: the name is not in the bank.
+
+        Example:
+            >>> import lortalib
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> bank["ann"] = {"encoder": [torch.ones_like(t) for t in bank[None]["encoder"]]}
+            >>> adapter = bank.adapter("ann")
+            >>> adapter.name, adapter.is_on_model, adapter.count()
+            ('ann', False, 100)
+        """
+        tensors, networks = self._shared.join(self[name]), {}
+        wide = self._shared.dtype
+        for group in self.groups:
+            like = self._plan.networks[group.name]
+            # Copies, so that no adapter has a parameter of the bank.
+            own = [tensor.detach().to(wide, copy=True) for tensor in tensors[group.name]]
+            networks[group.name] = like.like([own[k] for k in like.legs.holders])
+        config = self._plan.config
+        if config.share_residual:
+            share_input_factor(self.groups, networks)
+        return Adapter(str(name), config, self.groups, networks, TrainedModules())
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write all adapters, and the parameters that they share, to a folder; `load` reads them.
+
+        Args:
+            folder: the folder, which is made if it does not exist.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: a name that is neither a text nor an integer, or a float8 bank.
+            OSError: the folder cannot be written.
+        """
+        names = list(self)
+        own = self._store.gather(names)
+        return write_bank(folder, self._model, self.adapter(None), names, own)
+
+    def load(self, folder: str | PathLike[str]) -> None:
+        """Store the adapters that a bank of this shape saved, replacing adapters of the same names.
+
+        Args:
+            folder: a folder that `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file of the folder is missing.
+            AdapterFileError: a file is damaged, or its adapters do not fit the model.
+            ValueError: they have other groups, legs, shapes or shared parameters than this bank.
+
+        Example:
+            >>> import lortalib, tempfile
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> bank = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> bank.update({"ann": bank[None], "bob": bank[None]})
+            >>> again = lortalib.nn.bank(model, "cp", rank=2, shared=("in", "out"))
+            >>> again.load(bank.save(tempfile.mkdtemp()))
+            >>> list(again)
+            ['ann', 'bob']
+        """
+        saved = read_bank(folder, self._model, self._rules)
+        base = self._reader.read("the folder", saved.base)
+        own = self._reader.scaled(saved.own, saved.base.scaling)
+        stacked = self._reader.read_stacked(saved.names, own)
+        self._store.put(saved.names, stacked, shared=base.shared)
+
+    def __delitem__(self, name: Hashable) -> None:
+        self._store.drop(name)

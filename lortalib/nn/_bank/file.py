@@ -1,0 +1,128 @@
+"""Writes the adapters of a bank to a folder, and reads them back.
+
+The folder has two files. ``adapter.safetensors`` is the file of an adapter that changes nothing: it describes
+the networks and contains the shared parameters. ``bank.safetensors`` contains the stacked own tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._adapter import Adapter
+from .._anatomy import BlockRule
+from .._files import (
+    AdapterFileError,
+    digest,
+    open_tensors,
+    plain,
+    put_files,
+    read_adapter,
+    write_tensors,
+)
+
+_FILE = "bank.safetensors"
+_FORMAT = "lortalib bank, version 1"
+_NAMES = "names"
+
+
+class SavedBank(NamedTuple):
+    """What the folder of a bank contains.
+
+    Attributes:
+        base: the adapter that changes nothing, with the shared parameters.
+        names: the names of the adapters.
+        own: a mapping from the name of each group to its own tensors, with a leading axis of adapters.
+    """
+
+    base: Adapter
+    names: list[Hashable]
+    own: dict[str, list[Tensor]]
+
+
+def write_bank(
+    folder: str | PathLike[str],
+    model: nn.Module,
+    base: Adapter,
+    names: Sequence[Hashable],
+    own: Mapping[str, Sequence[Tensor]],
+) -> Path:
+    """Write the adapters of a bank.
+
+    Args:
+        folder: the folder; it is made if it does not exist.
+        model: the model of the bank.
+        base, names, own: as in `SavedBank`.
+
+    Raises:
+        ValueError: a name that is neither a text nor an integer, or a dtype that no file holds.
+        OSError: the folder cannot be written.
+    """
+    odd = next((name for name in names if type(name) not in (str, int)), None)
+    if odd is not None:
+        raise ValueError(f"names in a file are texts or integers; found {odd!r}")
+    text = json.dumps(list(names)).encode()
+    tensors = {_NAMES: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    for group, stacks in own.items():
+        tensors |= {f"{group}.{k}": plain(stack) for k, stack in enumerate(stacks)}
+    described = _digest_of(base)
+    metadata = {"format": _FORMAT, "adapter": described, "sha256": digest(described, tensors)}
+    folder = Path(folder)
+    base.save(folder, model=model)
+    put_files(folder, {_FILE: lambda file: write_tensors(file, tensors, metadata)})
+    return folder
+
+
+def read_bank(
+    folder: str | PathLike[str], model: nn.Module, rules: BlockRule | Sequence[BlockRule]
+) -> SavedBank:
+    """Read what `write_bank` wrote.
+
+    Args:
+        folder: the folder.
+        model: the model, to which the adapters are fitted.
+        rules: as for `bank`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterFileError: a file is damaged, the files were not written together, or the adapters do not fit
+            the model.
+    """
+    base = read_adapter(model, folder, rules=rules)
+    path = Path(folder) / _FILE
+    with open_tensors(path) as file:
+        metadata, tensors = file.metadata, file.read()
+    if metadata.get("format") != _FORMAT:
+        raise AdapterFileError(
+            f"{path} is not a bank's file of the version that this lortalib reads"
+        )
+    if metadata.get("adapter") != _digest_of(base):
+        raise AdapterFileError(f"{path} was not written together with the other file of its folder")
+    if metadata.get("sha256") != digest(metadata["adapter"], tensors):
+        raise AdapterFileError(f"{path} is damaged: its SHA-256 is another than the one it has")
+    names = json.loads(tensors.pop(_NAMES).numpy().tobytes())
+    own: dict[str, list[Tensor]] = {group.name: [] for group in base.groups}
+    for group, stacks in own.items():
+        while f"{group}.{len(stacks)}" in tensors:
+            stacks.append(tensors[f"{group}.{len(stacks)}"])
+    return SavedBank(base, names, own)
+
+
+def _digest_of(base: Adapter) -> str:
+    """Compute a digest of the lines and the parameters of an adapter."""
+    networks = {group.name: base.network(group) for group in base.groups}
+    lines = json.dumps({name: str(network.legs) for name, network in networks.items()})
+    return digest(
+        lines,
+        {
+            f"{name}.{k}": plain(tensor)
+            for name, network in networks.items()
+            for k, tensor in enumerate(network.stored)
+        },
+    )

@@ -1,0 +1,94 @@
+"""Files of banks: what is saved comes back, and damage is refused."""
+
+import pytest
+import torch
+from banks import equal_tensors, prompts, random_stack, rows_of, small_llama
+
+import lortalib
+from lortalib.nn import AdapterFileError
+
+SHARED = {"own sides": (), "shared sides": ("in", "out")}
+each_sharing = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+
+
+def full(model, shared, decomposition="cp", **options):
+    bank = lortalib.nn.bank(model, decomposition, 2, shared=shared, **options)
+    bank.fill(["ann", 3, "eve"], random_stack(bank, 3))
+    return bank
+
+
+@each_sharing
+@pytest.mark.parametrize("decomposition", ["cp", "indscal", "uni_lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_comes_back(tmp_path, shared, decomposition, dtype):
+    if decomposition == "uni_lora":
+        shared = ()  # its parameters have one vector
+    model, inputs = small_llama(), prompts()
+    options = {"decomposition": decomposition, "dtype": dtype, "alpha": 0.5}
+    bank = lortalib.nn.bank(model, rank=2, shared=shared, **options)
+    stack = {
+        n: [t[:1].expand(3, *t.shape[1:]) for t in ts] for n, ts in random_stack(bank, 1).items()
+    }
+    if decomposition == "uni_lora":
+        stack = {n: [ts[0]] * len(ts) for n, ts in stack.items()}
+    bank.fill(["ann", 3, "eve"], stack)
+    wanted = rows_of(model, bank, [3, "ann"], inputs)
+    folder = bank.save(tmp_path / "bank")
+    bank.remove()
+    again = lortalib.nn.bank(model, rank=2, shared=shared, **{**options, "capacity": 1})
+    again.load(folder)
+    assert list(again) == ["ann", 3, "eve"]
+    assert torch.equal(rows_of(model, again, [3, "ann"], inputs), wanted)
+    other = lortalib.nn.bank(
+        model, rank=2, shared=shared, **{**options, "alpha": 2.0, "dtype": torch.float32}
+    )
+    other.load(folder)
+    again.remove()
+    torch.testing.assert_close(
+        rows_of(model, other, [3, "ann"], inputs), wanted, atol=1e-4, rtol=1e-3
+    )
+
+
+@each_sharing
+def test_an_empty_bank_can_be_saved(tmp_path, shared):
+    bank = lortalib.nn.bank(small_llama(), "cp", 2, shared=shared)
+    again = full(small_llama(), shared)
+    again.load(bank.save(tmp_path))
+    assert len(again) == 3
+
+
+def test_damage_and_other_shapes_are_refused_and_nothing_changes(tmp_path):
+    model, sides = small_llama(), ("in", "out")
+    bank = full(model, sides)
+    folder = bank.save(tmp_path / "one")
+    before = {name: bank[name] for name in bank}
+    other = full(small_llama(), sides)
+    other.shared["layers"][0].add_(1)
+    second = other.save(tmp_path / "two")
+    with pytest.raises(ValueError, match="other shared parameters"):
+        bank.load(second)
+    (second / "bank.safetensors").write_bytes((folder / "bank.safetensors").read_bytes())
+    with pytest.raises(AdapterFileError, match="not written together"):
+        bank.load(second)
+    data = bytearray((folder / "bank.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "bank.safetensors").write_bytes(data)
+    with pytest.raises(AdapterFileError, match="is damaged"):
+        bank.load(folder)
+    (folder / "bank.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        bank.load(folder)
+    wider = lortalib.nn.bank(small_llama(), "cp", 3, shared=sides)
+    with pytest.raises(ValueError, match="shape"):
+        wider.load(other.save(tmp_path / "three"))
+    assert len(wider) == 0
+    assert list(bank) == list(before)
+    assert all(equal_tensors(before[name], bank[name]) for name in before)
+
+
+def test_names_that_no_file_holds_are_refused(tmp_path):
+    bank = full(small_llama(), ())
+    bank["ann", 1] = bank["ann"]
+    with pytest.raises(ValueError, match=r"found \('ann', 1\)"):
+        bank.save(tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
