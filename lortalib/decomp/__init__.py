@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._absorb import absorb
 from ._build import Rank
 from ._canonical import canonical
 from ._cut import Cut, CutPlan
@@ -81,6 +82,7 @@ __all__ = [
     "StartLike",
     "TensorNetwork",
     "Term",
+    "absorb",
     "block_term",
     "budget",
     "canonical",

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lortalib.decomp import (
     Network,
     NetworkView,
+    absorb,
     cp,
     distance,
     environment,
@@ -176,6 +177,38 @@ def test_the_gram_matrix_is_that_of_the_environment(kind, data):
     assert torch.equal(gram(net, net.names[k]), gram(net, net.names.index(net.names[k])))
 
 
+@over_kinds
+@examples(15)
+@given(data=st.data())
+def test_an_absorbed_parameter_leaves_the_tensor_as_it_is(kind, data):
+    net = data.draw(networks(kind))
+    k = data.draw(st.integers(0, len(net.names) - 1))
+    found = absorb(net, k)
+    assert found.modes == net.modes
+    assert found is net or len(found.names) == len(net.names) - 1
+    assert_same(found.dense(), array(net))
+    for term, tensor in zip(net.legs.terms, net.tensors):  # what is frozen or tied is left alone
+        if term.frozen and tensor is not net.tensors[k]:
+            assert any(tensor is each for each in found.tensors)
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "ring", "block_term", "cara"])
+def test_a_selected_mode_is_absorbed_into_the_line_without_it(name):
+    shape = {"layer": 3, "head": 2, "matrix": 2, "in": 5, "out": 4}
+    net = build(name, {"adapter": 3, **shape}, 2, generator=generator(2))
+    carriers = net.legs.carriers["adapter"]
+    view = net.select(adapter=1)
+    for k in sorted(carriers, reverse=True):
+        if not set(view.legs.terms[k].legs) & set(view.modes):
+            view = absorb(view, k)
+    shorter = formats[name].legs(view.shape)
+    # The bonds may have other names, and a train without its last mode has one bond less.
+    assert [len(term.legs) for term in view.legs.terms] == [len(t.legs) for t in shorter.terms]
+    assert_same(view.dense(), array(net)[1])
+    view.dense().sum().backward()
+    assert all(tensor.grad is not None for tensor in net.stored)
+
+
 def test_the_whole_tensor_is_never_formed():
     shape = {"layer": 12, "head": 12, "matrix": 4, "in": 96, "out": 48}  # 2,654,208 entries
     nets = [cp(shape, 8, init="normal"), tt(shape, 8, init="normal")]
@@ -213,6 +246,9 @@ def test_what_has_no_result_is_refused():
     with pytest.raises(ValueError, match="nothing surrounds"):
         environment(single, 0)
     assert gram(single, 0).tolist() == [[1.0]]
+    with pytest.raises(KeyError, match="no parameter 5"):
+        absorb(one, 5)
+    assert absorb(single, 0) is single
 
 
 @pytest.mark.parametrize(

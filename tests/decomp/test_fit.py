@@ -138,6 +138,26 @@ def test_weights_may_be_a_network():
     assert one.errors == pytest.approx(other.errors, rel=1e-5)
 
 
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("name", ["cp", "tucker", "lotr", "ring"])
+def test_weights_may_be_constant_along_modes(name, is_dense):
+    shape = {"layer": 3, "head": 2, "matrix": 2, "in": 5, "out": 4}
+    target = lora(shape, 3, init="normal", dtype=torch.float64, generator=generator(2))
+    values = torch.rand(2, 3, dtype=torch.float64, generator=generator(3))
+    values[1, 2] = 0.0  # a slice that does not count
+    weights = Network("matrix layer", [values], ("matrix", "layer"))
+    whole = values.T.reshape(3, 1, 2, 1, 1).expand(*shape.values())
+    given = target.dense().detach() if is_dense else target
+    options = {"modes": target.modes} if is_dense else {}
+    options |= {"start": "random", "tolerance": 0, "sweeps": 5}
+    one = fit(given, name, 2, weights=weights, **options)
+    other = fit(given, name, 2, weights=whole, **options)
+    both = fit(given, name, 2, weights=weights, mask=torch.ones(*shape.values()), **options)
+    assert one.errors == pytest.approx(other.errors, abs=1e-6)
+    assert both.errors == pytest.approx(other.errors, abs=1e-6)
+    assert one.error == pytest.approx(measured(one, target.dense(), whole.sqrt().numpy()), abs=1e-7)
+
+
 def test_no_tensor_of_a_fit_to_a_network_is_large():
     shape = {"layer": 12, "head": 6, "matrix": 4, "in": 96, "out": 32}  # 884,736 entries
     trained = [lora(shape, 4, init="normal", generator=generator(k)) for k in range(2)]
@@ -299,6 +319,7 @@ ODD = {"layer": 2, "in": 3, "out": 5}
         (DENSE, {"mask": DENSE.index_fill(1, torch.tensor([2]), 0)}, "no entry is known at in=2"),
         (DENSE, {"weights": -DENSE}, "finite and not negative"),
         (DENSE, {"weights": cp(ODD, 1)}, "the weights have"),
+        (NET, {"weights": Network("task", [torch.ones(2)], ["task"])}, "the weights have"),
         (NET, {"weights": scale(NET, -1.0)}, "finite and >= 0"),
         (DENSE, {"line": "in r (frozen), layer out r (frozen)"}, "every parameter is frozen"),
         (DENSE, {"start": "good"}, "unknown start 'good'; choose 'auto'"),
