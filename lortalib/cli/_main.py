@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from .._version import __version__
-from . import _commands
+from . import _commands, _compress
 from ._models import DTYPES
 from ._output import Output
 
@@ -49,12 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lortalib {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def command(name: str, help: str, *positional: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, help: str, *positional: str, room: ModuleType = _commands
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         for argument in positional:
-            sub.add_argument(argument.lower(), metavar=argument, help=_POSITIONAL[argument])
+            number = "+" if argument == "LORA" else None
+            text = _POSITIONAL[argument]
+            sub.add_argument(argument.lower(), metavar=argument, help=text, nargs=number)
         sub.add_argument("--json", action="store_true", help="print JSON for machines")
-        sub.set_defaults(command=getattr(_commands, name.replace("-", "_")))
+        sub.set_defaults(command=getattr(room, name.replace("-", "_")))
         return sub
 
     command("info", "what an adapter is: by tensor, layer, matrix and head", "FOLDER")
@@ -109,11 +114,35 @@ def _parser() -> argparse.ArgumentParser:
     command(
         "convert", "write a folder of lortalib as one of PEFT, or the other way", "FOLDER", "OUT"
     )
-    for sub in (plan, sites, check, merge, export):
+    compress = command(
+        "compress",
+        "fit one tensor to LoRAs and adapters of one model",
+        "LORA",
+        "OUT",
+        room=_compress,
+    )
+    compress.add_argument(
+        "--to", default="cp", metavar="D", help="a format or a line of legs (default: cp)"
+    )
+    compress.add_argument("--rank", type=int, default=32, metavar="R", help="(default: 32)")
+    compress.add_argument(
+        "--model", help="folder or name; by default the folder that the first adapter names"
+    )
+    compress.add_argument(
+        "--gqa",
+        choices=("pool", "split"),
+        default="pool",
+        help="fewer key/value heads: one tensor with the queries, or one of their own (default: pool)",
+    )
+    compress.add_argument(
+        "--sweeps", type=int, default=100, metavar="N", help="at most so many (default: 100)"
+    )
+    for sub in (plan, sites, check, merge, export, compress):
         sub.add_argument(
             "--trust-remote-code",
             action="store_true",
-            help="run code that comes with the model" + " (of --model)" * (sub in (check, export)),
+            help="run code that comes with the model"
+            + " (of --model)" * (sub in (check, export, compress)),
         )
     return parser
 
@@ -126,6 +155,7 @@ def _targets(text: str) -> str | list[str]:
 
 _POSITIONAL = {
     "FOLDER": "folder of a saved adapter, of lortalib or of PEFT",
+    "LORA": "folders of saved LoRAs or adapters, each called after its folder",
     "MODEL": "folder of a model, or its name on the hub",
     "OUT": "folder to write",
 }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..nn.door import class_of, meta_model
 
 #: The dtypes that ``--dtype`` accepts besides "auto"; transformers can load a model in each.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -26,17 +27,9 @@ def shape_of(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
         OSError: there is no such model.
         ValueError: no model can be made from the configuration.
     """
-    # A configuration may name an attention kernel on the hub; eager attention loads no such code.
-    plain: dict[str, Any] = {"attn_implementation": "eager"}
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = _class_of(config)
-            found: PreTrainedModel = (
-                model._from_config(config, **plain)
-                if model is not None
-                else AutoModel.from_config(config, trust_remote_code=trust_remote_code, **plain)
-            )
+        found: PreTrainedModel = meta_model(config, trust_remote_code)
     return found
 
 
@@ -60,7 +53,7 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
     }
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        model = _class_of(config) or AutoModel
+        model = class_of(config) or AutoModel
         found: PreTrainedModel = model.from_pretrained(name, **options)
     return found
 
@@ -84,13 +77,3 @@ def _checked(name: str) -> str:
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no config.json: it is no folder of a model")
     return name
-
-
-def _class_of(config: Any) -> type[Any] | None:
-    """Find the model class of transformers that a configuration names; None if it names none."""
-    names = getattr(config, "architectures", None)
-    for name in names if isinstance(names, list) else ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class:
-            return found
-    return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
@@ -57,6 +58,27 @@ class Output:
         from tqdm import tqdm
 
         yield from tqdm(items, desc=what, leave=False)
+
+    @contextmanager
+    def counter(self, number: int, what: str) -> Iterator[Callable[[str], None]]:
+        """Lend a function that counts steps on a progress bar, if standard error is a terminal.
+
+        Args:
+            number: the largest number of steps.
+            what: what is counted.
+        """
+        if self.machine or not sys.stderr.isatty():
+            yield lambda text: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=number, desc=what, leave=False) as bar:
+
+            def step(text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+
+            yield step
 
 
 def _cell(value: Any) -> str:

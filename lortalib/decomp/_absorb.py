@@ -22,9 +22,9 @@ def absorb(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
         parameter: a name of ``net.names``, or a position in the line.
 
     Returns:
-        A network over the same modes, with live gradients. The neighbour is the trainable parameter with
-        a common bond that grows least, the smallest of several. If there is none, or the parameter stands several times in the
-        line, ``net`` itself is returned.
+        A network over the same modes, with live gradients. The neighbour is a trainable parameter with a
+        common bond: the one that grows least, of several the smallest. If there is none, or the parameter
+        stands several times in the line, ``net`` itself is returned.
 
     Raises:
         KeyError: no such parameter.
@@ -53,7 +53,9 @@ def absorb(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     *_, j, legs = min(found)
     both = (terms[j].legs, own.legs)
     tensor = contract(both, (net.tensors[j], net.tensors[k]), legs, net.sizes)
-    line = [replace(term, legs=legs, spans=()) if at == j else term for at, term in enumerate(terms)]
+    line = [
+        replace(term, legs=legs, spans=()) if at == j else term for at, term in enumerate(terms)
+    ]
     tensors = [tensor if at == j else each for at, each in enumerate(net.tensors)]
     del line[k], tensors[k]
     return NetworkView(Legs(tuple(line)), tensors, net.modes)

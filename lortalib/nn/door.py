@@ -45,6 +45,7 @@ from ._forward import (
     without_bias,
 )
 from ._lora_words import LORA_WORDS
+from ._meta_model import class_of, meta_model
 from ._plan import Plan, check_whole, plan, plan_sites
 from ._sharded import divide_again, divided_like, is_divided, is_finite
 from ._targets import are_letters, choose_sites, find_candidates
@@ -65,6 +66,7 @@ __all__ = [
     "check_settings",
     "check_whole",
     "choose_sites",
+    "class_of",
     "describe_for_peft",
     "detach",
     "divide_again",
@@ -76,6 +78,7 @@ __all__ = [
     "lora_config",
     "make_adapter",
     "may_write_output",
+    "meta_model",
     "plan",
     "plan_sites",
     "understood_sites",

@@ -58,8 +58,26 @@ def save(
         >>> [file.name for file in save(adapter, tempfile.mkdtemp()).iterdir()]
         ['adapter.safetensors']
     """
+    return write_adapter(adapter, adapter.model, folder, state)
+
+
+def write_adapter(
+    adapter: Adapter,
+    model: nn.Module,
+    folder: str | PathLike[str],
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write an adapter, also one that is on no model, to a folder; see `save`.
+
+    Args:
+        adapter: the adapter.
+        model: the model that it belongs to.
+        folder, state: as for `save`.
+
+    Raises:
+        OSError, ValueError: as for `save`.
+    """
     folder = Path(folder)
-    model = adapter.model
     place = f"{ATTRIBUTE}.{adapter.name}."
     tensors = {
         key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")
