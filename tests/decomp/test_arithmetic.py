@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from reference import dense
 from strategies import KINDS, build, examples, generator, networks, ranks_of, seeds, small
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lortalib.decomp import (
     Network,
@@ -31,19 +31,6 @@ from lortalib.decomp._pieces import pieces_of
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 over_formats = pytest.mark.parametrize("name", [kind for kind in KINDS if kind in formats])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of entries of the largest tensor that an operation made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, torch.Tensor):
-                self.entries = max(self.entries, each.numel())
-        return result
 
 
 def array(net):

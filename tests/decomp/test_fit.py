@@ -9,8 +9,8 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, random_networks, seeds, small
-from test_arithmetic import LargestTensor
 
 from lortalib.decomp import Network, cp, fit, formats, lora, scale, tt
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, networks, registered, seeds, small
-from test_arithmetic import LargestTensor
 
 from lortalib.decomp import (
     Legs,
