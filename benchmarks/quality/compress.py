@@ -194,8 +194,9 @@ def main() -> None:
         }
     about = (
         f"Written by `compress.py`. LoRAs of PEFT of rank {RANK} on q, k, v, o of all-MiniLM-L6-v2, each "
-        f"trained for {STEPS} steps of {BATCH} film reviews out of a third of the rows. *Accuracy* is over 600 test rows "
-        f"(standard error about 0.017), *after more training* that after {MORE} further steps. One seed."
+        f"trained for {STEPS} steps of {BATCH} film reviews out of a third of the rows. *Accuracy* is over "
+        f"600 test rows (standard error about 0.017), *after more training* that after {MORE} further steps. "
+        "One seed."
     )
     text = [f"# Compressing LoRAs\n\n{about}"]
     text += [f"## {title}\n\n{section}" for title, section in sections.items()]

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._absorb import absorb
+from ._balance import balance
 from ._build import Rank
 from ._canonical import canonical
 from ._cut import Cut, CutPlan
@@ -83,6 +84,7 @@ __all__ = [
     "TensorNetwork",
     "Term",
     "absorb",
+    "balance",
     "block_term",
     "budget",
     "canonical",

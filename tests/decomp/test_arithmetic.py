@@ -14,6 +14,7 @@ from lortalib.decomp import (
     Network,
     NetworkView,
     absorb,
+    balance,
     cp,
     distance,
     environment,
@@ -177,6 +178,44 @@ def test_an_absorbed_parameter_leaves_the_tensor_as_it_is(kind, data):
     for term, tensor in zip(net.legs.terms, net.tensors):  # what is frozen or tied is left alone
         if term.frozen and tensor is not net.tensors[k]:
             assert any(tensor is each for each in found.tensors)
+
+
+@over_kinds
+@examples(10)
+@given(data=st.data())
+def test_balanced_parameters_leave_the_tensor_as_it_is(kind, data):
+    net = data.draw(networks(kind))
+    found = balance(net)
+    assert str(found.legs) == str(net.legs.unhashed)
+    assert_same(found.dense(), array(net))
+    for k, term in enumerate(net.legs.terms):
+        if term.frozen or net.legs.owners.count(net.legs.owners[k]) > 1:
+            assert torch.equal(found.tensors[k], net.tensors[k])
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "ring", "lotr"])
+def test_balanced_slices_are_of_one_size(name):
+    net = small(name, rank=3)
+    uneven = with_tensors(net, [t * 10.0 ** (3 * k) for k, t in enumerate(net.tensors)])
+    found = balance(uneven)
+    assert_same(found.dense() / uneven.dense().norm(), uneven.dense() / uneven.dense().norm())
+    for bond in net.ranks:
+        sizes = [
+            tensor.movedim(term.legs.index(bond), 0).flatten(1).square().mean(1).sqrt()
+            for term, tensor in zip(net.legs.terms, found.tensors)
+            if bond in term.legs
+        ]
+        for other in sizes[1:]:
+            torch.testing.assert_close(other, sizes[0], rtol=1e-2, atol=0)
+
+
+def test_a_term_that_is_zero_stays_finite_when_balanced():
+    net = cp({"in": 4, "out": 3}, 2, init="normal", dtype=torch.float64)
+    with torch.no_grad():
+        net.tensors[0][:, 1] = 0.0
+    found = balance(net)
+    assert all(tensor.isfinite().all() for tensor in found.tensors)
+    assert_same(found.dense(), array(net))
 
 
 @pytest.mark.parametrize("name", ["cp", "tucker", "tt", "ring", "block_term", "cara"])

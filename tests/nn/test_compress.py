@@ -80,13 +80,13 @@ def test_a_line_that_can_hold_them_holds_them(family, gqa, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "uni_lora"])
 @ignore_cut_ranks
-@examples(4)
+@examples(2)
 @given(data=st.data())
 def test_the_errors_are_those_of_the_weights(name, data, tmp_path_factory):
-    family = data.draw(st.sampled_from(list(LAYOUTS.values())), "family")
+    family = data.draw(st.sampled_from([FAMILIES["Mistral"], PHI3, GPT2]), "family")
     model, truth, folder = family.model(), {}, tmp_path_factory.mktemp("loras")
     paths = sorted({site.path for site in lortalib.nn.sites(model)})
-    number = data.draw(st.integers(1, 3), "number of LoRAs")
+    number = data.draw(st.integers(1, 2), "number of LoRAs")
     for k in range(number):
         targets = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True), "targets")
         options = {"r": data.draw(st.integers(1, 4)), "use_rslora": data.draw(st.booleans())}
@@ -102,9 +102,9 @@ def test_the_errors_are_those_of_the_weights(name, data, tmp_path_factory):
         model,
         [folder / own for own in truth],
         lines(name, number),
-        data.draw(st.integers(1, 3), "rank"),
+        data.draw(st.integers(1, 2), "rank"),
         gqa=data.draw(st.sampled_from(["pool", "split"])),
-        sweeps=3,
+        sweeps=2,
     )
     made = {own: changes(found.adapter(own), model) for own in truth}
     whole = [{(n, p): t for n, each in d.items() for p, t in each.items()} for d in (made, truth)]
@@ -183,13 +183,12 @@ def test_no_update_is_formed(tmp_path):
     config = {**LLAMA.sizes, "hidden_size": 128, "intermediate_size": 64, "head_dim": 32}
     family = type(LLAMA)("Llama", config, {})
     random_lora(family, tmp_path)
-    model = family.model()
+    config = family.model().config  # without weights, which would be counted too
     with LargestTensor() as made:
-        found = compress(model, tmp_path, "cp", 8, sweeps=3)
+        found = compress(config, tmp_path, "cp", 8, sweeps=3)
     assert 0 < found.error < 1
-    assert (
-        made.entries <= 2 * 4 * 128 * 8
-    )  # a factor of the target, with the rank of CP for its own
+    # The largest has a factor of the target's legs and the rank of CP: one update has 128 * 128 entries.
+    assert made.entries <= 2 * 4 * 128 * 8
 
 
 def test_tables_sum_the_errors_up(tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...decomp import Legs, LegsError, Network, Rank, Shape, fit, get_format
+from ...decomp import Legs, LegsError, Network, Rank, Shape, balance, fit, get_format
 from .._anatomy import check_model, site_weight
 from .._config import AdapterConfig, check_settings, settle_acts_on
 from .._files import Rules, lora_network, lora_sites
@@ -104,7 +105,7 @@ def compress(
         _check_modes(decomposition, group.shape, mode)
     fits = {}
     for group in groups:
-        fits[group.name] = fit(
+        found = fit(
             lora_network(group, [lora.pairs for lora in originals.values()], mode),
             decomposition,
             rank,
@@ -116,6 +117,9 @@ def compress(
             generator=generator,
             progress=None if progress is None else partial(progress, group.name),
         )
+        # Further training takes steps of one size in all parameters.
+        even = found.network.like(balance(found.network).tensors)
+        fits[group.name] = replace(found, network=even)
     config = AdapterConfig(decomposition, 1.0, 1.0, float(dropout), gqa, "compress")
     return Compression(model, originals, groups, fits, config, mode)
 
