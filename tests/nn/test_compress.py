@@ -130,6 +130,14 @@ def test_an_adapter_is_its_slice_of_the_tensor_in_the_same_line(line, tmp_path):
     found = compress(LLAMA.model(), [tmp_path / name for name in names], line, 3, sweeps=5)
     joint = found.networks["layers"]
     assert joint.shape["adapter"] == 3
+    for bond in joint.ranks:  # balanced, so that further training takes steps of one size
+        at = [
+            (term.legs.index(bond), t)
+            for term, t in zip(joint.legs.terms, joint.tensors)
+            if bond in term.legs
+        ]
+        means = [t.movedim(axis, 0).flatten(1).square().mean().sqrt().item() for axis, t in at]
+        assert max(means) < 4 * min(means)
     for k, name in enumerate(names):
         own = found.adapter(name).networks["layers"]
         assert torch.allclose(own.dense(), joint.select(adapter=k).dense(), atol=1e-5)
