@@ -73,6 +73,18 @@ def test_inner_products_are_those_of_the_dense_tensors(kind, data):
     assert_same(distance(one, other, over=over).square(), total((a - b) ** 2))
 
 
+def test_modes_that_stay_may_be_named_in_one_text():
+    net, other = small("cp"), small("tt", generator=generator(4))
+    modes = ("matrix", "layer")
+    expected = torch.einsum("lhmio,lhmio->ml", *(torch.as_tensor(dense(n)) for n in (net, other)))
+    order = "".join(mode[0] for mode in net.modes)
+    assert order == "lhmio", "the einsum above is written for this order"
+    for over in ("matrix layer", modes, list(modes), " matrix  layer "):
+        assert_same(inner(net, other, over=over), expected)
+    squares = array(net).square().sum((1, 2, 3, 4)).sqrt()
+    assert_same(norm(net, over="layer"), squares)  # one name is a name, and not its letters
+
+
 @over_formats
 def test_gradients_of_inner_norm_and_gram(name):
     net, other = small(name), build("tt", small(name).shape, 2, generator=generator(5))

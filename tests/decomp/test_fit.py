@@ -377,6 +377,43 @@ def test_frozen_parameters_are_random_unless_a_start_says_them():
     assert kept.error == pytest.approx(found.error)
 
 
+def test_frozen_parameters_of_a_random_start_are_those_of_the_format():
+    """Not drawn a second time, at the start or at a restart: their scale is the format's."""
+    target = build("lora", SHAPE, 2)
+    wanted = build("vera", SHAPE, 3, generator=generator(5))
+    for options in ({}, {"restarts": 2}, {"start": "random", "restarts": 1}):
+        found = fit(target, "vera", 3, generator=generator(5), **options)
+        for k in (0, 1):
+            assert found.network.tensors[k].equal(wanted.tensors[k])
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_a_line_of_one_tied_parameter_has_the_norm_of_the_target(factor):
+    """The parameter takes the root of the factor, since it counts twice."""
+    side = random_dense(5, 2)
+    found = fit(factor * side @ side.mT, "in r, out r (tied)", 2, modes="in out")
+    torch.testing.assert_close(
+        found.network.dense().detach(), factor * side @ side.mT, rtol=1e-4, atol=0
+    )
+    assert found.error < 1e-5
+
+
+def test_a_descent_that_ends_higher_is_not_taken(monkeypatch):
+    def worse(self, closure):
+        before = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(10.0)
+        return before
+
+    dense = random_dense(2, 4, 4)
+    honest = fit(dense, "indscal", 2, modes=MODES, sweeps=3, tolerance=0)
+    monkeypatch.setattr(torch.optim.LBFGS, "step", worse)
+    found = fit(dense, "indscal", 2, modes=MODES, sweeps=3, tolerance=0)
+    assert list(found.errors) == sorted(found.errors, reverse=True)
+    assert honest.errors[-1] <= found.errors[-1] <= 1.0
+
+
 def test_a_ridge_shrinks_the_parameters():
     dense = random_dense(2, 3, 4)
     found = fit(dense, "layer in out", 1, modes=MODES, ridge=0.5)
