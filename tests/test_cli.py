@@ -202,6 +202,70 @@ def test_export_lora(saved, capsys, tmp_path):
         assert torch.allclose(adapted(**IDS)[0], logits, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def loras(saved, tmp_path_factory):
+    """Two LoRAs of PEFT that name the saved model."""
+    folder = tmp_path_factory.mktemp("loras")
+    for k, name in enumerate(("ann", "bob")):
+        model = LlamaForCausalLM.from_pretrained(saved[0])
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(k)
+        peft.get_peft_model(model, config).save_pretrained(folder / name)
+    return folder / "ann", folder / "bob"
+
+
+def test_compress(saved, loras, capsys, tmp_path):
+    out = tmp_path / "deep" / "out"
+    found = machine(capsys, "compress", *loras, out, "--to", "tt", "--rank", 3, "--sweeps", 4)
+    assert sorted(path.name for path in out.iterdir()) == ["ann", "bob"]
+    joint = lortalib.nn.compress(tiny(), loras, "tt", 3, sweeps=4)
+    assert found["relative error"] == pytest.approx(joint.error)
+    assert found["parameters"] == joint.count()
+    assert found["errors"]["layer"] == joint.table("layer")
+    assert len(found["sites"]) == len(joint.errors) == 8
+    model = LlamaForCausalLM.from_pretrained(saved[0])
+    assert lortalib.nn.load(model, out / "bob").config.decomposition == "tt"
+    # One LoRA and one adapter of lortalib, options first; tables for people.
+    text = run(capsys, "compress", "--to", "cp", "--rank", 2, loras[0], tmp_path / "one").out
+    assert (tmp_path / "one" / "adapter.safetensors").is_file()
+    assert "relative" in text
+    assert "layers v" in text
+    options = ["--model", saved[0], "--gqa", "split", "--sweeps", 2]
+    run(capsys, "compress", loras[0], saved[1], tmp_path / "both", *options)
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["adapter", "ann"]
+
+
+def test_compress_takes_the_weights_where_an_adapter_needs_them(saved, loras, capsys, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(saved[0])
+    lortalib.nn.apply(model, "indscal", 2, init="normal").save(tmp_path / "stream")
+    options = ["--to", "lora", "--rank", 2, "--model", saved[0], "--sweeps", 40]
+    found = machine(capsys, "compress", tmp_path / "stream", tmp_path / "out", *options)
+    assert found["relative error"] < 1e-3
+
+
+def test_compress_says_what_is_wrong_before_it_fits(saved, loras, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lortalib.nn._compress.make.fit", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    out = tmp_path / "out"
+    for arguments, message in (
+        ([*loras, tmp_path / "full"], "exists and is not empty"),
+        ([tmp_path / "absent", out], "no adapter_config.json"),
+        ([*loras, out, "--to", "indscal"], "tensor on the residual stream"),
+        ([*loras, out, "--to", "lotr"], "need the leg 'adapter'"),
+        ([*loras, out, "--to", "cpp"], "unknown decomposition"),
+        ([*loras, out, "--model", tmp_path / "absent"], "absent"),
+    ):
+        assert message in run(capsys, "compress", *arguments, code=1).err
+        assert not out.exists()
+    stranger = tmp_path / "stranger"
+    shutil.copytree(loras[0], stranger)
+    config = json.loads((stranger / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/where"
+    (stranger / "adapter_config.json").write_text(json.dumps(config))
+    assert "no folder here; give --model" in run(capsys, "compress", stranger, out, code=1).err
+
+
 def test_check(saved, capsys, tmp_path):
     folder = saved[1]
     assert machine(capsys, "check", folder)["fits"] is True

@@ -122,7 +122,7 @@ def test_the_examples_are_read_by_the_parser(command, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["lortalib", "co"], {"compare", "convert", "completion"}),
+        (["lortalib", "co"], {"compare", "compress", "convert", "completion"}),
         (["lortalib", "plan", "m", "--n"], {"--numbers"}),
         (["lortalib", "verify", "--t"], {"--trust-remote-code", "--tolerance"}),
         (["lortalib", "--v"], {"--version"}),

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -63,6 +64,27 @@ class Output:
             yield from items
             return
         yield from tqdm(items, desc=what, leave=False)
+
+    @contextmanager
+    def counter(self, number: int, what: str) -> Iterator[Callable[[str], None]]:
+        """Lend a function that counts steps on a progress bar, if standard error is a terminal.
+
+        Args:
+            number: the largest number of steps.
+            what: what is counted.
+        """
+        if self.machine or not sys.stderr.isatty():
+            yield lambda text: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=number, desc=what, leave=False) as bar:
+
+            def step(text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+
+            yield step
 
 
 def _cell(value: Any) -> str:

@@ -9,6 +9,7 @@ from itertools import chain
 from .._version import __version__
 from ._check import check, compare, verify
 from ._completion import completion
+from ._compress import compress
 from ._info import info
 from ._models import DTYPES
 from ._output import Output
@@ -19,6 +20,7 @@ from ._write import convert, export_lora, merge
 Command = Callable[[argparse.Namespace, Output], bool]
 
 _POSITIONAL = {
+    "LORA...": "folders of saved LoRAs or adapters, each called after its folder",
     "FOLDER": "folder of a saved adapter, of lortalib or of PEFT, or its name on the hub",
     "MODEL": "folder of a model, or its name on the hub",
     "OUT": "folder to write",
@@ -47,7 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for argument in usage.split():
-            sub.add_argument(argument.lower(), metavar=argument, help=_POSITIONAL[argument])
+            name, many = argument.removesuffix("..."), argument.endswith("...")
+            sub.add_argument(
+                name.lower(), metavar=name, nargs="+" if many else None, help=_POSITIONAL[argument]
+            )
         sub.add_argument(
             "--json", action="store_true", help="print JSON for machines (default: no)"
         )
@@ -219,8 +224,40 @@ def _add_writers(add: Add) -> None:
         "FOLDER OUT",
         "my-adapter as-peft",
     )
+    compressed = add(
+        compress,
+        "fit one tensor to LoRAs and adapters of one model",
+        "LORA... OUT",
+        "my-lora small --to cp --rank 32",
+        "lora-1 lora-2 lora-3 together --to 'adapter r, layer matrix r, in r, head out r'",
+    )
+    compressed.add_argument(
+        "--to", default="cp", metavar="D", help="a format or a line of legs (default: cp)"
+    )
+    compressed.add_argument(
+        "--rank", type=int, default=32, metavar="R", help="size of every bond (default: 32)"
+    )
+    compressed.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder or name (default: the folder that the first adapter names)",
+    )
+    compressed.add_argument(
+        "--gqa",
+        choices=("pool", "split"),
+        default="pool",
+        help="fewer key/value heads: one tensor with the queries, or one of their own (default: pool)",
+    )
+    compressed.add_argument(
+        "--sweeps",
+        type=int,
+        default=100,
+        metavar="N",
+        help="largest number of sweeps of the fit (default: 100)",
+    )
     _add_trust(merged)
     _add_trust(exported, " of --model")
+    _add_trust(compressed, " of --model")
     for sub in (merged, exported, converted):
         _add_revision(sub)
 

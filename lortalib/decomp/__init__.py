@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._absorb import absorb
+from ._balance import balance
 from ._budget import budget
 from ._build import Rank
 from ._canonical import canonical
@@ -91,6 +93,8 @@ __all__ = [
     "Term",
     "ThreeWayCut",
     "ThreeWayPlan",
+    "absorb",
+    "balance",
     "block_term",
     "budget",
     "canonical",

@@ -94,8 +94,9 @@ def fit(
         modes: names of the axes of a dense target, as in `from_tensorly`.
         mask: a tensor of the target's shape, one where an entry is known and zero where it is missing.
             The target may hold NaN where it is zero.
-        weights: weights of the squared errors: a tensor of the target's shape, or a network over the
-            same modes, whose parameters are not negative. Both stand beside a mask.
+        weights: weights of the squared errors: a tensor of the target's shape, or a network whose
+            parameters are not negative, over the same modes or some of them; along the others the
+            weights are constant. Both stand beside a mask.
         start: ``"svd"`` (singular vectors of the target, for a dense target and bonds that form a tree),
             ``"random"``, ``"auto"`` (the first where it exists), or a network of the line, which also says
             what frozen parameters hold.

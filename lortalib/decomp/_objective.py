@@ -71,9 +71,9 @@ class Objective:
         """
         if self.is_dense:
             squares = (self.summands[0].tensors[0] - net.contract(self.modes)).square()
-            if self.weight is not None:
-                squares = squares * self.weight.contract(self.modes)
-            return squares.sum()
+            if self.weight is None:
+                return squares.sum()
+            return joined(Pieces((self.modes,), (squares,)), self.weight).contract(())
         cross = torch.stack([self._pair(summand, net) for summand in self.summands]).sum()
         return (self.squared_norm + self._pair(net, net) - 2 * cross).clamp(min=0)
 

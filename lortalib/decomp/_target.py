@@ -112,16 +112,16 @@ def _normalised(
 
 
 def _read_weight(shape: Shape, mask: Any, weights: Any, device: torch.device) -> Pieces | None:
-    if isinstance(weights, TensorNetwork) and mask is None:
-        if dict(weights.shape) != dict(shape):
+    if isinstance(weights, TensorNetwork):
+        if not weights.modes or not weights.shape.items() <= shape.items():
             raise ValueError(f"the weights have {weights.shape}, the target {shape}")
+        if mask is not None:
+            weights = _spread(weights, shape)
+    if isinstance(weights, TensorNetwork):
         wide = _wide(pieces_of(weights))
         if not all(bool(((t >= 0) & t.isfinite()).all()) for t in wide.tensors):
             raise ValueError("the parameters of a network of weights are to be finite and >= 0")
         return wide.renamed("#", shape.modes)
-    if isinstance(weights, TensorNetwork):
-        order = [weights.modes.index(mode) for mode in shape.modes]
-        weights = weights.dense().detach().permute(order)
     found = None
     for values, what in ((mask, "mask"), (weights, "weights")):
         if values is None:
@@ -141,6 +141,13 @@ def _read_weight(shape: Shape, mask: Any, weights: Any, device: torch.device) ->
             raise ValueError("weights are to be finite and not negative; found others")
         found = tensor if found is None else found * tensor
     return None if found is None else Pieces((shape.modes,), (found,))
+
+
+def _spread(weights: TensorNetwork, shape: Shape) -> Tensor:
+    """Write weights that are constant along some modes as a tensor over all modes."""
+    order = [weights.modes.index(mode) for mode in shape.modes if mode in weights.modes]
+    sizes = [n if mode in weights.modes else 1 for mode, n in shape.items()]
+    return weights.dense().detach().permute(order).reshape(sizes).expand(*shape.values())
 
 
 def _check_observed(shape: Shape, weight: Tensor, ridge: float) -> None:

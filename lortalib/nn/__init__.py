@@ -14,6 +14,7 @@ from ._anatomy import (
 )
 from ._apply import apply
 from ._bank import Bank, bank
+from ._compress import Compression, SiteError, compress
 from ._config import AdapterConfig
 from ._files import (
     AdapterFileError,
@@ -39,18 +40,21 @@ __all__ = [
     "AdapterTrainerMixin",
     "Bank",
     "BlockRule",
+    "Compression",
     "FeatureRows",
     "Group",
     "NoAttentionError",
     "Plan",
     "Report",
     "Site",
+    "SiteError",
     "UnsupportedModelError",
     "adapters",
     "align_to_gradient",
     "apply",
     "bank",
     "check_effect",
+    "compress",
     "convert",
     "export_gguf",
     "export_lora",

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from reference import dense
 from strategies import KINDS, build, examples, generator, networks, ranks_of, seeds, small
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lortalib.decomp import (
     Network,
     NetworkView,
+    absorb,
+    balance,
     cp,
     distance,
     environment,
@@ -30,19 +32,6 @@ from lortalib.decomp._pieces import pieces_of
 
 over_kinds = pytest.mark.parametrize("kind", KINDS)
 over_formats = pytest.mark.parametrize("name", [kind for kind in KINDS if kind in formats])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of entries of the largest tensor that an operation made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(each, torch.Tensor):
-                self.entries = max(self.entries, each.numel())
-        return result
 
 
 def array(net):
@@ -82,6 +71,18 @@ def test_inner_products_are_those_of_the_dense_tensors(kind, data):
     assert_same(inner(one, other, over=over), total(a * b))
     assert_same(norm(one, over=over).square(), total(a * a))
     assert_same(distance(one, other, over=over).square(), total((a - b) ** 2))
+
+
+def test_modes_that_stay_may_be_named_in_one_text():
+    net, other = small("cp"), small("tt", generator=generator(4))
+    modes = ("matrix", "layer")
+    expected = torch.einsum("lhmio,lhmio->ml", *(torch.as_tensor(dense(n)) for n in (net, other)))
+    order = "".join(mode[0] for mode in net.modes)
+    assert order == "lhmio", "the einsum above is written for this order"
+    for over in ("matrix layer", modes, list(modes), " matrix  layer "):
+        assert_same(inner(net, other, over=over), expected)
+    squares = array(net).square().sum((1, 2, 3, 4)).sqrt()
+    assert_same(norm(net, over="layer"), squares)  # one name is a name, and not its letters
 
 
 @over_formats
@@ -176,6 +177,76 @@ def test_the_gram_matrix_is_that_of_the_environment(kind, data):
     assert torch.equal(gram(net, net.names[k]), gram(net, net.names.index(net.names[k])))
 
 
+@over_kinds
+@examples(15)
+@given(data=st.data())
+def test_an_absorbed_parameter_leaves_the_tensor_as_it_is(kind, data):
+    net = data.draw(networks(kind))
+    k = data.draw(st.integers(0, len(net.names) - 1))
+    found = absorb(net, k)
+    assert found.modes == net.modes
+    assert found is net or len(found.names) == len(net.names) - 1
+    assert_same(found.dense(), array(net))
+    for term, tensor in zip(net.legs.terms, net.tensors):  # what is frozen or tied is left alone
+        if term.frozen and tensor is not net.tensors[k]:
+            assert any(tensor is each for each in found.tensors)
+
+
+@over_kinds
+@examples(10)
+@given(data=st.data())
+def test_balanced_parameters_leave_the_tensor_as_it_is(kind, data):
+    net = data.draw(networks(kind))
+    found = balance(net)
+    assert str(found.legs) == str(net.legs.unhashed)
+    assert_same(found.dense(), array(net))
+    for k, term in enumerate(net.legs.terms):
+        if term.frozen or net.legs.owners.count(net.legs.owners[k]) > 1:
+            assert torch.equal(found.tensors[k], net.tensors[k])
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "ring", "lotr"])
+def test_balanced_slices_are_of_one_size(name):
+    net = small(name, rank=3)
+    uneven = with_tensors(net, [t * 10.0 ** (3 * k) for k, t in enumerate(net.tensors)])
+    found = balance(uneven)
+    assert_same(found.dense() / uneven.dense().norm(), uneven.dense() / uneven.dense().norm())
+    for bond in net.ranks:
+        sizes = [
+            tensor.movedim(term.legs.index(bond), 0).flatten(1).square().mean(1).sqrt()
+            for term, tensor in zip(net.legs.terms, found.tensors)
+            if bond in term.legs
+        ]
+        for other in sizes[1:]:
+            torch.testing.assert_close(other, sizes[0], rtol=1e-2, atol=0)
+
+
+def test_a_term_that_is_zero_stays_finite_when_balanced():
+    net = cp({"in": 4, "out": 3}, 2, init="normal", dtype=torch.float64)
+    with torch.no_grad():
+        net.tensors[0][:, 1] = 0.0
+    found = balance(net)
+    assert all(tensor.isfinite().all() for tensor in found.tensors)
+    assert_same(found.dense(), array(net))
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker", "tt", "ring", "block_term", "cara"])
+def test_a_selected_mode_is_absorbed_into_the_line_without_it(name):
+    shape = {"layer": 3, "head": 2, "matrix": 2, "in": 5, "out": 4}
+    net = build(name, {"adapter": 3, **shape}, 2, generator=generator(2))
+    carriers = net.legs.carriers["adapter"]
+    view = net.select(adapter=1)
+    for k in sorted(carriers, reverse=True):
+        if not set(view.legs.terms[k].legs) & set(view.modes):
+            view = absorb(view, k)
+    shorter = formats[name].legs(view.shape)
+    # The bonds may have other names, and a train without its last mode has one bond less.
+    assert [len(term.legs) for term in view.legs.terms] == [len(t.legs) for t in shorter.terms]
+    assert_same(view.dense(), array(net)[1])
+    view.dense().sum().backward()
+    assert all(tensor.grad is not None for tensor in net.stored)
+
+
 def test_the_whole_tensor_is_never_formed():
     shape = {"layer": 12, "head": 12, "matrix": 4, "in": 96, "out": 48}  # 2,654,208 entries
     nets = [cp(shape, 8, init="normal"), tt(shape, 8, init="normal")]
@@ -213,6 +284,9 @@ def test_what_has_no_result_is_refused():
     with pytest.raises(ValueError, match="nothing surrounds"):
         environment(single, 0)
     assert gram(single, 0).tolist() == [[1.0]]
+    with pytest.raises(KeyError, match="no parameter 5"):
+        absorb(one, 5)
+    assert absorb(single, 0) is single
 
 
 @pytest.mark.parametrize(

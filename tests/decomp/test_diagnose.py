@@ -10,6 +10,7 @@ from strategies import FORMATS, KINDS, build, examples, generator, networks, sma
 
 from lortalib.decomp import (
     Network,
+    NetworkView,
     RankRow,
     RankTable,
     Shape,
@@ -20,6 +21,7 @@ from lortalib.decomp import (
     congruence,
     core_consistency,
     cp,
+    fit,
     formats,
     gram,
     lora,
@@ -27,6 +29,7 @@ from lortalib.decomp import (
     suggest_rank,
     tucker,
 )
+from lortalib.decomp._suggest import _mask
 
 SHAPE = {"layer": 4, "in": 7, "out": 6}
 
@@ -131,6 +134,27 @@ def test_conditioning_is_that_of_the_scaled_gram_matrix(name):
             assert found[own] > 1e7
 
 
+@pytest.mark.parametrize("name", ["indscal", "rescal"])
+def test_a_parameter_of_two_terms_has_the_larger_of_their_numbers(name):
+    for seed in range(4):
+        net = small(name, generator=generator(seed))
+        wide = NetworkView(net.legs.unhashed, net.tensors, net.modes)
+        wanted = []
+        for k in (0, 1):  # the same parameter, with other surroundings
+            matrix = gram(wide, k).detach()
+            root = matrix.diagonal().sqrt()
+            wanted.append(torch.linalg.cond(matrix / root / root[:, None]).item())
+        assert conditioning(net)[net.names[0]] == pytest.approx(max(wanted), rel=1e-5)
+
+
+def test_a_tolerance_is_a_fraction_of_the_singular_values():
+    sides = torch.eye(3, dtype=torch.float64)
+    values = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    net = Network("in r, out r", [sides, sides * values], ["in", "out"])
+    for tolerance, rank in ((1e-1, 1), (2e-2, 1), (5e-3, 2), (2e-4, 2), (5e-5, 3)):
+        assert multilinear_ranks(net, tolerance=tolerance) == {"in": rank, "out": rank}
+
+
 def test_equal_components_are_not_determined():
     net = cp(SHAPE, 2, init="normal", dtype=torch.float64)
     with torch.no_grad():
@@ -169,6 +193,19 @@ def test_the_rank_of_a_tensor_is_suggested(line, noise):
         assert table[2].core_consistency > 90
     else:
         assert table[2].core_consistency is None
+
+
+def test_the_held_out_error_is_that_of_entries_that_the_fit_does_not_see():
+    shape = {"layer": 5, "in": 6, "out": 7}
+    dense = torch.randn(*shape.values(), dtype=torch.float64, generator=generator(2))
+    options = {"modes": "layer in out", "sweeps": 8}
+    table = suggest_rank(dense, "cp", (1, 3), held_out=0.3, generator=generator(3), **options)
+    seen = _mask(dense, 0.3, generator(3))
+    for row in table:
+        net = fit(dense, "cp", row.rank, mask=seen, **options).network
+        gap = (net.dense().detach() - dense)[~seen].norm() / dense[~seen].norm()
+        assert row.held_out == pytest.approx(gap.item(), rel=1e-6)
+        assert row.held_out > row.error  # of noise nothing can be foretold
 
 
 def test_networks_have_no_entries_to_hold_out():

@@ -9,8 +9,8 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, random_networks, seeds, small
-from test_arithmetic import LargestTensor
 
 from lortalib.decomp import Network, cp, fit, formats, lora, scale, tt
 
@@ -136,6 +136,26 @@ def test_weights_may_be_a_network():
     one = fit(target, "cp", 2, weights=weights, sweeps=10)
     other = fit(target, "cp", 2, weights=weights.dense().double(), start="random", sweeps=10)
     assert one.errors == pytest.approx(other.errors, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("name", ["cp", "tucker", "lotr", "ring"])
+def test_weights_may_be_constant_along_modes(name, is_dense):
+    shape = {"layer": 3, "head": 2, "matrix": 2, "in": 5, "out": 4}
+    target = lora(shape, 3, init="normal", dtype=torch.float64, generator=generator(2))
+    values = torch.rand(2, 3, dtype=torch.float64, generator=generator(3))
+    values[1, 2] = 0.0  # a slice that does not count
+    weights = Network("matrix layer", [values], ("matrix", "layer"))
+    whole = values.T.reshape(3, 1, 2, 1, 1).expand(*shape.values())
+    given = target.dense().detach() if is_dense else target
+    options = {"modes": target.modes} if is_dense else {}
+    options |= {"start": "random", "tolerance": 0, "sweeps": 5}
+    one = fit(given, name, 2, weights=weights, **options)
+    other = fit(given, name, 2, weights=whole, **options)
+    both = fit(given, name, 2, weights=weights, mask=torch.ones(*shape.values()), **options)
+    assert one.errors == pytest.approx(other.errors, abs=1e-6)
+    assert both.errors == pytest.approx(other.errors, abs=1e-6)
+    assert one.error == pytest.approx(measured(one, target.dense(), whole.sqrt().numpy()), abs=1e-7)
 
 
 def test_no_tensor_of_a_fit_to_a_network_is_large():
@@ -299,6 +319,7 @@ ODD = {"layer": 2, "in": 3, "out": 5}
         (DENSE, {"mask": DENSE.index_fill(1, torch.tensor([2]), 0)}, "no entry is known at in=2"),
         (DENSE, {"weights": -DENSE}, "finite and not negative"),
         (DENSE, {"weights": cp(ODD, 1)}, "the weights have"),
+        (NET, {"weights": Network("task", [torch.ones(2)], ["task"])}, "the weights have"),
         (NET, {"weights": scale(NET, -1.0)}, "finite and >= 0"),
         (DENSE, {"line": "in r (frozen), layer out r (frozen)"}, "every parameter is frozen"),
         (DENSE, {"start": "good"}, "unknown start 'good'; choose 'auto'"),
@@ -354,6 +375,43 @@ def test_frozen_parameters_are_random_unless_a_start_says_them():
     kept = fit(target, "vera", 3, start=found.network)
     assert kept.network.tensors[0].equal(found.network.tensors[0])
     assert kept.error == pytest.approx(found.error)
+
+
+def test_frozen_parameters_of_a_random_start_are_those_of_the_format():
+    """Not drawn a second time, at the start or at a restart: their scale is the format's."""
+    target = build("lora", SHAPE, 2)
+    wanted = build("vera", SHAPE, 3, generator=generator(5))
+    for options in ({}, {"restarts": 2}, {"start": "random", "restarts": 1}):
+        found = fit(target, "vera", 3, generator=generator(5), **options)
+        for k in (0, 1):
+            assert found.network.tensors[k].equal(wanted.tensors[k])
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_a_line_of_one_tied_parameter_has_the_norm_of_the_target(factor):
+    """The parameter takes the root of the factor, since it counts twice."""
+    side = random_dense(5, 2)
+    found = fit(factor * side @ side.mT, "in r, out r (tied)", 2, modes="in out")
+    torch.testing.assert_close(
+        found.network.dense().detach(), factor * side @ side.mT, rtol=1e-4, atol=0
+    )
+    assert found.error < 1e-5
+
+
+def test_a_descent_that_ends_higher_is_not_taken(monkeypatch):
+    def worse(self, closure):
+        before = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(10.0)
+        return before
+
+    dense = random_dense(2, 4, 4)
+    honest = fit(dense, "indscal", 2, modes=MODES, sweeps=3, tolerance=0)
+    monkeypatch.setattr(torch.optim.LBFGS, "step", worse)
+    found = fit(dense, "indscal", 2, modes=MODES, sweeps=3, tolerance=0)
+    assert list(found.errors) == sorted(found.errors, reverse=True)
+    assert honest.errors[-1] <= found.errors[-1] <= 1.0
 
 
 def test_a_ridge_shrinks_the_parameters():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, networks, registered, seeds, small
-from test_arithmetic import LargestTensor
 
 from lortalib.decomp import (
     Legs,
@@ -287,6 +287,16 @@ def test_every_network_becomes_a_tucker_or_is_too_small_for_one(name, data):
     torch.testing.assert_close(found.network.dense().detach(), dense, rtol=1e-9, atol=1e-9)
     core = found.network.tensors[-1].numel()
     assert core < dense.numel() or name == "tucker"
+
+
+def test_a_mode_on_two_parameters_becomes_a_factor_of_its_own():
+    """Neither of the two carries the mode alone, so no factor can be taken out of one of them."""
+    shape = {"layer": 7, "in": 9, "out": 8}
+    net = network("in r, layer r, layer out r", shape, 2, init="normal", dtype=torch.float64)
+    found = convert(net, "tucker")
+    assert found.is_exact
+    torch.testing.assert_close(found.network.dense(), net.dense())
+    assert found.network.ranks == {"p": 2, "q": 8, "t": 7}
 
 
 def test_a_train_becomes_a_tucker_and_components_shrink_to_what_rows_can_fill():

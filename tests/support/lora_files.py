@@ -3,7 +3,10 @@
 import json
 
 import peft
+import torch
 from safetensors.torch import load_file
+
+import lortalib
 
 
 def config_of(folder):
@@ -56,4 +59,26 @@ def complaints(folder):
     found += [key for key in tensors if not key.startswith("base_model.model.")]
     if config["r"] > max(VLLM_RANKS):
         found.append("rank")
+    return found
+
+
+def random_lora(family, folder, kind="Model", *, seed=4, targets=None, **options):
+    """Save a LoRA of random numbers, and return the change of each module's weight, as a linear map has it.
+
+    Without targets, it adapts every attention projection of the family.
+    """
+    model = family.model(kind)
+    paths = targets or sorted({site.path for site in lortalib.nn.sites(model)})
+    options = {"target_modules": paths, "r": 3, "lora_alpha": 5, **options}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(init_lora_weights=False, **options)
+        ).eval()
+    adapted.save_pretrained(folder)
+    found = {}
+    for path, module in adapted.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            change = module.get_delta_weight("default").detach().double()
+            found[path] = change.mT if module.fan_in_fan_out else change
     return found

@@ -4,10 +4,14 @@ from .adapter import load, read, read_adapter, read_description, save
 from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
+from .fit import Rules
 from .folder import AdapterFileError, put_files
 from .gguf_lora import export_gguf
-from .import_lora import load_lora
+from .import_lora import Lora, load_lora
 from .lora_config import lora_config
+from .lora_file import LowRank
+from .lora_sites import lora_network, lora_sites, residual_pair
+from .pairs_of_folder import read_pairs
 from .peft_folder import describe_for_peft
 from .restore import restore
 from .tensors import digest, open_tensors, plain, write_tensors
@@ -15,6 +19,9 @@ from .tensors import digest, open_tensors, plain, write_tensors
 __all__ = [
     "AdapterFileError",
     "Difference",
+    "Lora",
+    "LowRank",
+    "Rules",
     "compare_updates",
     "convert",
     "describe_for_peft",
@@ -24,12 +31,16 @@ __all__ = [
     "load",
     "load_lora",
     "lora_config",
+    "lora_network",
+    "lora_sites",
     "open_tensors",
     "plain",
     "put_files",
     "read",
     "read_adapter",
     "read_description",
+    "read_pairs",
+    "residual_pair",
     "restore",
     "save",
     "write_tensors",

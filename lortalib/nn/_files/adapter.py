@@ -62,8 +62,8 @@ def save(
         >>> [file.name for file in save(adapter, tempfile.mkdtemp()).iterdir()]
         ['adapter.safetensors']
     """
-    folder = Path(folder)
     model = adapter.model if model is None else check_model(model)
+    folder = Path(folder)
     place = f"{ATTRIBUTE}.{adapter.name}."
     tensors = {
         key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")

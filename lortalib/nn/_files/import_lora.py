@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
-import torch
 from torch import nn
 
-from ...decomp import Network, get_format
 from .._adapter import Adapter
 from .._adapters import check_name, install
-from .._anatomy import (
-    Site,
-    UnsupportedModelError,
-    is_conv1d,
-    linear_sites,
-    mlp_sites,
-    named_modules,
-    site_weight,
-    sites,
-)
+from .._anatomy import site_weight
 from .._config import AdapterConfig
-from .._group import Group, group_sites
+from .._group import group_sites
 from .._hub import local_folder
 from .._plan import check_whole
-from .fit import Rules, widths
-from .folder import AdapterFileError
+from .._trained_modules import TrainedModules
+from .fit import Rules
 from .lora_config import CONFIG, WEIGHTS, saved_modules
-from .lora_file import LowRank, open_lora
+from .lora_file import open_lora
 from .lora_modules import check_modules, take_modules
+from .lora_sites import Pairs, check_fit, lora_network, lora_sites
 
 
 def load_lora(
@@ -83,88 +71,46 @@ def load_lora(
         'layer matrix in r, layer matrix head out r'
     """
     model = check_name(model, name)
-    modules = named_modules(model)
-    with open_lora(local_folder(folder, (CONFIG, WEIGHTS), revision, token)) as file:
-        _check_fit(modules, file.shapes)
-        paths = check_modules(model, saved_modules(file.config), file.shapes, file.others)
-        pairs, others = file.read()
-    trained = take_modules(model, paths, others)
-    chosen = _sites(model, modules, pairs, rules)
+    lora = read_lora(model, local_folder(folder, (CONFIG, WEIGHTS), revision, token))
+    chosen = lora_sites(model, lora.shapes, rules)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     groups = group_sites(chosen, gqa="split")
-    networks = {group.name: _network(group, pairs, modules) for group in groups}
-    dropout = float(file.config.get("lora_dropout") or 0)
-    config = AdapterConfig("lora", 1.0, 1.0, dropout, "split", "lora")
-    adapter = Adapter(name, config, tuple(groups), networks, trained)
+    networks = {}
+    for group in groups:
+        weight = site_weight(model, group.sites[0])
+        network = lora_network(group, [lora.pairs])
+        networks[group.name] = network if weight.is_meta else network.to(weight.device)
+    config = AdapterConfig("lora", 1.0, 1.0, lora.dropout, "split", "lora")
+    adapter = Adapter(name, config, tuple(groups), networks, lora.trained_modules)
     install(adapter, model, active=active, freeze=freeze)
     return adapter
 
 
-def _check_fit(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, int]]) -> None:
-    for path, shape in shapes.items():
-        module = modules.get(path)
-        if module is None:
-            raise AdapterFileError(
-                f"the LoRA adapts {path}, which the model does not have; is it the model it was "
-                "trained on, with the same head?"
-            )
-        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            raise AdapterFileError(f"the LoRA adapts {path}, a {type(module).__name__}")
-        read, written = widths(module)
-        if shape != (written, read):
-            raise AdapterFileError(
-                f"the LoRA's pair for {path} is of a {shape[0]} x {shape[1]} matrix; the model's is "
-                f"{written} x {read}"
-            )
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that was read and fits a model.
+
+    Attributes:
+        pairs: the pairs by the path of their module, with the scaling multiplied in.
+        trained_modules: the modules that were trained as a whole.
+        dropout: its dropout.
+    """
+
+    pairs: Pairs
+    trained_modules: TrainedModules
+    dropout: float = 0.0
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(features written, features read) of each pair, by the path of its module."""
+        return {path: (len(pair.b), pair.a.shape[1]) for path, pair in self.pairs.items()}
 
 
-def _sites(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    pairs: Mapping[str, LowRank],
-    rules: Rules,
-) -> list[Site]:
-    """Make the sites of the adapted modules."""
-    known: list[Site] = []
-    for find in (lambda: sites(model, rules=rules), lambda: mlp_sites(model)):
-        try:
-            known += find()
-        except UnsupportedModelError:
-            continue
-    parts: dict[str, list[Site]] = defaultdict(list)
-    for site in known:
-        if not (site.experts or site.weight_read_directly or site.tied_paths):
-            parts[site.path].append(site)
-    own, others = [], {}
-    for path in pairs:
-        found = parts[path]
-        # Sites that do not cover a fused projection would lose the pair's update of the other features.
-        if found and sum(site.features for site in found) == (found[0].fused or found[0].features):
-            own += found
-        else:
-            others[path] = modules[path]
-    own.sort(key=known.index)
-    sizes = {path: (pairs[path].a.shape[1], pairs[path].b.shape[0]) for path in others}
-    return own + linear_sites(others, sizes)
-
-
-def _network(
-    group: Group, pairs: Mapping[str, LowRank], modules: Mapping[str, nn.Module]
-) -> Network:
-    """Make the network of a group; a missing matrix, or the missing ranks of a pair, are zeros."""
-    rank = max(len(pairs[site.path].a) for site in group.sites)
-    legs = get_format("lora").legs(group.shape)
-    sizes = {**group.shape, "r": rank}
-    tensors = [torch.zeros([sizes[leg] for leg in term.legs]) for term in legs.terms]
-    for site in group.sites:
-        a, b = pairs[site.path]
-        if site.rows is not None:
-            b = b[site.rows.index()]
-        if site.writer:  # in the tensor, `in` of the update is the residual stream
-            a, b = b.mT, a.mT
-        at = group.layers.index(site.layer), group.roles.index(site.role)
-        tensors[0][at][:, : len(a)] = a.mT
-        tensors[1][at][..., : len(a)] = b.reshape(group.heads, site.head_dim, len(a))
-    network = Network(legs, tensors, group.shape)
-    weight: Any = modules[group.sites[0].path].weight
-    return network if weight.is_meta else network.to(weight.device)
+def read_lora(model: nn.Module, folder: str | PathLike[str]) -> Lora:
+    """Read a LoRA of PEFT, and check that it fits a model; see `load_lora` for the errors."""
+    with open_lora(folder) as file:
+        check_fit(model, file.shapes)
+        paths = check_modules(model, saved_modules(file.config), file.shapes, file.others)
+        pairs, others = file.read()
+    dropout = float(file.config.get("lora_dropout") or 0)
+    return Lora(pairs, take_modules(model, paths, others), dropout)

@@ -1,0 +1,99 @@
+"""Defines the command that compresses saved LoRAs and adapters."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import nn as lnn
+from ..nn import AdapterFileError
+from ..nn.door import lora_config
+from ._models import load, shape_of
+from ._output import Output
+
+
+def compress(options: Namespace, output: Output) -> bool:
+    """Fit one tensor to LoRAs and adapters of one model: ``compress LORA... OUT``."""
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before minutes of fitting
+        raise FileExistsError(f"{out} exists and is not empty; give another folder")
+    bases = [_base_of(folder) for folder in options.lora]
+    name = _model_of(options.model, [base for base, _ in bases])
+    on_stream = any(acts_on_stream for _, acts_on_stream in bases)
+    model: nn.Module = (
+        load(name, "float32", options.trust_remote_code)
+        if on_stream
+        else shape_of(name, options.trust_remote_code)
+    )
+    with output.counter(options.sweeps, "sweeps") as step:
+        found = lnn.compress(
+            model,
+            options.lora,
+            options.to,
+            options.rank,
+            gqa=options.gqa,
+            sweeps=options.sweeps,
+            progress=lambda group, number, error: step(f"{group} {error:.4f}"),
+        )
+    found.save(out)
+    about = {
+        "adapters": len(found.names),
+        "decomposition": options.to,
+        "parameters": found.count(),
+        "parameters before": found.original_count(),
+        "relative error": found.error,
+        "written": str(out),
+    }
+    tensors = [
+        {"tensor": name, "legs": str(net.legs), "error": found.fits[name].error}
+        for name, net in found.networks.items()
+    ]
+    kinds = ("adapter", "matrix", "layer", "head")
+    tables = {kind: found.table(kind) for kind in kinds}
+    output.show(
+        {**about, "tensors": tensors, "errors": tables, "sites": _sites(found)},
+        [about],
+        tensors,
+        *(tables[kind] for kind in kinds[len(found.names) == 1 :]),
+    )
+    return True
+
+
+def _sites(found: lnn.Compression) -> list[dict[str, Any]]:
+    return [
+        {
+            "adapter": each.adapter,
+            "stack": each.site.stack,
+            "layer": each.site.layer,
+            "matrix": each.site.role,
+            "path": each.site.path,
+            "norm by head": each.norms,
+            "error by head": each.errors,
+        }
+        for each in found.errors
+    ]
+
+
+def _base_of(folder: str) -> tuple[str | None, bool]:
+    """Return the name of the model that an adapter was trained on, and whether it acts on the stream."""
+    try:
+        description = lnn.read_description(folder)
+    except (AdapterFileError, FileNotFoundError):
+        return lora_config(folder).get("base_model_name_or_path"), False
+    return description["base_model"].get("name"), description["config"]["acts_on"] == "stream"
+
+
+def _model_of(given: str | None, named: Sequence[str | None]) -> str:
+    """Choose the model: the one given, or the folder that the adapters name. No name is looked up unasked."""
+    if given is not None:
+        return given
+    name = named[0]
+    if name is None or not Path(name).is_dir():
+        raise ValueError(
+            f"the first adapter names {name!r} as its model, which is no folder here; give --model"
+        )
+    return name

@@ -1,0 +1,56 @@
+"""Reads the low-rank pairs of any saved adapter: a LoRA of PEFT, or an adapter of lortalib."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from .._anatomy import site_weight
+from .adapter import read_adapter
+from .fit import Rules
+from .folder import CONFIG_OF_PEFT, TENSORS, read_json
+from .import_lora import Lora, read_lora
+from .lora_file import LowRank
+from .lora_pairs import lora_pairs
+from .lora_sites import check_fit
+from .peft_folder import METHOD
+
+
+def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ()) -> Lora:
+    """Read a saved adapter as the low-rank pairs of its modules, exactly.
+
+    Args:
+        model: the model that it was trained on; the meta device is enough for an adapter on the weights.
+        folder: a folder of a LoRA of PEFT, or of an adapter of lortalib of either kind.
+        rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterFileError: a damaged file, another method, or an adapter that does not fit the model.
+        ValueError: an adapter on the stream and a model without weights, or weights for which there is no
+            pair, such as packed experts.
+    """
+    if _is_lora(Path(folder)):
+        return read_lora(model, folder)
+    adapter = read_adapter(model, folder, rules=rules)
+    on_stream = adapter.config.acts_on == "stream"
+    if on_stream and any(site_weight(model, site).is_meta for site in adapter.sites):
+        raise ValueError(
+            f"the adapter in {folder} acts on the residual stream: its change of a weight is a product with "
+            "that weight, and this model has no weights. Give the model with its weights"
+        )
+    pairs = {path: LowRank(a, b) for path, a, b in lora_pairs(adapter, model)}
+    lora = Lora(pairs, adapter.trained_modules, adapter.dropout)
+    check_fit(model, lora.shapes)
+    return lora
+
+
+def _is_lora(folder: Path) -> bool:
+    """Return True for a folder of PEFT that holds another method than lortalib's."""
+    file = folder / CONFIG_OF_PEFT
+    if not file.is_file() or (folder / TENSORS).is_file():
+        return False
+    config = read_json(file)
+    return not (isinstance(config, dict) and config.get("peft_type") == METHOD)
