@@ -147,8 +147,9 @@ def table(rows: Iterator[Row]) -> str:
     head = "| to | rank | parameters | relative error | accuracy | after more training | seconds |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for line, rank, count, error, before, after, seconds in rows:
+        what = f"`{line}`" if seconds else line
         lines.append(
-            f"| `{line}` | {rank} | {count:,} | {error:.3f} | {before} | {after} | {seconds:.1f} |"
+            f"| {what} | {rank} | {count:,} | {error:.3f} | {before} | {after} | {seconds:.1f} |"
         )
     return "\n".join(lines)
 
