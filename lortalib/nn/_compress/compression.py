@@ -34,7 +34,7 @@ class Compression:
         mode: the name of the mode that numbers the adapters; empty if there is none.
         groups: the groups of sites.
         fits: the fit of each group's tensor, by the name of the group; ``fits[name].network`` is the
-            tensor. Its error counts copied key/value heads once for each query head.
+            tensor. Its error also counts how far the copies of a pooled key/value head differ.
         errors: the error of each adapter at each site, measured on the weights' updates.
     """
 

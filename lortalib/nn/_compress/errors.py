@@ -43,9 +43,9 @@ class SiteError:
         site = self.site
         if kind == "head":
             has_query_heads = site.role in _HEADED and site.heads == site.query_heads
-            few = "" if has_query_heads else f"{site.role} "
+            role = "" if has_query_heads else f"{site.role} "
             for head, numbers in enumerate(zip(self.norms, self.errors)):
-                yield (f"{site.stack} {few}{head}", *numbers)
+                yield (f"{site.stack} {role}{head}", *numbers)
         else:
             names = {"adapter": self.adapter, "layer": site.layer, "matrix": site.role}
             own = "" if kind == "adapter" else f"{site.stack} "

@@ -104,7 +104,9 @@ def lora_network(group: Group, several: Sequence[Pairs], mode: str = "") -> Netw
     """
     ranks = [len(pairs[s.path].a) for pairs in several for s in group.sites if s.path in pairs]
     first = {mode: len(several)} if mode else {}
-    legs = get_format(f"{mode} layer matrix in r, {mode} layer matrix head out r").legs(group.shape)
+    lead = f"{mode} " if mode else ""
+    line = f"{lead}layer matrix in r, {lead}layer matrix head out r"
+    legs = get_format(line).legs(group.shape)
     sizes = {**first, **group.shape, "r": max(ranks, default=1)}
     tensors = [torch.zeros([sizes[leg] for leg in term.legs]) for term in legs.terms]
     for number, pairs in enumerate(several):
