@@ -63,6 +63,17 @@ def check_alpha(alpha: object) -> None:
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
 
 
+def check_legs(shared: object) -> None:
+    """Refuse a value of shared that lists no legs.
+
+    Raises:
+        ValueError: the value is no list, tuple or set of texts.
+    """
+    listed = isinstance(shared, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(leg, str) for leg in shared):  # type: ignore[attr-defined]
+        raise ValueError(f"shared must list legs, such as ('in', 'out'); found {shared!r}")
+
+
 def check_acts_on(acts_on: object) -> None:
     """Refuse an unknown value of acts_on.
 

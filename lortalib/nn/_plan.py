@@ -13,7 +13,7 @@ from torch import nn
 
 from ..decomp import Network, Rank, Shape, StartLike, get_format, mark_shared
 from ._anatomy import Site
-from ._config import AdapterConfig, check_settings, choose_acts_on
+from ._config import AdapterConfig, check_legs, check_settings, choose_acts_on
 from ._group import Group, group_sites
 from ._stream import stream_sites
 from ._table import lora_count, network_table
@@ -117,9 +117,7 @@ def plan_sites(
     check_settings(alpha, dropout, init, acts_on)
     acts_on = choose_acts_on(decomposition, acts_on)
     on_stream = acts_on == "stream"
-    if isinstance(shared, str):
-        raise ValueError(f"shared must list legs, such as ('in', 'out'); found the text {shared!r}")
-    shared = tuple(shared)
+    check_legs(shared)
     groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}
     for group in groups:

@@ -169,6 +169,7 @@ class BankContents:
             names = list(sources)
             own = self._reader.scaled(sources._store.gather(names), sources.alpha)
             stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
+            self._shared.check_fits(shared, "the other bank")
             self._store.put(names, stacked, shared=shared if self._shared else None)
             return
         read = self._reader.read_all(sources)

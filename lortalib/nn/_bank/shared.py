@@ -79,6 +79,28 @@ class SharedParameters:
             found[group] = [next(ours) if mark else next(mine) for mark in marks]
         return found
 
+    def check_fits(self, values: Tensors, label: str) -> None:
+        """Refuse values that the shared parameters cannot take.
+
+        Args:
+            values: the values by the name of the group.
+            label: a noun for their source.
+
+        Raises:
+            ValueError: other shapes, or a value that is not finite.
+        """
+        for group, given in values.items():
+            for parameter, value in zip(self.parameters[group], given):
+                if parameter.shape != value.shape:
+                    raise ValueError(
+                        f"{label} does not fit the bank: a shared parameter of its group {group!r} has the "
+                        f"shape {tuple(value.shape)}, and the bank's {tuple(parameter.shape)}"
+                    )
+                if not value.to(parameter).isfinite().all():
+                    raise ValueError(
+                        f"{label} holds NaN or infinity in a shared parameter of group {group!r}"
+                    )
+
     def check_equal(self, values: Tensors, label: str) -> None:
         """Refuse values that differ from the shared parameters.
 

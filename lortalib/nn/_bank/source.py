@@ -210,22 +210,8 @@ class SourceReader:
         if not self._shared:
             return self.scaled(own, adapter.scaling), None
         shared = {group: self._shared.shared(group, tensors) for group, tensors in stored.items()}
-        self._check_finite(name, shared)
+        self._shared.check_fits(shared, f"adapter {name!r}")
         return self.scaled(own, adapter.scaling), shared
-
-    def _check_finite(self, name: Hashable, tensors: Stacked) -> None:
-        for group, values in tensors.items():
-            for parameter, value in zip(self._shared.parameters[group], values):
-                if parameter.shape != value.shape:
-                    raise ValueError(
-                        f"adapter {name!r} does not fit the bank: a shared parameter of its group "
-                        f"{group!r} has the shape {tuple(value.shape)}, and the bank's "
-                        f"{tuple(parameter.shape)}"
-                    )
-                if not value.to(parameter).isfinite().all():
-                    raise ValueError(
-                        f"adapter {name!r} holds NaN or infinity in a shared parameter of group {group!r}"
-                    )
 
     def check_shapes(
         self, label: str, tensors: Mapping[str, Sequence[Tensor]], lead: tuple[int, ...]

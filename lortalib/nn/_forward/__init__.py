@@ -3,7 +3,7 @@
 from .attach import Handle, attach, detach
 from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards
 from .pairs import Pair, PairSource
-from .rows import EvenRows, Layout, RowMaps, TokenRows
+from .rows import EvenRows, RowMaps, TokenRows
 from .scope import ForwardScope
 from .update import (
     ModuleUpdate,
@@ -21,7 +21,6 @@ __all__ = [
     "EvenRows",
     "ForwardScope",
     "Handle",
-    "Layout",
     "ModuleUpdate",
     "OutputHook",
     "Pair",

@@ -62,8 +62,15 @@ def _rows(
     made = [
         tensor.to(device, dtype).contiguous() for tensor in how.contract(how.spread(parameters))
     ]
-    rows = [_every(tensor, how.layers).flatten(0, 1) for tensor in made]
-    return [t.shape[1] for t in made], tuple(row for tensor in rows for row in tensor.unbind())
+    rows = [row for tensor in made for row in _by_layer(tensor, how.layers)]
+    return [t.shape[1] for t in made], tuple(rows)
+
+
+def _by_layer(tensor: Tensor, layers: int) -> Sequence[Tensor]:
+    """List the matrices of every layer. Layers that are alike have views of one memory."""
+    if len(tensor) == 1 and tensor.shape[1] > 1:  # flattened, they would be copied
+        return [row for _ in range(layers) for row in tensor[0].unbind()]
+    return _every(tensor, layers).flatten(0, 1).unbind()
 
 
 class MakePairs(Function):

@@ -230,8 +230,11 @@ def test_marks_in_the_line_do_what_the_argument_does():
     assert "48 shared" in repr(by_line)
     with pytest.raises(ValueError, match="no parameter carries the leg 'width'"):
         lortalib.nn.bank(small_llama(), "cp", 2, shared=["width"])
-    with pytest.raises(ValueError, match="found the text 'in'"):
-        lortalib.nn.bank(small_llama(), "cp", 2, shared="in")
+    for wrong in ("in", 3, [3], by_line, None):
+        with pytest.raises(
+            ValueError, match=r"shared must list legs, such as \('in', 'out'\); found"
+        ):
+            lortalib.nn.bank(small_llama(), "cp", 2, shared=wrong)
     with pytest.raises(ValueError, match="so its adapters cannot differ"):
         lortalib.nn.bank(small_llama(), "lora", 2, shared=SIDES)
 
