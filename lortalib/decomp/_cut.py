@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._einsum import Names, Path, compile_constant, contract_along, contraction_path
+from ._factors import product
 from ._min_cut import SINK, SOURCE, exact_logarithms, source_side
 from ._notation import LegsError
 
@@ -47,7 +48,8 @@ def cheapest_cut(
 
     The modes ``batch_modes`` may stand on both sides: all their slices are cut at the same place. A
     parameter that carries one of ``in_modes`` and one of ``out_modes`` cannot be split: it is on the side of
-    ``out``, and its legs of ``in`` cross. If no other parameter carries such a leg, ``in_side`` is empty.
+    ``out``, and its legs of ``in`` cross. If no other parameter carries such a leg, or nothing is gained by
+    a side of ``in``, all of ``in`` crosses and ``in_side`` is empty.
     """
     size = dict(sizes)
     nodes: list[int] = []  # the node of each parameter in the graph of the minimum cut
@@ -83,7 +85,11 @@ def cheapest_cut(
     beyond = {leg for k in rest for leg in terms[k]}
     near_legs = [leg for k in near_terms for leg in terms[k] if leg not in batch_modes]
     crossing = [leg for leg in near_legs if leg in beyond]
-    crossing += [leg for leg in in_modes if leg in beyond]
+    inputs = [leg for leg in in_modes if leg in beyond]
+    crossing += inputs
+    full = math.prod(size[leg] for leg in in_modes)
+    if inputs and math.prod(size[leg] for leg in {*crossing}) >= full:
+        return Partition((), tuple(range(len(terms))), in_modes)
     return Partition(near_terms, rest, tuple(dict.fromkeys(crossing)))
 
 
@@ -110,13 +116,16 @@ class Side(NamedTuple):
         like = tensors[0]
         eyes = [torch.eye(n, dtype=like.dtype, device=like.device) for n in self.identities]
         found = contract_along(self.path, [*(tensors[k] for k in self.parameters), *eyes])
-        lead, ones, full, axes = iter(found.shape), list[int](), list[int](), list[int]()
+        lead = iter(found.shape)
+        ones: list[int] = []
+        full: list[int] = []
+        axes: list[int] = []
         for factors in self.absent:
             missing = all(factors)
             own = [1 if missing else size or next(lead) for size in factors]
             ones += [1 if size else n for size, n in zip(factors, own)]
             full += own
-            axes.append(math.prod(own))
+            axes.append(product(own))
         if ones != full:  # a split mode of which this side carries some factors only
             found = found.reshape(*ones, *tail).expand(*full, *tail)
         return found.reshape(*axes, *tail)

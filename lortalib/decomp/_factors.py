@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
+from ._einsum import compile_constant
 from ._notation import LegsError
 
 #: A mode that is split without a given number of factors gets factors of about this size.
@@ -26,18 +27,27 @@ def mode_of(leg: str) -> str:
     return leg.partition(".")[0]
 
 
-def open_legs(modes: Iterable[str], legs: Collection[str]) -> tuple[str, ...]:
+@compile_constant
+def open_legs(modes: tuple[str, ...], legs: tuple[str, ...]) -> tuple[str, ...]:
     """Replace each mode that is none of the legs by its factors; one without factors stays.
 
     Example:
-        >>> open_legs(["layer", "in"], ["in.2", "in.1", "layer", "r"])
+        >>> open_legs(("layer", "in"), ("in.2", "in.1", "layer", "r"))
         ('layer', 'in.1', 'in.2')
     """
     found = list[str]()
     for mode in modes:
-        own = [leg for leg in legs if mode != leg and mode == mode_of(leg)]
+        own = [leg for leg in dict.fromkeys(legs) if mode != leg and mode == mode_of(leg)]
         found += [mode] if mode in legs or not own else sorted(own, key=_place)
     return tuple(found)
+
+
+def product(sizes: Sequence[int]) -> int:
+    """Multiply sizes; torch.compile can follow it, unlike `math.prod`."""
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
 
 
 def is_factor(leg: str) -> bool:
@@ -65,7 +75,7 @@ def wrong_factor(modes: Iterable[str], legs: Collection[str]) -> tuple[str, str]
             return leg, f"{leg!r} is a factor of {mode!r}, which is no mode of the tensor"
         if mode in legs:
             return leg, f"{mode!r} stands whole, and split as {leg!r}; write one of the two"
-        own = open_legs([mode], legs)
+        own = open_legs((mode,), tuple(legs))
         if [_place(factor) for factor in own] != list(range(1, len(own) + 1)):
             return leg, (
                 f"the factors of {mode!r} are to be numbered {mode}.1, {mode}.2 and so on, the slowest "
@@ -113,19 +123,21 @@ def sizes_of_factors(
     known = math.prod(in_line[leg] for leg in legs if leg in in_line)
     free = [leg for leg in legs if leg not in in_line]
     if size % known or (not free and size != known):
-        given = _product([in_line[leg] for leg in legs if leg in in_line])
+        given = [in_line[leg] for leg in legs if leg in in_line]
+        product = f" = {known}" if len(given) > 1 else ""
         raise LegsError(
-            f"the factors of {mode!r} are to multiply to its size {_primes(size)}; found {given} = {known}. "
-            "Nothing is padded"
+            f"the factors of {mode!r} are to multiply to its size {_primes(size)}; found "
+            f"{_product(given)}{product}. Nothing is padded"
         )
     rest = size // known
     chosen = balanced(rest, len(free)) if free else ()
     if chosen is None:
-        most = len(prime_factors(rest))
+        primes = prime_factors(rest)
+        padded = [*primes, *[1] * len(free)]
         raise LegsError(
             f"{mode!r} has the size {_primes(rest)}, which has no {len(free)} factors above 1; split it into "
-            f"at most {max(1, most)}, or give the sizes, of which some may be 1, as in "
-            f"{' '.join(f'{leg}:{n}' for leg, n in zip(free, (rest, *[1] * len(free))))}. Nothing is padded"
+            f"at most {max(1, len(primes))}, or give the sizes, of which some may be 1, as in "
+            f"{' '.join(f'{leg}:{n}' for leg, n in zip(free, padded))}. Nothing is padded"
         )
     found = {**in_line, **dict(zip(free, chosen))}
     return tuple(found[leg] for leg in legs)

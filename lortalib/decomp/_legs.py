@@ -88,7 +88,9 @@ class Legs:
             >>> Legs.parse("in.1 a, layer in.2 a b, out b").open_legs(["layer", "in", "out"])
             ('layer', 'in.1', 'in.2', 'out')
         """
-        return open_legs(modes, self.carriers)
+        found: tuple[str, ...]
+        found = open_legs(tuple(modes), tuple(leg for term in self.terms for leg in term.legs))
+        return found
 
     @cached_property
     def factors(self) -> dict[str, int]:

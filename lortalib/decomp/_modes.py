@@ -90,6 +90,20 @@ class Shape(Mapping[str, int]):
         return dict(self._factors)
 
     @property
+    def split(self) -> Shape:
+        """The shape over the factors: each mode that is split is replaced by them.
+
+        Example:
+            >>> Shape({"in": (8, 12), "out": 5}).split
+            Shape({'in.1': 8, 'in.2': 12, 'out': 5})
+        """
+        sizes: dict[str, int] = {}
+        for mode, size in self._sizes.items():
+            own = self._factors.get(mode)
+            sizes |= {f"{mode}.{k}": n for k, n in enumerate(own, 1)} if own else {mode: size}
+        return Shape(sizes)
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """The mode names, in the order of the axes."""
         return tuple(self._sizes)

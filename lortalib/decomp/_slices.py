@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ._factors import product
 from ._legs import Legs
 from ._notation import Term, check_bounds
 
@@ -31,7 +31,8 @@ class Slices(NamedTuple):
         fixed: dict[str, int] = {}
         for mode, position in index.items():
             own = self.legs.open_legs([mode])
-            position %= math.prod(self.sizes[leg] for leg in own)
+            if position < 0:
+                position += product([self.sizes[leg] for leg in own])
             for leg in reversed(own):
                 position, fixed[leg] = divmod(position, self.sizes[leg])
         tensors = [
@@ -51,11 +52,13 @@ class Slices(NamedTuple):
                 else tensor
                 for term, tensor in zip(self.legs.terms, self.tensors)
             ]
-        digits, rest = dict[str, Tensor](), positions
+        digits: dict[str, Tensor] = {}
+        rest = positions
         for leg in reversed(own[1:]):
             digits[leg], rest = rest % self.sizes[leg], rest // self.sizes[leg]
         digits[own[0]] = rest
-        terms, tensors = list[Term](), list[Tensor]()
+        terms: list[Term] = []
+        tensors: list[Tensor] = []
         for term, tensor in zip(self.legs.terms, self.tensors):
             here = [leg for leg in own if leg in term.legs]
             if here:

@@ -159,12 +159,13 @@ def budget(shape: ShapeLike, parameters: int) -> RankTable:
             legs.check(sizes.modes)
             if legs.vectors:
                 continue
-            legs.check_tied_sizes({**sizes, **dict.fromkeys(legs.bonds(sizes.modes), 1)})
+            split = legs.split(sizes)
+            legs.check_tied_sizes({**split, **dict.fromkeys(legs.bonds(sizes.modes), 1)})
         except LegsError:
             continue
-        ranks = _ranks_within(legs, sizes, parameters)
+        ranks = _ranks_within(legs, split, parameters)
         if ranks is not None:
-            rows.append(RankRow(name, ranks, _count(legs, sizes, ranks)))
+            rows.append(RankRow(name, ranks, _count(legs, split, ranks)))
     return RankTable(tuple(sorted(rows, key=lambda row: -row.parameters)))
 
 

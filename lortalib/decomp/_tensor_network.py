@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ._cut import OUT_MODES, Cut, CutPlan, check_cut, make_cut_plan
 from ._einsum import contract
+from ._factors import product
 from ._legs import Legs
 from ._modes import Shape
 from ._notation import Term
@@ -47,7 +47,7 @@ class TensorNetwork(ABC):
         return Shape({mode: self._size_of(mode) for mode in self.modes})
 
     def _size_of(self, mode: str) -> int:
-        return math.prod(self.sizes[leg] for leg in self.legs.open_legs([mode]))
+        return product([self.sizes[leg] for leg in self.legs.open_legs([mode])])
 
     @property
     def split(self) -> TensorNetwork:
@@ -122,7 +122,7 @@ class TensorNetwork(ABC):
             torch.Size([6, 64, 16])
         """
         found = contract(self._terms, self.tensors, self.open_legs, self.sizes)
-        return found.reshape(tuple(self.shape.values()))
+        return found.reshape([self._size_of(mode) for mode in self.modes])
 
     def select(self, index: Mapping[str, int] | None = None, /, **positions: int) -> TensorNetwork:
         """Fix some modes, each at one position; a network over the other modes remains.
