@@ -91,7 +91,9 @@ def test_rank_of_the_cut_is_the_smallest_product_of_crossing_bonds(kind, data):
     assert p == reference.smallest_crossing(view)
 
     def bonds_of(sides):
-        return math.prod(view.sizes[leg] for leg in set().union(*sides) if leg not in view.open_legs)
+        return math.prod(
+            view.sizes[leg] for leg in set().union(*sides) if leg not in view.open_legs
+        )
 
     terms = [set(term.legs) for term in view.legs.terms]
     outs = {leg for mode in ("head", "out") for leg in reference.factors(view, mode)}

@@ -22,7 +22,7 @@ def _legs(net):
 def factors(net, mode):
     """The legs that make up a mode: itself, or its factors, the slowest first."""
     own = [leg for leg in _legs(net) if leg.split(".")[0] == mode]
-    return [mode] if mode in own else sorted(own, key=lambda leg: int(leg.split(".")[1]))
+    return [mode] if mode in _legs(net) else sorted(own, key=lambda leg: int(leg.split(".")[1]))
 
 
 def open_legs(net):

@@ -191,7 +191,9 @@ def random_networks(draw, split=False):
     """A network of a legal line, of any sizes."""
     line, modes = draw(lines(split))
     legs = Legs.parse(line)
-    sizes = {**draw(shapes(legs.open_legs(modes)))} | draw(sized(legs.bonds(modes), lambda _: 4, 200))
+    sizes = {**draw(shapes(legs.open_legs(modes)))} | draw(
+        sized(legs.bonds(modes), lambda _: 4, 200)
+    )
     return network_of(line, modes, sizes, draw(seeds))
 
 

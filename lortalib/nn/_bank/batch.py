@@ -69,11 +69,9 @@ class BatchTensors:
         wide = torch.promote_types(stored, dtype) if stored.itemsize > 1 else dtype
         with torch.inference_mode(False):  # later forwards use them in any mode
             tensors = [tensor.to(device, wide) for tensor in tensors]
-            tensors = list(source.network.spread(tensors))
+            tensors = list(source.spread(tensors))
             if layer is not None:
-                network = NetworkView(source.network.legs, tensors, source.network.modes)
-                at = torch.tensor([layer], device=device)
-                tensors = list(network.index_select("layer", at).tensors)
+                tensors = list(source.of_layers(tensors, [layer]))
             # Contiguous, so that the products with A and B read memory in order.
             return [tensor.to(dtype).contiguous() for tensor in source.contract(tensors)]
 

@@ -157,6 +157,9 @@ class PairSource:
         self.scaling = scaling
         self.backwards = Counter()
         self._batch_modes = batch_modes  # leading axes of every pair, after the axis of the layers
+        chosen = ("layer", "matrix")
+        self._split = [m for m in chosen if network.legs.open_legs([m]) != (m,)]
+        self._legs = self._laid_out(network.tensors).legs if self._split else network.legs
         self._signatures: list[ModuleSites] = []
         self._places: list[tuple[PairIndex, PairIndex]] = []  # a function of the signatures alone
         self._users: list[int] = []
@@ -207,7 +210,8 @@ class PairSource:
                 default. The pair moves there because it is smaller than the module's input.
         """
         self._check_numbers(device)
-        cuts = self._cut(self.network.select(layer=layer).tensors, False)
+        tensors = self.spread(self.network.stored)
+        cuts = self._cut(self._view(tensors).select(layer=layer).tensors, False)
         first, second = self._signatures[number].pair(cuts, self.scaling)
         device = first.device if device is None else device
         return Pair(first.to(device, dtype), second.to(device, dtype))
@@ -223,9 +227,9 @@ class PairSource:
         how = Contraction(
             self.group.name,
             len(self.group.layers),
-            self.network.spread,
+            self.spread,
             self.contract,
-            self._of_layers,
+            self.of_layers,
             self.backwards,
         )
         counts, flat = matrices(how, dtype, device, self.network.stored)
@@ -302,13 +306,29 @@ class PairSource:
                 for heads in self._head_counts()
             }
 
-    def _of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
+    def spread(self, stored: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compute the tensors of the terms from parameters like those of the network. The modes layer and
+        matrix, which are chosen by position, are whole in them, even if the network splits them."""
+        tensors = self.network.spread(stored)
+        return self._laid_out(tensors).tensors if self._split else tensors
+
+    def of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
         """Return the tensors of the terms, restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
         at = integers(layers, tensors[0].device)
-        network = NetworkView(self.network.legs, tensors, self.network.modes)
-        return network.index_select("layer", at).tensors
+        return self._view(tensors).index_select("layer", at).tensors
+
+    def _view(self, tensors: Sequence[Tensor]) -> NetworkView:
+        return NetworkView(self._legs, tensors, self.network.modes)
+
+    def _laid_out(self, tensors: Sequence[Tensor]) -> TensorNetwork:
+        """Make layer and matrix whole."""
+        network: TensorNetwork = NetworkView(self.network.legs, tensors, self.network.modes)
+        for mode in self._split:
+            every = integers(range(network.shape[mode]), tensors[0].device)
+            network = network.index_select(mode, every)
+        return network
 
     def _recipe(self, heads: int, over_layers: bool, like: Tensor) -> CutRecipe:
         """Return the recipe for the cuts of a head count; it is worked out once."""
@@ -321,6 +341,8 @@ class PairSource:
     def _make_recipe(self, heads: int, over_layers: bool, like: Tensor) -> CutRecipe:
         group = self.group
         network: TensorNetwork = self.network
+        if self._split:
+            network = self._laid_out(network.tensors)
         here = {s.role for module in self._signatures for s in module.sites if s.heads == heads}
         roles = tuple(role for role in group.roles if role in here)
         takes: list[tuple[int, int, Tensor]] = []
@@ -335,8 +357,8 @@ class PairSource:
             network = network.index_select("matrix", at.to(network.stored[0].device))
         if heads != group.heads:
             means = group.head_means(heads, like)
-            constants = [means]
             network = network.mode_dot(means.to(network.stored[0]), "head")
+            constants = [means.reshape(network.tensors[-1].shape)]
         plan = network.cut_plan(*batch_modes)
         alike = plan.in_side is None or not plan.in_side.batch_modes[-1]
         return CutRecipe(roles, takes, constants, plan, plan.partition.in_side if alike else None)
