@@ -13,7 +13,7 @@ from ._limits import rank_limits
 from ._marks import check_marks
 from ._modes import Shape
 from ._notation import LegsError, Term, check_bounds, read_line, vectors_of
-from ._tensor_sizes import sizes_of_tensors
+from ._tensor_sizes import check_tied_sizes, sizes_of_tensors
 
 
 @dataclass(frozen=True)
@@ -320,15 +320,7 @@ class Legs:
         Raises:
             LegsError: the shapes differ.
         """
-        for k, (term, owner) in enumerate(zip(self.terms, self.owners)):
-            own = [sizes[leg] for leg in term.legs]
-            wanted = [sizes[leg] for leg in self.terms[owner].legs]
-            if own != wanted:
-                raise LegsError(
-                    f"a tied parameter has the shape {tuple(wanted)} at ({self.terms[owner]}) and "
-                    f"{tuple(own)} here; its legs need equal sizes, in",
-                    *self._place(term.legs[0], k),
-                )
+        check_tied_sizes(self.terms, self.owners, sizes, self._place)
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
         """Compute the largest useful size of each bond and each vector.

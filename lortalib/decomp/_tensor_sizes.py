@@ -56,3 +56,18 @@ def sizes_of_tensors(
             *place(unknown[0]),
         )
     return sizes
+
+
+def check_tied_sizes(
+    terms: Sequence[Term], owners: Sequence[int], sizes: Mapping[str, int], place: Place
+) -> None:
+    """Check that a tied term has the same sizes as its parameter; see `Legs.check_tied_sizes`."""
+    for k, (term, owner) in enumerate(zip(terms, owners)):
+        own = [sizes[leg] for leg in term.legs]
+        wanted = [sizes[leg] for leg in terms[owner].legs]
+        if own != wanted:
+            raise LegsError(
+                f"a tied parameter has the shape {tuple(wanted)} at ({terms[owner]}) and "
+                f"{tuple(own)} here; its legs need equal sizes, in",
+                *place(term.legs[0], k),
+            )
