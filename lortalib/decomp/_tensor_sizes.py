@@ -43,9 +43,10 @@ def sizes_of_tensors(
             )
         for leg, size in zip(legs, shape):
             if sizes.setdefault(leg, size) != size:
+                where = "in the line" if leg in dict(term.factors) else "on an earlier parameter"
                 raise LegsError(
-                    f"{'vector' if vector else 'leg'} {leg!r} has size {size} here but {sizes[leg]} on "
-                    "an earlier parameter, in",
+                    f"{'vector' if vector else 'leg'} {leg!r} has size {size} here but {sizes[leg]} "
+                    f"{where}, in",
                     *place(term.legs[0] if vector else leg, position),
                 )
     unknown = [leg for leg in carriers if leg not in sizes]
