@@ -57,7 +57,7 @@ class Picture:
     """
 
     def __init__(self, net: decomp.Network) -> None:
-        self.boxes = [Box(term.legs, net.modes) for term in net.legs.terms]
+        self.boxes = [Box(term.legs, net.open_legs) for term in net.legs.terms]
         self.row = [box for box in self.boxes if box.modes]
         self.cores = [box for box in self.boxes if not box.modes]
         self.beside: dict[str, list[Box]] = {}

@@ -380,7 +380,7 @@ def test_loretta_is_a_lora_of_two_trains():
 
 
 def test_loretta_has_its_published_number_of_parameters():
-    """Llama-2-7B, q and v: 4096 x 8 is folded to 16 x 16 x 8 x 4 x 4, where the first 4 is 2 of in and 2 of r.
+    """Llama-2-7B, q and v: 4096 x 8 folded to 16 x 16 x 8 x 4 x 4; the first 4 is 2 of in and 2 of r.
 
     The trained norms, 65 x 4096, are counted too. Its TT rank of 8 is more than the last core can fill.
     """
@@ -421,7 +421,7 @@ def test_positions_are_taken_from_a_split_mode(name, data):
     assert (found.modes, mode in found.open_legs) == (net.modes, True)
     close(found.dense(), expected)
     for wrong in (size, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, RuntimeError)):  # torch raises either
             net.index_select(mode, torch.tensor([0, wrong]))
 
 
