@@ -1,8 +1,8 @@
 """Folders that were once written are read for ever, and give the same logits.
 
 ``adapter-v1`` was written by the last library that wrote format version 1 (commit 4bae70f), together with
-the logits; ``adapter-v2`` and ``lora`` were written from it. ``adapter-split`` was written by the library that
-first split modes; its line has the sizes of the factors. They are never written again: a change of the
+the logits; ``adapter-v2`` and ``lora`` were written from it. ``adapter-split`` was written by the library
+that first split modes; its line has the sizes of the factors. They are never written again: a change of the
 format gets a version, an entry in UPGRADES, and a folder of its own here.
 """
 

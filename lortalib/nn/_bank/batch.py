@@ -42,7 +42,7 @@ class BatchTensors:
         source, number, layer = slot
         if is_tracing():  # a tensor from a trace or a transform must not outlive it
             made = self._contract(source, dtype, device, layer)
-            return Pair(*(made[k][0].select(-3, matrix) for k, matrix in source.place(number)))
+            return Pair(*(self._rows(made[k][0], m) for k, m in source.place(number)))
         key = source.group.name, dtype, device
         if key not in self._contracted:
             self._contracted.setdefault(key, self._contract(source, dtype, device))
@@ -52,9 +52,13 @@ class BatchTensors:
             at = *key, k, matrix, layer if len(made[k]) > 1 else 0
             # All modules with the same A get the same tensor, so that x is multiplied by it once.
             if at not in self._matrices:
-                self._matrices.setdefault(at, made[k][at[-1]].select(-3, matrix))
+                self._matrices.setdefault(at, self._rows(made[k][at[-1]], matrix))
             sides.append(self._matrices[at])
         return Pair(*sides)
+
+    def _rows(self, made: Tensor, matrix: int) -> Tensor:
+        """Return one matrix for every row. Only the identity of a cut of full rank is one for all rows."""
+        return made.select(-3, matrix).expand(self.size, -1, -1)
 
     def _contract(
         self,
