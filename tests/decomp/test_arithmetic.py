@@ -139,7 +139,7 @@ def test_a_number_scales_every_entry(kind, data, factor):
 def test_a_vector_sums_over_a_mode(kind, data):
     net = data.draw(networks(kind))
     mode = data.draw(st.sampled_from(net.modes))
-    vector = torch.randn(net.sizes[mode], generator=generator(2), dtype=torch.float64)
+    vector = torch.randn(net.shape[mode], generator=generator(2), dtype=torch.float64)
     found = net.mode_dot(vector, mode)
     assert found.modes == tuple(other for other in net.modes if other != mode)
     assert_same(found.dense(), torch.tensordot(array(net), vector, ([net.modes.index(mode)], [0])))
@@ -172,7 +172,7 @@ def test_the_gram_matrix_is_that_of_the_environment(kind, data):
     others = [mode for mode in rest.modes if mode not in legs]
     order = [rest.modes.index(leg) for leg in (*shared, *bonds, *others)]
     room = math.prod(net.sizes[bond] for bond in bonds)
-    columns = array(rest).permute(order).reshape(*(net.sizes[m] for m in shared), room, -1)
+    columns = array(rest).permute(order).reshape(*(net.shape[m] for m in shared), room, -1)
     assert_same(gram(net, k), columns @ columns.mT)
     assert torch.equal(gram(net, net.names[k]), gram(net, net.names.index(net.names[k])))
 

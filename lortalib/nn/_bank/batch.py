@@ -101,10 +101,8 @@ class BatchTensors:
     ) -> Matrices:
         """Compute the matrices of one layer in plain operations, which traces and transforms can follow."""
         tensors, wide = self._stored(source, dtype)
-        tensors = list(source.network.spread([tensor.to(device, wide) for tensor in tensors]))
-        network = NetworkView(source.network.legs, tensors, source.network.modes)
-        at = torch.tensor([layer], device=device)
-        made = source.contract(network.index_select("layer", at).tensors)
+        tensors = list(source.spread([tensor.to(device, wide) for tensor in tensors]))
+        made = source.contract(source.of_layers(tensors, [layer]))
         return [[_without_rows(tensor[0].to(dtype))] for tensor in made]
 
     def begin(self, running: object, batch: int | None) -> None:
