@@ -269,8 +269,8 @@ STREAM_LACKS = {
     "heads": "the far side of the update is the weight's own, so heads have no part in it"
 }
 
-#: Lines with split modes, which laws are tested on beside the registered formats. The widths of the tiny models
-#: are too small for a registered format to split them.
+#: Lines with split modes, which laws are tested on beside the registered formats. The widths of the tiny
+#: models are too small for a registered format to split them.
 SPLIT = {
     "folded": "layer in.1 a, in.2 a b, matrix head b c, matrix out.1 c d, out.2 d",
     "kronecker": "layer in.1 out.1 r (full), matrix in.2 head out.2 r (full)",
@@ -306,7 +306,7 @@ def formats_of(family):
     """The formats that a family can have: with a mode for experts where there are some."""
     modes = {"layer", "head", "matrix"} | ({"expert"} if family == "experts" else set())
     found = [name for name in FORMATS if any(modes <= {*found} for found in mode_sets(name))]
-    return found + [*(SPLIT if family != "experts" else ()), *ON_STREAM]
+    return [*found, *(SPLIT if family != "experts" else ()), *ON_STREAM]
 
 
 def cases(*verbs):
