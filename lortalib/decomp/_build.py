@@ -36,10 +36,8 @@ def build(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs.check(shape.modes)
-    modes, shape = (
-        shape.modes,
-        legs.split(shape),
-    )  # from here on an ordinary network over the factors
+    modes = shape.modes
+    shape = legs.split(shape)  # from here on an ordinary network over the factors
     sizes = {**shape, **_ranks(legs, shape, rank)}
     legs.check_tied_sizes(sizes)
     check_full(legs, sizes, modes)

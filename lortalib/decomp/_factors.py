@@ -124,10 +124,10 @@ def sizes_of_factors(
     free = [leg for leg in legs if leg not in in_line]
     if size % known or (not free and size != known):
         given = [in_line[leg] for leg in legs if leg in in_line]
-        product = f" = {known}" if len(given) > 1 else ""
+        value = f" = {known}" if len(given) > 1 else ""
         raise LegsError(
             f"the factors of {mode!r} are to multiply to its size {_primes(size)}; found "
-            f"{_product(given)}{product}. Nothing is padded"
+            f"{_product(given)}{value}. Nothing is padded"
         )
     rest = size // known
     chosen = balanced(rest, len(free)) if free else ()
