@@ -87,8 +87,8 @@ def cheapest_cut(
     crossing = [leg for leg in near_legs if leg in beyond]
     inputs = [leg for leg in in_modes if leg in beyond]
     crossing += inputs
-    full = math.prod(size[leg] for leg in in_modes)
-    if inputs and math.prod(size[leg] for leg in {*crossing}) >= full:
+    rank = math.prod(size[leg] for leg in {*crossing})
+    if inputs and rank >= math.prod(size[leg] for leg in in_modes):
         return Partition((), tuple(range(len(terms))), in_modes)
     return Partition(near_terms, rest, tuple(dict.fromkeys(crossing)))
 
