@@ -67,8 +67,9 @@ class AdapterFiles(AdapterModule):
         """Upload the adapter with a model card to a repository of the Hugging Face hub, in one commit.
 
         ``lortalib.nn.load(model, repository)`` reads it. The card says what the adapter was trained on, its
-        format, rank and number of trainable parameters, and how it is loaded with and without lortalib. If the
-        model is divided over processes, call `save` in each, and upload the folder from one of them.
+        format, rank and number of trainable parameters, and how it is loaded with and without lortalib.
+
+        If the model is divided over processes, call `save` in each, and upload the folder from one of them.
 
         Args:
             repository: ``user/name``; it is made if it does not exist.
