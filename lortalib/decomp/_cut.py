@@ -11,6 +11,10 @@ from torch import Tensor
 
 from ._einsum import Names, Path, compile_constant, contract_along, contraction_path
 from ._min_cut import SINK, SOURCE, exact_logarithms, source_side
+from ._notation import LegsError
+
+#: The modes on the other side of a cut than ``in``.
+FAR = ("head", "out")
 
 
 class Partition(NamedTuple):
@@ -164,3 +168,31 @@ def make_cut_plan(
     # The bonds come first, so that the product with B reads memory in order.
     out_side = side(partition.out_side, (*partition.bonds, *out_modes))
     return CutPlan(partition, math.prod(size[bond] for bond in partition.bonds), in_side, out_side)
+
+
+def check_cut(modes: Sequence[str], batch_modes: Sequence[str]) -> None:
+    """Refuse a cut of a network with other modes than those that a pair has.
+
+    Args:
+        modes: the modes of the network.
+        batch_modes: the modes that become leading axes of the pair.
+
+    Raises:
+        LegsError: as `TensorNetwork.cut`.
+    """
+    absent = [mode for mode in batch_modes if mode not in modes or mode in ("in", *FAR)]
+    if absent or len(set(batch_modes)) < len(batch_modes):
+        raise LegsError(
+            f"cannot cut over {', '.join(map(repr, batch_modes))}: these are to be different modes of "
+            f"the network, which has {', '.join(modes)}, other than in, head and out"
+        )
+    others = [mode for mode in modes if mode not in ("in", *FAR, *batch_modes)]
+    if others or "in" not in modes or "out" not in modes:
+        names = ", ".join(f"{mode}=0" for mode in others)
+        every = ", ".join(repr(mode) for mode in (*batch_modes, *others))
+        raise LegsError(
+            "a cut needs the modes in, out and optionally head, and no others; "
+            f"this network has {', '.join(modes)}."
+            + f" Select first: net.select({names}).cut(), or cut them all: net.cut({every})"
+            * bool(others)
+        )

@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ._cut import Cut, CutPlan, make_cut_plan
+from ._cut import FAR, Cut, CutPlan, check_cut, make_cut_plan
 from ._einsum import contract
 from ._legs import Legs
 from ._modes import Shape
-from ._notation import LegsError, Term, check_bounds
+from ._notation import Term, check_bounds
 from ._parameter_table import parameter_table
-
-_FAR = ("head", "out")
 
 
 class TensorNetwork(ABC):
@@ -287,28 +285,28 @@ class TensorNetwork(ABC):
             >>> plan.partition.in_side, plan.partition.out_side, plan.partition.bonds, plan.rank
             ((0,), (1, 2), ('p',), 2)
         """
-        self._check_cut(batch_modes)
-        out_side = tuple(mode for mode in _FAR if mode in self.modes)
+        check_cut(self.modes, batch_modes)
+        out_side = tuple(mode for mode in FAR if mode in self.modes)
         plan: CutPlan = make_cut_plan(self._terms, tuple(self.sizes.items()), out_side, batch_modes)
         return plan
 
-    def _check_cut(self, batch_modes: tuple[str, ...]) -> None:
-        absent = [mode for mode in batch_modes if mode not in self.modes or mode in ("in", *_FAR)]
-        if absent or len(set(batch_modes)) < len(batch_modes):
-            raise LegsError(
-                f"cannot cut over {', '.join(map(repr, batch_modes))}: these are to be different modes of "
-                f"the network, which has {', '.join(self.modes)}, other than in, head and out"
-            )
-        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *batch_modes)]
-        if others or "in" not in self.modes or "out" not in self.modes:
-            names = ", ".join(f"{mode}=0" for mode in others)
-            every = ", ".join(repr(mode) for mode in (*batch_modes, *others))
-            raise LegsError(
-                "a cut needs the modes in, out and optionally head, and no others; "
-                f"this network has {', '.join(self.modes)}."
-                + f" Select first: net.select({names}).cut(), or cut them all: net.cut({every})"
-                * bool(others)
-            )
+    def norm(self, *, over: str | Sequence[str] = ()) -> Tensor:
+        """Compute the Frobenius norm without the whole tensor; see `lortalib.decomp.norm`.
+
+        Args:
+            over: modes that get an axis of the result: the norm of every slice.
+
+        Raises:
+            ValueError: a name in ``over`` that is no mode.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp((6, 8, 4, 64, 16), rank=2, init="normal").norm(over="layer matrix").shape
+            torch.Size([6, 4])
+        """
+        from ._inner import norm
+
+        return norm(self, over=over)
 
     def to_tensorly(self) -> Any:
         """Make a TensorLy object of the network, with live autograd; see `lortalib.decomp.to_tensorly`."""
