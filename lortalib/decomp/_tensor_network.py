@@ -303,6 +303,24 @@ class TensorNetwork(ABC):
         )
         return plan
 
+    def norm(self, *, over: str | Sequence[str] = ()) -> Tensor:
+        """Compute the Frobenius norm without the whole tensor; see `lortalib.decomp.norm`.
+
+        Args:
+            over: modes that get an axis of the result: the norm of every slice.
+
+        Raises:
+            ValueError: a name in ``over`` that is no mode.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp((6, 8, 4, 64, 16), rank=2, init="normal").norm(over="layer matrix").shape
+            torch.Size([6, 4])
+        """
+        from ._inner import norm
+
+        return norm(self, over=over)
+
     def to_tensorly(self) -> Any:
         """Make a TensorLy object of the network, with live autograd; see `lortalib.decomp.to_tensorly`."""
         from ._tensorly import to_tensorly

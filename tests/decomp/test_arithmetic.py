@@ -83,6 +83,11 @@ def test_modes_that_stay_may_be_named_in_one_text():
         assert_same(inner(net, other, over=over), expected)
     squares = array(net).square().sum((1, 2, 3, 4)).sqrt()
     assert_same(norm(net, over="layer"), squares)  # one name is a name, and not its letters
+    assert_same(net.norm(over="layer"), squares)
+    assert_same(net.norm(), array(net).norm())
+    assert_same(
+        net.select(layer=1).norm(over=("matrix",)), array(net)[1].square().sum((0, 2, 3)).sqrt()
+    )
 
 
 @over_formats
