@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ._hashed import Hash, make_hashes
 from ._legs import Legs
 from ._modes import Shape
-from ._tensor_network import TensorNetwork, name_of
+from ._notation import name_of
+from ._tensor_network import TensorNetwork
 
 
 class Network(TensorNetwork, nn.Module):

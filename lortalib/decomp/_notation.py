@@ -256,3 +256,8 @@ def _read_mark(mark: str, line: str, span: tuple[int, int]) -> dict[str, Any]:
         line,
         span,
     )
+
+
+def name_of(term: Term) -> str:
+    """Name a parameter after its legs; names of PyTorch have no dots."""
+    return "_".join(term.legs).replace(".", "_")

@@ -14,8 +14,8 @@ from ._einsum import contract
 from ._factors import product
 from ._legs import Legs
 from ._modes import Shape
-from ._notation import Term
-from ._parameter_table import parameter_table
+from ._notation import name_of
+from ._parameter_table import describe
 from ._slices import Slices
 
 
@@ -309,9 +309,6 @@ class TensorNetwork(ABC):
         Args:
             over: modes that get an axis of the result: the norm of every slice.
 
-        Raises:
-            ValueError: a name in ``over`` that is no mode.
-
         Example:
             >>> from lortalib.decomp import cp
             >>> cp((6, 8, 4, 64, 16), rank=2, init="normal").norm(over="layer matrix").shape
@@ -328,14 +325,7 @@ class TensorNetwork(ABC):
         return to_tensorly(self)
 
     def __repr__(self) -> str:
-        rows = []
-        for k, (name, term) in enumerate(zip(self.names, self.legs.terms)):
-            sizes = " x ".join(str(self.sizes[leg]) for leg in term.legs)
-            number = self.stored[k].numel() if self.legs.holders[k] == k else None
-            rows.append((name, str(term), sizes, number))
-        modes = ", ".join(f"{mode}={size}" for mode, size in self.shape.items())
-        head = f"{type(self).__name__}({modes}): {self.count():,} trainable parameters"
-        return "\n".join([head, *parameter_table(rows, self.count(trainable_only=False))])
+        return describe(self)
 
 
 class NetworkView(TensorNetwork):
@@ -355,8 +345,3 @@ class NetworkView(TensorNetwork):
     def tensors(self) -> tuple[Tensor, ...]:
         """The slices, one for each term in the order of the line."""
         return self._tensors
-
-
-def name_of(term: Term) -> str:
-    """Name a parameter after its legs; names of PyTorch have no dots."""
-    return "_".join(term.legs).replace(".", "_")
