@@ -161,8 +161,8 @@ def test_a_parameter_times_its_environment_is_the_tensor(kind, data):
         assert all(one is other for one, other in zip(rest.tensors, net.tensors[:k]))
     letter = dict(zip(net.sizes, "abcdefghijklmnopqrstuvwxyz", strict=False))
     word = ["".join(letter[leg] for leg in legs) for legs in (net.legs.terms[k].legs, rest.modes)]
-    equation = f"{word[0]},{word[1]}->{''.join(letter[mode] for mode in net.modes)}"
-    assert_same(torch.einsum(equation, net.tensors[k], rest.dense()), array(net))
+    equation = f"{word[0]},{word[1]}->{''.join(letter[leg] for leg in net.open_legs)}"
+    assert_same(torch.einsum(equation, net.tensors[k], rest.dense()), array(net.split))
 
 
 @over_kinds
@@ -172,12 +172,12 @@ def test_the_gram_matrix_is_that_of_the_environment(kind, data):
     net = data.draw(networks(kind).filter(lambda net: len(net.names) > 1))
     k = data.draw(st.integers(0, len(net.names) - 1))
     rest, legs = environment(net, k), net.legs.terms[k].legs
-    bonds = [leg for leg in legs if leg not in net.modes]
-    shared = [leg for leg in legs if leg in net.modes and leg in rest.modes]
+    bonds = [leg for leg in legs if leg not in net.open_legs]
+    shared = [leg for leg in legs if leg in net.open_legs and leg in rest.modes]
     others = [mode for mode in rest.modes if mode not in legs]
     order = [rest.modes.index(leg) for leg in (*shared, *bonds, *others)]
     room = math.prod(net.sizes[bond] for bond in bonds)
-    columns = array(rest).permute(order).reshape(*(net.shape[m] for m in shared), room, -1)
+    columns = array(rest).permute(order).reshape(*(net.sizes[m] for m in shared), room, -1)
     assert_same(gram(net, k), columns @ columns.mT)
     assert torch.equal(gram(net, net.names[k]), gram(net, net.names.index(net.names[k])))
 
