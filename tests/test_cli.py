@@ -231,8 +231,16 @@ def test_compress(saved, loras, capsys, tmp_path):
     assert "relative" in text
     assert "layers v" in text
     options = ["--model", saved[0], "--gqa", "split", "--sweeps", 2]
-    run(capsys, "compress", loras[0], saved[1], tmp_path / "both", *options)
+    run(capsys, "compress", loras[0], saved[1], *options, tmp_path / "both")  # OUT behind all
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["adapter", "ann"]
+
+
+def test_compress_refuses_options_that_it_does_not_have(loras, tmp_path):
+    for extra in (["--rnak", "3"], [tmp_path / "out", "--what"]):
+        with pytest.raises(SystemExit) as left:
+            main([str(each) for each in ("compress", *loras, "--to", "cp", *extra)])
+        assert left.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_takes_the_weights_where_an_adapter_needs_them(saved, loras, capsys, tmp_path):

@@ -89,6 +89,8 @@ def test_verify_asks_for_a_model_that_it_may_load(tmp_path, capsys):
     adapter.model.config._name_or_path = "stranger/model"
     adapter.save(folder)
     assert "give it as --model" in asked(capsys, "verify", folder, code=1)["error"]
+    refused = asked(capsys, "verify", folder, "--trust-remote-code", code=1)
+    assert "goes with --model only" in refused["error"]
     assert asked(capsys, "verify", folder, "--model", model)
 
 

@@ -51,12 +51,19 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 def public_members(kind: type) -> list[str]:
-    """Methods and properties that a class defines itself."""
+    """Methods and properties that a class defines itself, or takes from a private class of the library."""
     called = (property, classmethod, staticmethod)
     fields = record_fields(kind)
+    public = [getattr(m, n) for m in map(importlib.import_module, MODULES) for n in public_names(m)]
+    own = [
+        base
+        for base in kind.__mro__
+        if base is kind or (base.__module__.startswith("lortalib") and base not in public)
+    ]
+    members = {name: value for base in reversed(own) for name, value in vars(base).items()}
     return [
         name
-        for name, value in vars(kind).items()
+        for name, value in members.items()
         if not name.startswith("_")
         and name not in fields
         and (isinstance(value, called) or inspect.isfunction(value))

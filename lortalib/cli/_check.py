@@ -21,10 +21,7 @@ from ._output import Output
 
 def check(options: Namespace, output: Output) -> bool:
     """Check that an adapter is sound, and fits a model: ``check FOLDER``."""
-    if options.trust_remote_code and not options.model:
-        raise ValueError(
-            "--trust-remote-code goes with --model only: the file of an adapter names no code to run"
-        )
+    _refuse_code_that_a_file_names(options)
     folder, revision = options.folder, options.revision
     findings: dict[str, Any] = {"adapter": folder, "sound": False, "fits": None, "why": None}
     try:
@@ -54,6 +51,13 @@ def check(options: Namespace, output: Output) -> bool:
     return findings["fits"] is not False
 
 
+def _refuse_code_that_a_file_names(options: Namespace) -> None:
+    if options.trust_remote_code and not options.model:
+        raise ValueError(
+            "--trust-remote-code goes with --model only: the file of an adapter names no code to run"
+        )
+
+
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
@@ -63,6 +67,7 @@ def _is_folder(name: str) -> bool:
 
 def verify(options: Namespace, output: Output) -> bool:
     """Load an adapter on its model and check effect, merge and export: ``verify FOLDER``."""
+    _refuse_code_that_a_file_names(options)
     description = lnn.read_description(options.folder, revision=options.revision)
     named = description["base_model"].get("name")
     name = options.model or (named if named and _is_folder(named) else None)

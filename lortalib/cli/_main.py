@@ -23,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupt. Wrong usage makes argparse exit with 2.
     """
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "lora") and not any(each.startswith("-") for each in rest):
+        # argparse takes the folders before the options for all that there are.
+        options.lora, options.out = [*options.lora, options.out, *rest[:-1]], rest[-1]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not hasattr(options, "command"):
         parser.print_help()
         return 0

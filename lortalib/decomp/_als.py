@@ -159,7 +159,8 @@ def solve(
 def condition(parts: Sequence[GramPart]) -> float:
     """Compute the condition number of a Gram matrix scaled to a unit diagonal; the largest over its
     slices, infinity if it is singular."""
-    total = 1.0
+    modes = tuple(dict.fromkeys(mode for part in parts for mode in part.modes))
+    total = torch.ones([1] * len(modes))
     for part in parts:
         diagonal = part.matrices.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         diagonal = torch.where(diagonal > 0, diagonal, 1.0)
@@ -168,9 +169,9 @@ def condition(parts: Sequence[GramPart]) -> float:
         )
         eps = torch.finfo(values.dtype).eps * values.shape[-1]
         low, high = values[..., 0], values[..., -1]
-        worst = torch.where(low > eps * high, high / low, torch.inf).max()
-        total *= float(worst)
-    return total
+        ratio = torch.where(low > eps * high, high / low, torch.inf)
+        total = total * _aligned(ratio, [modes.index(mode) for mode in part.modes], len(modes))
+    return float(total.max())
 
 
 def _aligned(tensor: Tensor, axes: Sequence[int], ndim: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Union
 
 from ._build import Rank
@@ -128,19 +129,24 @@ class _SizedLine:
     def bonds(self) -> tuple[str, ...]:
         return tuple(self.legs.bonds(self.shape.modes))
 
+    @cached_property
+    def _open(self) -> Shape:
+        """The shape, with factors in the place of modes that the line splits."""
+        return self.legs.split(self.shape)
+
     def check(self) -> None:
         self.legs.check(self.shape.modes)
         if self.legs.vectors:
             raise ValueError("takes any number of trainable parameters: the size of its vector")
-        self.legs.check_tied_sizes({**self.shape, **dict.fromkeys(self.bonds, 1)})
+        self.legs.check_tied_sizes({**self._open, **dict.fromkeys(self.bonds, 1)})
 
     def limited(self, ranks: Mapping[str, int]) -> dict[str, int]:
         own = {bond: ranks[bond] for bond in self.bonds}
-        return self.legs.limits({**self.shape, **own}, self.shape.modes)
+        return self.legs.limits({**self._open, **own}, self.shape.modes)
 
     def count(self, ranks: Mapping[str, int]) -> int:
         """Count the trainable parameters."""
-        sizes = {**self.shape, **self.limited(ranks)}
+        sizes = {**self._open, **self.limited(ranks)}
         own = (term for term in self.legs.terms if not (term.frozen or term.tied))
         return sum(math.prod(sizes[leg] for leg in term.legs) for term in own)
 

@@ -10,6 +10,7 @@ from typing import Union
 import torch
 
 from .._stacklevel import outside
+from ._full import check_full
 from ._hashed import make_hashes, start_vectors
 from ._legs import Legs
 from ._modes import Shape
@@ -35,14 +36,17 @@ def build(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs.check(shape.modes)
+    modes = shape.modes
+    shape = legs.split(shape)  # from here on an ordinary network over the factors
     sizes = {**shape, **_ranks(legs, shape, rank)}
     legs.check_tied_sizes(sizes)
+    check_full(legs, sizes, modes)
     hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
     tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
     tensors = start_vectors(hashes, legs.owners, tensors)
     target = torch.device(device) if device is not None else torch.get_default_device()
     made = [t.to(target, dtype).contiguous() for t in tensors]
-    return Network(legs, [made[holder] for holder in legs.holders], shape.modes, sizes=sizes)
+    return Network(legs, [made[holder] for holder in legs.holders], modes, sizes=sizes)
 
 
 def _randn(

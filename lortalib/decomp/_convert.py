@@ -16,6 +16,7 @@ from ._formats import get_format
 from ._legs import Legs
 from ._network import Network
 from ._pieces import Pieces, pieces_of
+from ._refine import common_factors
 from ._round import round as rounded
 from ._tensor_network import TensorNetwork
 from ._tree import is_tree
@@ -97,7 +98,7 @@ def _exact(net: TensorNetwork, legs: Legs) -> tuple[Network, str] | None:
         if core is not None:
             return core, "factors of each mode and their core"
         return None
-    spread = _spread_components(net, legs)
+    spread = _spread(net, legs)
     if spread is None:
         return None
     if is_tree(legs, net.modes):
@@ -112,9 +113,16 @@ def _as_tucker(net: TensorNetwork, legs: Legs) -> Network | None:
     pieces = pieces_of(net)
     terms, tensors = list(pieces.terms), [tensor.detach() for tensor in pieces.tensors]
     factors: dict[str, Tensor] = {}
+    ends: dict[str, tuple[str, ...]]  # the legs that each bond is made of
+    ends = {bond: (bond + "'",) for bond in legs.terms[-1].legs}
     bond_of = {term.legs[0]: term.legs[1] for term in legs.terms[:-1]}
+    mode_of_bond = {bond: mode for mode, bond in bond_of.items()}
     for mode, bond in bond_of.items():
-        carriers, fresh = net.legs.carriers[mode], bond + "'"
+        own, fresh = net.legs.open_legs([mode]), bond + "'"
+        if own != (mode,):
+            factors[mode], ends[bond] = torch.eye(net.shape[mode]).to(tensors[0]), own
+            continue
+        carriers = net.legs.carriers[mode]
         k = carriers[0]
         axis = terms[k].index(mode)
         matrix = tensors[k].movedim(axis, 0)
@@ -128,9 +136,24 @@ def _as_tucker(net: TensorNetwork, legs: Legs) -> Network | None:
         terms = [tuple(fresh if leg == mode else leg for leg in term) for term in terms]
     if math.prod(factor.shape[1] for factor in factors.values()) >= net.shape.numel:
         return None
-    fresh_order = [bond + "'" for bond in legs.terms[-1].legs]
-    core = Pieces(tuple(terms), tuple(tensors)).contract(fresh_order)
+    core = Pieces(tuple(terms), tuple(tensors)).contract(
+        [leg for own in ends.values() for leg in own]
+    )
+    core = core.reshape([factors[mode_of_bond[bond]].shape[1] for bond in ends])
     return Network(legs, [*(factors[mode] for mode in bond_of), core], net.modes)
+
+
+def _spread(net: TensorNetwork, legs: Legs) -> Network | None:
+    """Write the components of CP in another line, where both are split into common factors."""
+    sizes = legs.split(net.shape)
+    try:
+        fine = common_factors(net.shape, [(net.legs, net.sizes), (legs, sizes)])
+    except ValueError:
+        return None
+    found = _spread_components(fine.of(net), fine.legs(legs, sizes, net.modes))
+    if found is None:
+        return None
+    return Network(legs, fine.undone(found.tensors, legs, {**found.ranks, **sizes}), net.modes)
 
 
 def _spread_components(net: TensorNetwork, legs: Legs) -> Network | None:

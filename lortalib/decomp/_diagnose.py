@@ -12,6 +12,7 @@ from ._canonical import joins_all
 from ._environment import gram_parts
 from ._inner import check_modes
 from ._pieces import Pieces, joined, pieces_of
+from ._refine import on_common_factors
 from ._tensor_network import TensorNetwork
 
 
@@ -58,8 +59,11 @@ def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
     pieces = _wide(net)
     found = {}
     for mode in net.modes:
-        other = pieces.renamed("'", [name for name in net.modes if name != mode])
-        squares = torch.linalg.eigvalsh(joined(pieces, other).contract((mode, mode + "'")))
+        own = net.legs.open_legs([mode])
+        other = pieces.renamed("'", [leg for leg in net.open_legs if leg not in own])
+        products = joined(pieces, other).contract((*own, *(leg + "'" for leg in own)))
+        size = net.shape[mode]
+        squares = torch.linalg.eigvalsh(products.reshape(size, size))
         found[mode] = squares.clamp(min=0).sqrt().flip(0)
     return found
 
@@ -85,7 +89,7 @@ def component_norms(net: TensorNetwork, bond: str | None = None) -> Tensor:
     """
     bond = _numbering(net, bond)
     pieces = _wide(net)
-    squares = joined(pieces, pieces.renamed("'", (*net.modes, bond))).contract((bond,))
+    squares = joined(pieces, pieces.renamed("'", (*net.open_legs, bond))).contract((bond,))
     return squares.clamp(min=0).sqrt()
 
 
@@ -116,6 +120,7 @@ def congruence(
     """
     other = net if other is None else other
     check_modes(net, other)
+    net, other = on_common_factors(net, other)
     one, two = _numbering(net, bond), _numbering(other, bond)
     pieces, second = _wide(net), _wide(other).renamed("'", net.modes)
     products = joined(pieces, second).contract((one, two + "'"))
@@ -132,7 +137,7 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
     one of least norm is taken, which is below 100.
 
     Args:
-        net: a network with one factor for each mode and one bond.
+        net: a network with one factor for each mode, or each factor of a split mode, and one bond.
         target: what was fitted: a tensor with the axes of ``net.modes``, or a network.
 
     Returns:
@@ -154,17 +159,21 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
         )
     if isinstance(target, TensorNetwork):
         check_modes(net, target)
+        net, target = on_common_factors(net, target)
         pieces = _wide(target).renamed("*", net.modes)
     else:
         if tuple(target.shape) != tuple(net.shape.values()):
             raise ValueError(f"the target has {tuple(target.shape)}, the network {net.shape}")
-        pieces = Pieces((net.modes,), (target.detach().double(),))
+        net = net.split
+        whole = target.detach().double().reshape(tuple(net.shape.values()))
+        pieces = Pieces((net.modes,), (whole,))
     inverses, output = [], []
     for k, (term, tensor) in enumerate(zip(net.legs.terms, net.tensors)):
-        at = term.legs.index(bond)
-        factor = tensor.detach().double().movedim(at, -1)
+        factor = tensor.detach().double().movedim(term.legs.index(bond), -1)
         output.append(f"{bond}{k}")
-        inverses.append(((output[-1], term.legs[1 - at]), torch.linalg.pinv(factor)))
+        rows = [leg for leg in term.legs if leg != bond]
+        inverse = torch.linalg.pinv(factor.flatten(0, -2)).reshape(-1, *factor.shape[:-1])
+        inverses.append(((output[-1], *rows), inverse))
     terms, tensors = zip(*inverses)
     core = joined(pieces, Pieces(tuple(terms), tuple(tensors))).contract(output)
     rank, ideal = net.ranks[bond], torch.zeros_like(core)
@@ -193,7 +202,7 @@ def conditioning(net: TensorNetwork) -> dict[str, float]:
     """
     pieces, found = _wide(net), dict[str, float]()
     for k, name in enumerate(net.names):
-        value = condition(gram_parts(pieces, k, net.modes))
+        value = condition(gram_parts(pieces, k, net.open_legs))
         found[name] = max(value, found.get(name, 0.0))
     return found
 

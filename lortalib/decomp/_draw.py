@@ -84,7 +84,7 @@ def draw(net: TensorNetwork) -> Drawing:
 
 
 def _text_of(net: TensorNetwork) -> str:
-    modes = [" ".join(leg for leg in term.legs if leg in net.modes) for term in net.legs.terms]
+    modes = [" ".join(leg for leg in term.legs if leg in net.open_legs) for term in net.legs.terms]
     names = [net.names[owner] for owner in net.legs.owners]
     widths = [max(len(mode), len(name)) for mode, name in zip(modes, names)]
     shape = ", ".join(f"{mode} {size}" for mode, size in net.shape.items())

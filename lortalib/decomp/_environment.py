@@ -25,7 +25,8 @@ def environment(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
 
     Returns:
         A network whose modes are the bonds of the parameter, in the order of its legs, followed by the
-        modes that other parameters carry. It uses the same parameters, with live gradients.
+        modes that other parameters carry; a split mode is there as its factors. It uses the same parameters,
+        with live gradients.
 
     Raises:
         KeyError: no such parameter.
@@ -48,8 +49,8 @@ def environment(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     kept = [j for j in range(len(net.names)) if j != k]
     terms = tuple(net.legs.terms[j] for j in kept)
     carried = {leg for term in terms for leg in term.legs}
-    bonds = tuple(leg for leg in net.legs.terms[k].legs if leg not in net.modes)
-    modes = (*bonds, *(mode for mode in net.modes if mode in carried))
+    bonds = tuple(leg for leg in net.legs.terms[k].legs if leg not in net.open_legs)
+    modes = (*bonds, *(leg for leg in net.open_legs if leg in carried))
     return NetworkView(Legs(terms), [net.tensors[j] for j in kept], modes)
 
 
@@ -82,13 +83,13 @@ def gram(net: TensorNetwork, parameter: str | int) -> Tensor:
     k = position_of(net, parameter)
     legs = net.legs.terms[k].legs
     rest = pieces_of(net).without(k)
-    bonds = [leg for leg in legs if leg not in net.modes]
+    bonds = [leg for leg in legs if leg not in net.open_legs]
     carried = {leg for term in rest.terms for leg in term}
-    shared = [leg for leg in legs if leg in net.modes and leg in carried]
+    shared = [leg for leg in legs if leg in net.open_legs and leg in carried]
     size = math.prod(net.sizes[bond] for bond in bonds)
     if not rest.terms:
         return net.tensors[k].new_ones(1, 1)
-    both = joined(rest, rest.renamed("'", net.modes))
+    both = joined(rest, rest.renamed("'", net.open_legs))
     found = both.contract([*shared, *bonds, *(bond + "'" for bond in bonds)])
     return found.reshape(*(net.sizes[mode] for mode in shared), size, size)
 

@@ -128,15 +128,16 @@ def fit(
     """
     _check_options(tolerance, ridge, restarts, sweeps)
     begin = time.perf_counter()
-    read = read_target(target, modes, mask, weights, ridge=ridge)
-    source = generator or torch.Generator().manual_seed(0)
     form = get_format(line)
+    read = read_target(target, modes, mask, weights, ridge=ridge, split=form.legs)
+    source = generator or torch.Generator().manual_seed(0)
     if isinstance(start, TensorNetwork):
-        net = net_of_start(start, form.legs(read.shape), rank, read.shape)
+        made = net_of_start(start, form.legs(read.shape), rank, read.shape)
     else:
-        net = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
-        net = net.to(read.device)
-    _check_line(net)
+        made = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
+        made = made.to(read.device)
+    _check_line(made)
+    net = read.refinement.of(made)
     first = starts(net, read.objective, start, 1 + restarts, source)
     is_plain = ridge == 0 and restarts == 0 and progress is None and start == "auto"
     run = None
@@ -150,7 +151,7 @@ def fit(
             scaled = (rescaled(net.legs, tensors, 1 / read.scale) for tensors in first)
         run = _best_run(net.legs, scaled, read.objective, ridge, tolerance, sweeps, progress)
     conditions = Sweeper(net.legs, run.tensors, read.objective, ridge).conditions()
-    network = _finished(net, run.tensors, read)
+    network = _finished(made, run.tensors, read)
     error = _error_of(network, read)
     _warn_if_diverged(net, run, error)
     return Fit(
@@ -211,16 +212,18 @@ def _best_run(
     return best
 
 
-def _zero_run(net: Network, first: list[Tensor]) -> _Run:
+def _zero_run(net: TensorNetwork, first: list[Tensor]) -> _Run:
     """Make the zero network, which is exact for a zero target; frozen parameters stay."""
     terms = net.legs.terms
     zeros = [t if term.frozen else torch.zeros_like(t) for t, term in zip(first, terms)]
     return _Run(zeros, (0.0,), True)
 
 
-def _run_of_tensorly(net: Network, read: Target, tolerance: float, sweeps: int) -> _Run | None:
+def _run_of_tensorly(
+    net: TensorNetwork, read: Target, tolerance: float, sweeps: int
+) -> _Run | None:
     """Run TensorLy's algorithm; None if there is none, or if it meets a singular matrix or ends in NaN."""
-    lines = {str(get_format(kind).legs(read.shape)): kind for kind in TENSORLY}
+    lines = {str(get_format(kind).legs(net.shape)): kind for kind in TENSORLY}
     kind = lines.get(str(net.legs))
     if read.dense is None or kind is None:
         return None
@@ -240,7 +243,8 @@ def rescaled(legs: Legs, tensors: Sequence[Tensor], factor: float) -> list[Tenso
 def _finished(net: Network, tensors: Sequence[Tensor], read: Target) -> Network:
     """Give the fitted parameters the norm, the dtype and the device of the target."""
     scaled = rescaled(net.legs, tensors, read.scale) if read.scale else list(tensors)
-    own = [t.detach().to(read.device, read.dtype).contiguous() for t in scaled]
+    whole = read.refinement.undone(scaled, net.legs, net.sizes)
+    own = [t.detach().to(read.device, read.dtype).contiguous() for t in whole]
     if not all(bool(tensor.isfinite().all()) for tensor in own):
         raise ValueError(
             f"the fitted parameters are too large for {read.dtype}; give the target in a wider dtype, or "
@@ -249,8 +253,9 @@ def _finished(net: Network, tensors: Sequence[Tensor], read: Target) -> Network:
     return Network(net.legs, [own[owner] for owner in net.legs.owners], net.modes)
 
 
-def _error_of(network: Network, read: Target) -> float:
+def _error_of(network: TensorNetwork, read: Target) -> float:
     """Measure the error of the parameters that are returned, after they were rounded to their dtype."""
+    network = read.refinement.of(network)
     pieces = pieces_of(network)
     wide = [tensor.detach().double() for tensor in pieces.tensors]
     factor = 1 / read.scale if read.scale else 1.0
@@ -259,7 +264,7 @@ def _error_of(network: Network, read: Target) -> float:
     )
 
 
-def _warn_if_diverged(net: Network, run: _Run, error: float) -> None:
+def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:
     """Warn if the terms of the sum over the bonds cancel each other, ever more or to a large part.
 
     Their norm is relative to that of the target. Trees have a best network of every rank, so there large

@@ -25,7 +25,11 @@ _NAMES = ("auto", "svd", "random")
 
 
 def starts(
-    net: Network, objective: Objective, start: StartOfFit, number: int, generator: torch.Generator
+    net: TensorNetwork,
+    objective: Objective,
+    start: StartOfFit,
+    number: int,
+    generator: torch.Generator,
 ) -> Iterator[list[Tensor]]:
     """Make the tensors of each start: the first as asked, all others random.
 
@@ -66,7 +70,7 @@ def net_of_start(start: TensorNetwork, legs: Legs, rank: Rank, shape: Shape) -> 
 
 
 def _first(
-    net: Network, objective: Objective, start: StartOfFit, generator: torch.Generator
+    net: TensorNetwork, objective: Objective, start: StartOfFit, generator: torch.Generator
 ) -> list[Tensor]:
     if isinstance(start, TensorNetwork):
         return [tensor.detach().clone() for tensor in net.tensors]
@@ -84,7 +88,7 @@ def _first(
     return _random(net, net.tensors, generator)
 
 
-def _random(net: Network, kept: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def _random(net: TensorNetwork, kept: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """Draw normal numbers for the trainable parameters. Signs, which short modes have in the start of an
     adapter, would give components equal factors, which least squares cannot tell apart."""
     randn, tensors = _randn(kept[0].device, generator), list[Tensor]()
@@ -94,12 +98,12 @@ def _random(net: Network, kept: Sequence[Tensor], generator: torch.Generator) ->
         elif term.frozen:
             tensors.append(old.detach().clone())
         else:
-            bonds = math.prod(net.sizes[leg] for leg in term.legs if leg not in net.modes)
+            bonds = math.prod(net.sizes[leg] for leg in term.legs if leg not in net.open_legs)
             tensors.append(randn(old.shape) / math.sqrt(old.numel() / bonds))
     return tensors
 
 
-def _along(net: Network, objective: Objective, generator: torch.Generator) -> list[Tensor]:
+def _along(net: TensorNetwork, objective: Objective, generator: torch.Generator) -> list[Tensor]:
     if not objective.is_dense:
         raise ValueError(
             "start='svd' takes singular vectors of a dense target, and a network is never formed; give "

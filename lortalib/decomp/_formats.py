@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from ._build import Rank, build
+from ._factors import mode_of
 from ._legs import Legs
 from ._lines import (
     block_term_line,
     cara_line,
     cp_line,
     cp_matrix_line,
+    folded_cp_line,
     indscal_line,
+    loretta_line,
     rescal_line,
     ring_line,
     tt_line,
+    tt_lora_line,
     tt_ranks,
     tucker_line,
     tucker_ranks,
@@ -35,7 +39,8 @@ class Format:
     Attributes:
         name: the name in the registry.
         about: one sentence that describes it, with its source.
-        line: the line of legs, or a function from a `Shape` to the line.
+        line: the line of legs, or a function from a `Shape`, whose split modes are there as their factors,
+            to the line.
         read: a function that reads a tuple of ranks, if it is not in the order of the line.
         symmetric: whether one parameter serves both ``in`` and ``out``, which then need equal sizes.
     """
@@ -49,24 +54,26 @@ class Format:
     def legs(self, shape: ShapeLike) -> Legs:
         """Write the line for a tensor of this shape; without the mode ``head``, ``head out`` becomes ``out``.
 
+        Factors of modes have their sizes in the line: those that the line or the shape gives, else balanced
+        ones. A format whose line depends on the modes splits those that the shape splits.
+
         Args:
             shape: five sizes, or a mapping from mode names to sizes.
 
         Raises:
-            LegsError: the line cannot be read.
+            LegsError: the line cannot be read, or its factors do not fit the shape.
 
         Example:
             >>> str(lora.legs({"layer": 2, "matrix": 4, "in": 8, "out": 8}))
             'layer matrix in r, layer matrix out r'
         """
         shape = shape if isinstance(shape, Shape) else Shape(shape)
-        if callable(self.line):
-            return Legs.parse(self.line(shape))
-        legs = Legs.parse(self.line)
-        if "head" in shape:
-            return legs
-        merged = (term.without({"head"} if "out" in term.legs else ()) for term in legs.terms)
-        return Legs.parse(str(Legs(tuple(merged))))
+        legs = Legs.parse(self.line(shape.split) if callable(self.line) else self.line)
+        if "head" not in shape and not callable(self.line):
+            outs = ({"head"} if "out" in map(mode_of, term.legs) else () for term in legs.terms)
+            merged = tuple(term.without(gone) for term, gone in zip(legs.terms, outs))
+            legs = Legs.parse(str(Legs(merged)))
+        return legs.with_factors(legs.split(shape))
 
     def __call__(
         self,
@@ -86,7 +93,7 @@ class Format:
         """
         shape = shape if isinstance(shape, Shape) else Shape(shape)
         if self.read is not None and isinstance(rank, Sequence):
-            rank = self.read(shape, rank)
+            rank = self.read(shape.split, rank)
         return build(
             self.legs(shape),
             shape,
@@ -116,6 +123,8 @@ _ALIASES = {
     "fact_tt": "lotr",
     "btd": "block_term",
     "unilora": "uni_lora",
+    "ttlora": "tt_lora",
+    "loretta_rep": "loretta",
 }
 
 
@@ -256,6 +265,23 @@ vera = register_format(
     "vera",
     "in r (frozen), head out r (frozen), layer matrix r",
     "VeRA, arXiv 2310.11454, without its output vector",
+)
+
+
+folded_cp = register_format(
+    "folded_cp", folded_cp_line, "CP over folded matrices: a factor for each digit of in and out"
+)
+
+
+tt_lora = register_format(
+    "tt_lora", tt_lora_line, "TT-LoRA, arXiv 2408.01008: a train over each folded matrix"
+)
+
+
+loretta = register_format(
+    "loretta",
+    loretta_line,
+    "LoRETTA_rep, arXiv 2402.11417: a train over each of the two folded matrices of a LoRA",
 )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._factors import mode_of
 from ._legs import Legs
 from ._modes import LORTA_MODES
 from ._start import Randn, Start, invariant
@@ -59,7 +60,10 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
     def start(
         legs: Legs, sizes: Mapping[str, int], own: Sequence[str], randn: Randn
     ) -> list[Tensor]:
-        found, asked = dict(zip(names, dense.shape)), {mode: sizes[mode] for mode in own}
+        found, asked = dict(zip(names, dense.shape)), dict[str, int]()
+        for leg in own:
+            mode = leg if leg in names else mode_of(leg)
+            asked[mode] = asked.get(mode, 1) * sizes[leg]
         if found != asked:
             raise ValueError(f"the tensor has the shape {found}; the network is to have {asked}")
         if any(term.tied for term in legs.terms):
@@ -74,7 +78,8 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
                 f"    {legs}"
             )
         tensors = invariant(legs, sizes, own, randn)
-        x, axes = wide, list(names)
+        axes = list(legs.open_legs(names))
+        x = wide.reshape([sizes[leg] for leg in axes])
         left = set(range(len(legs.terms)))
         for k, bond in order:
             left.remove(k)

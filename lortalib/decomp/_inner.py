@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._pieces import Pieces, joined, pieces_of
+from ._refine import on_common_factors
 from ._tensor_network import TensorNetwork
 
 
@@ -23,7 +24,8 @@ def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str]
         A tensor with an axis for each mode of ``over``, a scalar without any; differentiable.
 
     Raises:
-        ValueError: other modes or sizes, or a name in ``over`` that is no mode.
+        ValueError: other modes or sizes, or a name in ``over`` that is no mode; a mode that both split, into
+            factors that cannot be split further into common ones.
 
     Example:
         >>> from lortalib.decomp import cp, tt
@@ -40,7 +42,10 @@ def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str]
             f"over={' '.join(modes)!r} has to name different modes; the networks have "
             f"{', '.join(one.modes)}"
         )
-    return pair(pieces_of(one), pieces_of(other), one.modes, modes)
+    sizes = [one.shape[mode] for mode in modes]
+    one, other = on_common_factors(one, other)
+    found = pair(pieces_of(one), pieces_of(other), one.modes, one.legs.open_legs(modes))
+    return found.reshape(sizes)
 
 
 def pair(one: Pieces, other: Pieces, modes: Sequence[str], output: Sequence[str]) -> Tensor:

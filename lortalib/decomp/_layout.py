@@ -63,7 +63,7 @@ class Layout:
     """
 
     def __init__(self, net: TensorNetwork) -> None:
-        self.boxes = [Box(term.legs, net.modes) for term in net.legs.terms]
+        self.boxes = [Box(term.legs, net.open_legs) for term in net.legs.terms]
         self.row = [box for box in self.boxes if box.modes] or self.boxes
         self.cores = [box for box in self.boxes if box not in self.row]
         self._neighbours: dict[str, list[Box]] = {}

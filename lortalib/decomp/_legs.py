@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ._carriers import check_carriers
+from ._factors import is_factor, mode_of, open_legs, sizes_of_factors
 from ._leaves import leaves_first
 from ._limits import rank_limits
 from ._marks import check_marks
-from ._modes import MODES
-from ._notation import LegsError, Term, check_bounds, closest, read_line, vectors_of
+from ._modes import Shape
+from ._notation import LegsError, Term, check_bounds, read_line, vectors_of
+from ._tensor_sizes import check_tied_sizes, sizes_of_tensors
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,70 @@ class Legs:
             >>> Legs.parse("in p, layer p q, out q").bonds(["layer", "in", "out"])
             ('p', 'q')
         """
-        modes = set(modes)
-        return tuple(leg for leg in self.carriers if leg not in modes)
+        kept = set(self.open_legs(modes))
+        return tuple(leg for leg in self.carriers if leg not in kept)
+
+    def open_legs(self, modes: Iterable[str]) -> tuple[str, ...]:
+        """List the legs that are not summed over: each mode, or its factors where it is split.
+
+        Args:
+            modes: the names of the tensor's axes.
+
+        Example:
+            >>> Legs.parse("in.1 a, layer in.2 a b, out b").open_legs(["layer", "in", "out"])
+            ('layer', 'in.1', 'in.2', 'out')
+        """
+        found: tuple[str, ...]
+        found = open_legs(tuple(modes), tuple(leg for term in self.terms for leg in term.legs))
+        return found
+
+    @cached_property
+    def factors(self) -> dict[str, int]:
+        """The sizes that the line gives to factors of modes, as ``in.1:8`` does."""
+        return {leg: size for term in self.terms for leg, size in term.factors}
+
+    def split(self, shape: Shape) -> Shape:
+        """Split the modes of a shape as the line does: the shape of the network over the factors.
+
+        Args:
+            shape: the modes and their sizes.
+
+        Raises:
+            LegsError: sizes of factors that disagree or do not multiply to that of the mode; or a size
+                without so many factors above 1, where none are given.
+
+        Example:
+            >>> Legs.parse("in.1 a, in.2:12 a b, in.3 b c, out c").split(Shape({"in": 768, "out": 5}))
+            Shape({'in.1': 8, 'in.2': 12, 'in.3': 8, 'out': 5})
+        """
+        sizes: dict[str, int] = {}
+        for mode, size in shape.items():
+            own = self.open_legs([mode])
+            try:
+                found = sizes_of_factors(mode, size, own, self.factors, shape.factors.get(mode))
+            except LegsError as error:
+                raise LegsError(f"{error}, in", *self._place(own[0])) from None
+            sizes |= zip(own, found)
+        return Shape(sizes)
+
+    def with_factors(self, sizes: Mapping[str, int]) -> Legs:
+        """Write the sizes of all factors of modes into the line, so that it says how each mode is split.
+
+        Args:
+            sizes: the size of every leg.
+
+        Example:
+            >>> str(Legs.parse("in.1 a, in.2 a, out a").with_factors({"in.1": 3, "in.2": 4}))
+            'in.1:3 a, in.2:4 a, out a'
+        """
+        if not any(map(is_factor, self.carriers)):
+            return self
+        own = [
+            tuple((leg, sizes[leg]) for leg in term.legs if is_factor(leg) and leg in sizes)
+            for term in self.terms
+        ]
+        terms = tuple(replace(term, factors=pairs) for term, pairs in zip(self.terms, own))
+        return replace(self, terms=terms)
 
     def ranked(self, modes: Iterable[str]) -> tuple[str, ...]:
         """List what ``rank=`` gives a size: bonds and vectors, in order of first appearance.
@@ -128,38 +193,7 @@ class Legs:
                 in r, out r
         """
         check_bounds(self.terms)
-        axes = set(modes)
-        if len(axes) < len(modes):
-            raise LegsError(
-                f"a mode stands twice among {', '.join(modes)}; its axes need names, for", self.line
-            )
-        for leg, carriers in self.carriers.items():
-            if leg in axes:
-                continue
-            if leg in MODES:
-                raise LegsError(
-                    f"unknown leg {leg!r}: it names a mode, but the tensor's modes are "
-                    f"{', '.join(modes)} (add it to the shape, or choose a line without it), in",
-                    *self._place(leg),
-                )
-            if len(carriers) == 1:
-                raise LegsError(
-                    f"unknown leg {leg!r}{closest(leg, modes)}: it is none of the tensor's modes "
-                    f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
-                    *self._place(leg),
-                )
-        missing = [mode for mode in modes if mode not in self.carriers]
-        if missing:
-            raise LegsError(
-                f"no parameter carries the mode {', '.join(map(repr, missing))} of the tensor, in",
-                self.line or str(self),
-            )
-        if len(self.carriers.get("in", ())) > 1:
-            raise LegsError(
-                "'in' stands on several parameters; an update is cut at the one that carries it, "
-                "so exactly one can, in",
-                *self._place("in", self.carriers["in"][1]),
-            )
+        check_carriers(self.carriers, modes, self.line or str(self), self._place)
         check_marks(self.terms, self.owners, modes, lambda k: self._place(self.terms[k].legs[0], k))
 
     @cached_property
@@ -214,7 +248,10 @@ class Legs:
                 f"zero; a hashed one can where it is marked (zero), in\n    {self}"
             )
         terms = self.terms
-        return min(self.zeroable, key=lambda k: (not terms[k].zero, "out" not in terms[k].legs))
+        return min(
+            self.zeroable,
+            key=lambda k: (not terms[k].zero, "out" not in map(mode_of, terms[k].legs)),
+        )
 
     def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
         """List all parameters except the root (the one that starts at zero), leaves first, each with its
@@ -250,37 +287,14 @@ class Legs:
             LegsError: a parameter with another number of axes than legs, a leg whose sizes
                 on two parameters disagree, or a leg without a size.
         """
-        if len(shapes) != len(self.terms):
-            raise LegsError(
-                f"{len(self.terms)} parameters are named but {len(shapes)} tensors were given, in",
-                self.line or str(self),
-            )
-        sizes = {leg: n for leg, n in (known or {}).items() if leg in self.carriers}
-        for position, (owner, shape) in enumerate(zip(self.owners, shapes)):
-            term, vector = self.terms[position], self.terms[owner].of
-            legs = (vector,) if vector else term.legs
-            if len(shape) != len(legs):
-                what = (
-                    f"is hashed from the vector {vector!r}," if vector else f"has {len(legs)} legs"
-                )
-                raise LegsError(
-                    f"parameter {position} ({term}) {what} but its tensor has shape {tuple(shape)}, in",
-                    *self._place(term.legs[0], position),
-                )
-            for leg, size in zip(legs, shape):
-                if sizes.setdefault(leg, size) != size:
-                    raise LegsError(
-                        f"{'vector' if vector else 'leg'} {leg!r} has size {size} here but {sizes[leg]} on "
-                        "an earlier parameter, in",
-                        *self._place(term.legs[0] if vector else leg, position),
-                    )
-        unknown = [leg for leg in self.carriers if leg not in sizes]
-        if unknown:
-            raise LegsError(
-                f"only hashed parameters carry {', '.join(unknown)}, so no tensor shows the sizes; give them "
-                "too, as in Network(..., sizes=net.sizes), in",
-                *self._place(unknown[0]),
-            )
+        sizes = sizes_of_tensors(
+            self.terms,
+            self.owners,
+            self.carriers,
+            shapes,
+            {**self.factors, **(known or {})},
+            self._place,
+        )
         self.check_tied_sizes(sizes)
         return sizes
 
@@ -306,15 +320,7 @@ class Legs:
         Raises:
             LegsError: the shapes differ.
         """
-        for k, (term, owner) in enumerate(zip(self.terms, self.owners)):
-            own = [sizes[leg] for leg in term.legs]
-            wanted = [sizes[leg] for leg in self.terms[owner].legs]
-            if own != wanted:
-                raise LegsError(
-                    f"a tied parameter has the shape {tuple(wanted)} at ({self.terms[owner]}) and "
-                    f"{tuple(own)} here; its legs need equal sizes, in",
-                    *self._place(term.legs[0], k),
-                )
+        check_tied_sizes(self.terms, self.owners, sizes, self._place)
 
     def limits(self, sizes: Mapping[str, int], modes: Iterable[str]) -> dict[str, int]:
         """Compute the largest useful size of each bond and each vector.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
+from string import ascii_lowercase
 
 from ._build import Rank
+from ._factors import mode_of, usual_factors
 from ._modes import Shape
 
 #: The order of the modes in a tensor train, as in MetaTT-5D and (with a task) MetaTT-(4+1)D.
@@ -27,9 +29,48 @@ def cp_line(shape: Shape) -> str:
 
 def cp_matrix_line(shape: Shape) -> str:
     """Write the line that makes a CP of its own for each slice T[matrix]."""
-    slices = Shape({mode: size for mode, size in shape.items() if mode != "matrix"})
-    own = "matrix " * ("matrix" in shape)
-    return ", ".join(own + term for term in cp_line(slices).split(", "))
+    own, rest = _sides(shape, ("matrix",))
+    slices = Shape({leg: shape[leg] for leg in rest})
+    return ", ".join(" ".join([*own, term]) for term in cp_line(slices).split(", "))
+
+
+def folded_cp_line(shape: Shape) -> str:
+    """Write the line of CP with a factor for each digit of ``in`` and ``out``."""
+    return cp_line(_folded(shape))
+
+
+def tt_lora_line(shape: Shape) -> str:
+    """Write the line of TT-LoRA: for each matrix a train through the digits of ``in`` and of ``out``."""
+    return _own_train(_folded(shape))
+
+
+def loretta_line(shape: Shape) -> str:
+    """Write the line of LoRETTA_rep: each of the two matrices of a LoRA of rank r is a train of its own."""
+    return _own_train(_folded(shape), "r")
+
+
+def _own_train(shape: Shape, joint: str = "") -> str:
+    """Write a train for each matrix; with a bond ``joint`` between ``in`` and the other side, and a core for
+    each end of that bond."""
+    inputs, rest = _sides(shape, ("in",))
+    outputs, slices = _sides(Shape({leg: shape[leg] for leg in rest}), ("head", "out"))
+    middle = [_fresh(shape, joint)] * 2 if joint else []
+    chain = [*inputs, *middle, *outputs]
+    letters = iter(_fresh(shape, letter) for letter in ascii_lowercase if letter != joint)
+    # The two cores with the joint bond have no other in common.
+    apart = len(inputs) if joint else None
+    bonds = ["" if k == apart else next(letters) for k in range(len(chain) - 1)]
+    return ", ".join(
+        " ".join(filter(None, [*slices, leg, left, right]))
+        for leg, left, right in zip(chain, ["", *bonds], [*bonds, ""])
+    )
+
+
+def _folded(shape: Shape) -> Shape:
+    """Split ``in`` and ``out`` into small factors if the shape has them whole."""
+    sides = {mode: usual_factors(shape[mode]) for mode in ("in", "out") if mode in shape}
+    split = {mode: factors for mode, factors in sides.items() if len(factors) > 1}
+    return Shape({**shape, **split}).split
 
 
 def _tucker_bonds(shape: Shape) -> dict[str, str]:
@@ -67,8 +108,8 @@ def ring_line(shape: Shape) -> str:
 def cara_line(shape: Shape) -> str:
     """Write the line of CaRA: CP in which all modes but in, out and head share one factor."""
     bond = _fresh(shape, "r")
-    slices = [mode for mode in _slices(shape) if mode != "head"]
-    factors = [*(mode for mode in ("in", "out", "head") if mode in shape), " ".join(slices)]
+    sides, slices = _sides(shape, ("in", "out", "head"))
+    factors = [*sides, " ".join(slices)]
     return ", ".join(f"{legs} {bond}" for legs in factors if legs)
 
 
@@ -91,16 +132,21 @@ def rescal_line(shape: Shape) -> str:
 
 
 def _slices(shape: Shape) -> list[str]:
-    """List the modes other than in and out; each of their values is one matrix."""
-    return _ordered(
-        Shape({mode: size for mode, size in shape.items() if mode not in ("in", "out")}),
-        ("layer", "head", "matrix"),
-    )
+    """List the legs other than those of in and out; each of their values is one matrix."""
+    rest = _sides(shape, ("in", "out"))[1]
+    return _ordered(Shape({leg: shape[leg] for leg in rest}), ("layer", "head", "matrix"))
+
+
+def _sides(shape: Shape, modes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the legs into those of some modes, in their order, and the others."""
+    legs = _ordered(shape, modes)
+    own = [leg for leg in legs if mode_of(leg) in modes]
+    return own, legs[len(own) :]
 
 
 def _ordered(shape: Shape, order: Sequence[str]) -> list[str]:
-    known = [mode for mode in order if mode in shape]
-    return known + [mode for mode in shape if mode not in order]
+    known = [leg for mode in order for leg in shape if mode_of(leg) == mode]
+    return known + [leg for leg in shape if mode_of(leg) not in order]
 
 
 def _fresh(shape: Shape, name: str) -> str:

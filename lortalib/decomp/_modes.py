@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Union
 
@@ -14,7 +15,7 @@ MODES = ("task", "layer", "expert", "head", "matrix", "in", "out")
 LORTA_MODES = ("layer", "head", "matrix", "in", "out")
 
 
-ShapeLike = Union["Shape", Mapping[str, int], Sequence[int]]
+ShapeLike = Union["Shape", Mapping[str, Union[int, Sequence[int]]], Sequence[int]]
 
 
 class Shape(Mapping[str, int]):
@@ -22,7 +23,8 @@ class Shape(Mapping[str, int]):
 
     Args:
         sizes: either five integers, read as ``(layer, head, matrix, in, out)``, or a mapping
-            from mode names to sizes, whose order is the order of the axes.
+            from mode names to sizes, whose order is the order of the axes. A tuple instead of a size splits
+            the mode: its factors, the slowest first.
 
     Raises:
         ValueError: a tuple without exactly five entries, or a size below 1.
@@ -33,12 +35,17 @@ class Shape(Mapping[str, int]):
         Shape({'layer': 12, 'head': 12, 'matrix': 4, 'in': 768, 'out': 64})
         >>> Shape({"layer": 2, "in": 8, "out": 8}).numel
         128
+        >>> Shape({"in": (8, 12, 8), "out": 8})["in"]
+        768
     """
 
-    __slots__ = ("_sizes",)
+    __slots__ = ("_factors", "_sizes")
 
     def __init__(self, sizes: ShapeLike) -> None:
-        if isinstance(sizes, Mapping):
+        named: dict[str, int | Sequence[int]]
+        if isinstance(sizes, Shape):
+            named = {**sizes, **sizes.factors}
+        elif isinstance(sizes, Mapping):
             named = dict(sizes)
         else:
             listed = tuple(sizes)
@@ -49,12 +56,15 @@ class Shape(Mapping[str, int]):
                     "for instance {'layer': 12, 'in': 768, 'out': 768}."
                 )
             named = dict(zip(LORTA_MODES, listed))
-        for mode, size in named.items():
-            if isinstance(size, bool) or not hasattr(size, "__index__"):
-                raise TypeError(f"the size of mode {mode!r} must be an integer; found {size!r}")
-            if size < 1:
-                raise ValueError(f"the size of mode {mode!r} must be at least 1; found {size}")
-        self._sizes = {mode: int(size) for mode, size in named.items()}
+        self._factors = {
+            mode: tuple(_integer(mode, factor) for factor in size)
+            for mode, size in named.items()
+            if isinstance(size, Sequence) and not isinstance(size, str)
+        }
+        self._sizes = {
+            mode: math.prod(self._factors[mode]) if mode in self._factors else _integer(mode, size)
+            for mode, size in named.items()
+        }
 
     def __getitem__(self, mode: str) -> int:
         return self._sizes[mode]
@@ -72,7 +82,26 @@ class Shape(Mapping[str, int]):
         return isinstance(other, Mapping) and list(self.items()) == list(other.items())
 
     def __repr__(self) -> str:
-        return f"Shape({self._sizes!r})"
+        return f"Shape({ ({**self._sizes, **self._factors})!r})"
+
+    @property
+    def factors(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of the factors of each mode that is split, the slowest first."""
+        return dict(self._factors)
+
+    @property
+    def split(self) -> Shape:
+        """The shape over the factors: each mode that is split is replaced by them.
+
+        Example:
+            >>> Shape({"in": (8, 12), "out": 5}).split
+            Shape({'in.1': 8, 'in.2': 12, 'out': 5})
+        """
+        sizes: dict[str, int] = {}
+        for mode, size in self._sizes.items():
+            own = self._factors.get(mode)
+            sizes |= {f"{mode}.{k}": n for k, n in enumerate(own, 1)} if own else {mode: size}
+        return Shape(sizes)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -83,3 +112,11 @@ class Shape(Mapping[str, int]):
     def numel(self) -> int:
         """The number of entries of the full tensor."""
         return math.prod(self._sizes.values())
+
+
+def _integer(mode: str, size: object) -> int:
+    if isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"the size of mode {mode!r} must be an integer; found {size!r}")
+    if operator.index(size) < 1:
+        raise ValueError(f"the size of mode {mode!r} must be at least 1; found {size}")
+    return operator.index(size)

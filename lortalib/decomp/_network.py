@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._hashed import Hash, make_hashes
 from ._legs import Legs
 from ._modes import Shape
+from ._notation import name_of
 from ._tensor_network import TensorNetwork
 
 
@@ -31,7 +32,8 @@ class Network(TensorNetwork, nn.Module):
             `torch.nn.Parameter` objects, trainable unless the line marks them ``(frozen)``. For a term
             marked ``(tied)``, give the tensor of the term before it again; for one marked ``(of n)``, its
             vector of n numbers, the same for all that name it.
-        modes: the modes, in the order of the axes of `dense`.
+        modes: the modes, in the order of the axes of `dense`. One that is no leg of the line is the product
+            of its factors, as ``in`` is of ``in.1 in.2``.
         sizes: sizes of legs that no tensor shows, since only hashed parameters carry them; others are
             checked against the tensors.
 
@@ -61,6 +63,7 @@ class Network(TensorNetwork, nn.Module):
         legs = Legs.parse(legs) if isinstance(legs, str) else legs
         sizes = legs.sizes([tensor.shape for tensor in tensors], sizes)
         legs.check(modes)
+        legs = legs.with_factors(sizes)
         self._describe(legs, sizes, modes)
         hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
         # Set first, since the names of attributes, these included, are taken.
@@ -88,7 +91,7 @@ class Network(TensorNetwork, nn.Module):
             if self.legs.holders[position] < position:
                 found.append(found[self.legs.holders[position]])
                 continue
-            name = wanted = f"theta_{term.of}" if term.of else "_".join(term.legs)
+            name = wanted = f"theta_{term.of}" if term.of else name_of(term)
             name = last.get(wanted, name)
             while name in names or name in taken or hasattr(self, name):
                 name += "_"

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-_MARKS = ("frozen", "zero", "shared", "tied")
+_MARKS = ("frozen", "zero", "shared", "tied", "full")
 
 
 #: No alternative backtracks, so reading takes time linear in the length of the line.
@@ -29,6 +29,10 @@ _TOKEN = re.compile(r"\((?P<mark>[^()]*)\)|(?P<leg>[^\s,()]+)|(?P<comma>,)|(?P<o
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+#: A leg: a name, or a factor of a mode with its place and perhaps its size, as in.2 or in.2:12.
+_LEG = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\.[1-9][0-9]?(?::(?P<size>[1-9][0-9]{0,9}))?)?\Z")
 
 
 _SEED = re.compile(r"[0-9]{1,18}\Z")  # below 2**64, the size of a key of the generator
@@ -61,6 +65,8 @@ class Term:
         tied: whether it uses the parameter before it again, axis by axis, with other legs.
         of: the name of the vector that its entries are drawn from; empty if the entries are its own.
         seed: the seed that draws which entry is which number of the vector.
+        full: whether it may join factors of both sides of the update, whose low-rank pair is of full rank.
+        factors: the sizes that the line gives to factors of modes, each with its leg.
     """
 
     legs: tuple[str, ...]
@@ -70,18 +76,24 @@ class Term:
     tied: bool = False
     of: str = ""
     seed: int = 0
+    full: bool = False
+    factors: tuple[tuple[str, int], ...] = ()
     spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         marks = ["tied"] if self.tied else [mark for mark in _MARKS if getattr(self, mark)]
         if self.of:
             marks.insert(0, f"of {self.of}" + f", seed {self.seed}" * bool(self.seed))
-        return " ".join([*self.legs, *(f"({mark})" for mark in marks)])
+        sizes = dict(self.factors)
+        legs = (f"{leg}:{sizes[leg]}" if leg in sizes else leg for leg in self.legs)
+        return " ".join([*legs, *(f"({mark})" for mark in marks)])
 
     def without(self, gone: Iterable[str]) -> Term:
         """Return the term without the legs ``gone``, as after indexing them."""
         gone = set(gone)
-        return replace(self, legs=tuple(leg for leg in self.legs if leg not in gone), spans=())
+        legs = tuple(leg for leg in self.legs if leg not in gone)
+        factors = tuple(pair for pair in self.factors if pair[0] not in gone)
+        return replace(self, legs=legs, factors=factors, spans=())
 
 
 def vectors_of(terms: Iterable[Term]) -> tuple[str, ...]:
@@ -152,6 +164,7 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
         raise LegsError("the line of legs is empty; CP, for instance, is 'in r, out r, layer r'")
     terms: list[Term] = []
     names: dict[str, tuple[int, int]] = {}  # each with its position in the line
+    sizes: dict[str, int] = {}  # of the factors that say theirs
     marks: dict[str, Any] = {}
     seeds: dict[str, int] = {}  # of each vector
 
@@ -183,32 +196,39 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
             )
         if "tied" in marks and terms:
             marks.update({mark: getattr(terms[-1], mark) for mark in ("frozen", "shared")})
-        terms.append(Term(tuple(names), spans=tuple(names.values()), **marks))
-        names.clear()
-        marks.clear()
+        own = tuple((leg, sizes[leg]) for leg in names if leg in sizes)
+        terms.append(Term(tuple(names), factors=own, spans=tuple(names.values()), **marks))
+        for read in (names, sizes, marks):
+            read.clear()
 
     for token in _TOKEN.finditer(line):
         span = token.span()
         if token["comma"]:
             close(span[0])
-        elif token["mark"] is not None:
+            continue
+        if token["mark"] is not None:
             for mark in token["mark"].split(","):
                 read = _read_mark(mark.strip(), line, span)
                 if marks.get("of", read.get("of")) != read.get("of", marks.get("of")):
                     raise LegsError("one parameter is hashed from one vector, in", line, span)
                 marks |= read
-        elif token["leg"] is None or not _NAME.match(token["leg"]) or marks:
-            why = "a leg behind a mark" if marks else "no leg name (letters, digits, _)"
+            continue
+        found = None if token["leg"] is None else _LEG.match(token["leg"])
+        if found is None or marks:
+            no_leg = "no leg name (letters, digits, _; a factor of a mode is in.1, or in.1:8 with its size)"
+            why = "a leg behind a mark" if marks else no_leg
             raise LegsError(f"{token[0]!r} is {why} in", line, span)
-        elif token["leg"] in names:
+        leg = found[0].partition(":")[0]
+        if leg in names:
             raise LegsError(
-                f"leg {token['leg']!r} stands twice on one parameter; "
+                f"leg {leg!r} stands twice on one parameter; "
                 "give the second axis a name of its own in",
                 line,
                 span,
             )
-        else:
-            names[token["leg"]] = span
+        names[leg] = span
+        if found["size"]:
+            sizes[leg] = int(found["size"])
     close(len(line))
     check_bounds(terms)
     return line, tuple(replace(term, seed=seeds.get(term.of, 0)) for term in terms)
@@ -236,3 +256,8 @@ def _read_mark(mark: str, line: str, span: tuple[int, int]) -> dict[str, Any]:
         line,
         span,
     )
+
+
+def name_of(term: Term) -> str:
+    """Name a parameter after its legs; names of PyTorch have no dots."""
+    return "_".join(term.legs).replace(".", "_")

@@ -72,7 +72,7 @@ def hadamard(one: TensorNetwork, other: TensorNetwork) -> TensorNetwork:
         )
     tensors = []
     for term, left, right in zip(one.legs.terms, one.tensors, other.tensors):
-        is_bond = [leg not in one.modes for leg in term.legs]
+        is_bond = [leg not in one.open_legs for leg in term.legs]
         shape_left = [part for n, bond in zip(left.shape, is_bond) for part in (n, 1)[: 1 + bond]]
         shape_right = [
             part for n, bond in zip(right.shape, is_bond) for part in ((1, n) if bond else (n,))

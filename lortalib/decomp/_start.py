@@ -15,8 +15,9 @@ from ._legs import Legs
 Randn = Callable[[Sequence[int]], Tensor]
 
 
-#: A start is a function. It takes the line, the size of every leg, the modes, and a source of standard
-#: normal numbers (called with a shape), and returns one tensor for each parameter.
+#: A start is a function. It takes the line, the size of every leg, the modes (of which a split one is there
+#: as its factors), and a source of standard normal numbers (called with a shape), and returns one tensor for
+#: each parameter.
 Start = Callable[[Legs, Mapping[str, int], Sequence[str], Randn], "list[Tensor]"]
 
 
@@ -32,7 +33,8 @@ def normal(
     """
     zero = legs.zero if legs.zeroable else None
     own = [k for k, term in enumerate(legs.terms) if not term.tied]
-    rest = [k for k in own if k != zero and "in" not in legs.terms[k].legs]
+    inputs = legs.open_legs(["in"])
+    rest = [k for k in own if k != zero and not {*inputs} & {*legs.terms[k].legs}]
     bonds = set(legs.bonds(modes))
     spread = math.prod(sizes[bond] for bond in bonds) ** (-0.5 / max(1, len(rest)))
     tensors: list[Tensor] = []
@@ -47,8 +49,9 @@ def normal(
             tensor = _orthogonal_slices(tensor, len(order) - len(axes))
         elif k in rest:
             tensor = tensor.sign()
-        size = sizes["in"] ** -0.5 if "in" in term.legs else 1.0
-        if k in rest or ("in" in term.legs and not rest):
+        has_input = any(leg in term.legs for leg in inputs)
+        size = math.prod(sizes[leg] for leg in inputs if leg in term.legs) ** -0.5
+        if k in rest or (has_input and not rest):
             size *= spread
         # A parameter that is used n times stands n times in the product of variances.
         tensor = tensor * size ** (1 / legs.owners.count(k))
@@ -73,9 +76,10 @@ def invariant(
     norm of the first gradient is proportional to the same quantity, so it does not depend on the rank;
     nor does the first decrease of the loss under plain gradient descent.
 
-    The parameter that carries ``in`` has variance 1/n_in, as in LoRA; all others have one common
-    variance. A tied parameter counts once for each of its terms. With these variances, a parameter with
-    several bonds is semi-orthogonal in each slice of its modes, and short mode factors are signs.
+    The parameter that carries ``in`` has variance 1/n_in, as in LoRA (if ``in`` is split, those of its
+    factors have it together); all others have one common variance. A tied parameter counts once for each
+    of its terms. With these variances, a parameter with several bonds is semi-orthogonal in each slice of
+    its modes, and short mode factors are signs.
 
     Where the zero parameter is hashed, its entries are the numbers that move by +-h, over the square root
     of how many entries have one number; all other parameters together are larger by that root.
@@ -100,14 +104,15 @@ def lorta(legs: Legs, sizes: Mapping[str, int], modes: Sequence[str], randn: Ran
     The update is meant to be scaled by alpha/r; the first step falls as r^-2.5.
     """
     zero = legs.zero
-    bonds = set(legs.bonds(modes))
+    bonds, inputs = set(legs.bonds(modes)), legs.open_legs(["in"])
     tensors: list[Tensor] = []
     for k, term in enumerate(legs.terms):
         if term.tied:
             tensors.append(tensors[-1])
             continue
         fan = math.prod(sizes[leg] for leg in term.legs if leg in bonds)
-        bound = 0.0 if k == zero else (1 / fan if "in" in term.legs else 6 / fan) ** 0.5
+        has_input = any(leg in term.legs for leg in inputs)
+        bound = 0.0 if k == zero else (1 / fan if has_input else 6 / fan) ** 0.5
         # The distribution function of a standard normal number is uniform on (0, 1).
         uniform = torch.special.ndtr(randn([sizes[leg] for leg in term.legs]))
         tensors.append(bound * (2 * uniform - 1))

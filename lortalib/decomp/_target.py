@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
 from ._inner import check_modes
+from ._legs import Legs
 from ._modes import Shape
 from ._objective import Objective
 from ._pieces import Pieces, pieces_of
+from ._refine import Refinement, common_factors
 from ._tensor_network import TensorNetwork
 from ._tensorly import Modes, axis_names, real
 
@@ -25,6 +27,7 @@ class Target(NamedTuple):
     Attributes:
         objective: the distance to the target of norm one, in float64.
         shape: the modes and their sizes.
+        refinement: how the modes are split in the objective.
         scale: the norm of the target; zero for a zero target, whose objective is not scaled.
         dtype, device: dtype and device of the target.
         dense: the dense target of norm one, if it is dense and has no weights; else None.
@@ -32,6 +35,7 @@ class Target(NamedTuple):
 
     objective: Objective
     shape: Shape
+    refinement: Refinement
     scale: float
     dtype: torch.dtype
     device: torch.device
@@ -39,9 +43,20 @@ class Target(NamedTuple):
 
 
 def read_target(
-    target: TargetLike, modes: Modes | None, mask: Any, weights: Any, *, ridge: float
+    target: TargetLike,
+    modes: Modes | None,
+    mask: Any,
+    weights: Any,
+    *,
+    ridge: float,
+    split: Callable[[Shape], Legs] | None = None,
 ) -> Target:
-    """Check a target, its mask and its weights, and divide it by its norm; see `fit` for the errors."""
+    """Check a target, its mask and its weights, and divide it by its norm; see `fit` for the errors.
+
+    Args:
+        target, modes, mask, weights, ridge: as for `fit`.
+        split: writes the line that is fitted, for a shape; the target's modes are split as those of the line.
+    """
     if isinstance(target, (TensorNetwork, list, tuple)) and _are_networks(target):
         nets = [target] if isinstance(target, TensorNetwork) else list(target)
         if modes is not None:
@@ -49,28 +64,44 @@ def read_target(
         for net in nets:
             check_modes(nets[0], net)
         shape, first = nets[0].shape, nets[0].tensors[0]
-        summands = [_wide(pieces_of(net)) for net in nets]
-        if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
-            whole = torch.stack([summand.contract(shape.modes) for summand in summands]).sum(0)
-            summands = [Pieces((shape.modes,), (whole,))]
     else:
-        first = real(target, "a tensor")
-        names = axis_names(modes, tuple(first.shape))
-        shape = Shape(dict(zip(names, first.shape)))
-        summands = [Pieces((names,), (first.detach().double(),))]
-    weight = _read_weight(shape, mask, weights, first.device)
-    if weight is not None and weight.terms == (shape.modes,):
+        nets, first = [], real(target, "a tensor")
+        shape = Shape(dict(zip(axis_names(modes, tuple(first.shape)), first.shape)))
+    refinement = _refinement(shape, [*nets, weights], split)
+    legs = refinement.open_legs
+    if nets:
+        summands = [_wide(pieces_of(refinement.of(net))) for net in nets]
+        if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
+            whole = torch.stack([summand.contract(legs) for summand in summands]).sum(0)
+            summands = [Pieces((legs,), (whole,))]
+    else:
+        summands = [Pieces((legs,), (first.detach().double().reshape(refinement.shape),))]
+    weight = _read_weight(shape, refinement, mask, weights, first.device)
+    if weight is not None and weight.terms == (legs,):
         _check_observed(shape, weight.tensors[0], ridge)
         whole = summands[0].tensors[0]
         whole = torch.where(weight.tensors[0] > 0, whole, torch.zeros_like(whole))
-        summands = [Pieces((shape.modes,), (whole,))]
+        summands = [Pieces((legs,), (whole,))]
     if not all(bool(t.isfinite().all()) for summand in summands for t in summand.tensors):
         where = " where its weight is not zero" if weight is not None else ""
         raise ValueError(f"the target holds NaN or infinity{where}; there is nothing near it")
-    objective, scale = _normalised(summands, shape.modes, weight)
+    objective, scale = _normalised(summands, legs, weight)
     is_plain = objective.is_dense and weight is None
     dense = objective.summands[0].tensors[0] if is_plain else None
-    return Target(objective, shape, scale, first.dtype, first.device, dense)
+    return Target(objective, shape, refinement, scale, first.dtype, first.device, dense)
+
+
+def _refinement(
+    shape: Shape, several: Sequence[Any], split: Callable[[Shape], Legs] | None
+) -> Refinement:
+    """Find the factors that the line, the target and the weights have in common."""
+    nets = [net for net in several if isinstance(net, TensorNetwork)]
+    lines: list[tuple[Legs, Mapping[str, int]]]
+    lines = [(net.legs, net.sizes) for net in nets if dict(net.shape) == dict(shape)]
+    if split is not None:
+        legs = split(shape)
+        lines.append((legs, legs.split(shape)))
+    return common_factors(shape, lines)
 
 
 def _are_networks(target: Any) -> bool:
@@ -111,17 +142,19 @@ def _normalised(
     return objective.scaled(1 / norm), norm * peak
 
 
-def _read_weight(shape: Shape, mask: Any, weights: Any, device: torch.device) -> Pieces | None:
+def _read_weight(
+    shape: Shape, refinement: Refinement, mask: Any, weights: Any, device: torch.device
+) -> Pieces | None:
     if isinstance(weights, TensorNetwork):
         if not weights.modes or not weights.shape.items() <= shape.items():
             raise ValueError(f"the weights have {weights.shape}, the target {shape}")
         if mask is not None:
             weights = _spread(weights, shape)
     if isinstance(weights, TensorNetwork):
-        wide = _wide(pieces_of(weights))
+        wide = _wide(pieces_of(refinement.of(weights)))
         if not all(bool(((t >= 0) & t.isfinite()).all()) for t in wide.tensors):
             raise ValueError("the parameters of a network of weights are to be finite and >= 0")
-        return wide.renamed("#", shape.modes)
+        return wide.renamed("#", refinement.open_legs)
     found = None
     for values, what in ((mask, "mask"), (weights, "weights")):
         if values is None:
@@ -140,7 +173,9 @@ def _read_weight(shape: Shape, mask: Any, weights: Any, device: torch.device) ->
         if not ((tensor >= 0) & tensor.isfinite()).all():
             raise ValueError("weights are to be finite and not negative; found others")
         found = tensor if found is None else found * tensor
-    return None if found is None else Pieces((shape.modes,), (found,))
+    if found is None:
+        return None
+    return Pieces((refinement.open_legs,), (found.reshape(refinement.shape),))
 
 
 def _spread(weights: TensorNetwork, shape: Shape) -> Tensor:
@@ -153,6 +188,7 @@ def _spread(weights: TensorNetwork, shape: Shape) -> Tensor:
 def _check_observed(shape: Shape, weight: Tensor, ridge: float) -> None:
     if not weight.any():
         raise ValueError("the mask says that every entry is missing; there is nothing to fit")
+    weight = weight.reshape(tuple(shape.values()))
     for axis, mode in enumerate(shape):
         seen = weight.movedim(axis, 0).flatten(1).any(1)
         if not ridge and not seen.all():

@@ -5,19 +5,18 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ._cut import Cut, CutPlan, make_cut_plan
+from ._cut import OUT_MODES, Cut, CutPlan, check_cut, make_cut_plan
 from ._einsum import contract
+from ._factors import product
 from ._legs import Legs
 from ._modes import Shape
-from ._notation import LegsError, Term, check_bounds
-from ._parameter_table import parameter_table
-
-_FAR = ("head", "out")
+from ._notation import name_of
+from ._parameter_table import describe
+from ._slices import Slices
 
 
 class TensorNetwork(ABC):
@@ -26,23 +25,45 @@ class TensorNetwork(ABC):
     Attributes:
         legs: the parsed line of legs.
         modes: the modes, in the order of the axes of `dense`.
+        open_legs: the legs that are not summed over: the modes, of which a split one is there as its factors.
         sizes: the size of every leg.
         names: the name of each parameter.
     """
 
     legs: Legs
     modes: tuple[str, ...]
+    open_legs: tuple[str, ...]
     sizes: dict[str, int]
     names: tuple[str, ...]
 
     def _describe(self, legs: Legs, sizes: dict[str, int], modes: tuple[str, ...]) -> None:
         self.legs, self.sizes, self.modes = legs, sizes, modes
+        self.open_legs = legs.open_legs(modes)
         self._terms = tuple(term.legs for term in legs.terms)
 
     @property
     def shape(self) -> Shape:
         """The modes and their sizes, in the order of the axes of `dense`."""
-        return Shape({mode: self.sizes[mode] for mode in self.modes})
+        return Shape({mode: self._size_of(mode) for mode in self.modes})
+
+    def _size_of(self, mode: str) -> int:
+        return product([self.sizes[leg] for leg in self.legs.open_legs([mode])])
+
+    @property
+    def split(self) -> TensorNetwork:
+        """The same network with the factors of its modes as modes; itself if no mode is split.
+
+        It is an ordinary network, and its dense tensor, reshaped, is that of this one.
+
+        Example:
+            >>> from lortalib.decomp import network
+            >>> net = network("in.1 a, in.2 a b, out b", {"in": (3, 4), "out": 5}, 2)
+            >>> net.shape, net.split.shape
+            (Shape({'in': 12, 'out': 5}), Shape({'in.1': 3, 'in.2': 4, 'out': 5}))
+        """
+        if self.modes == self.open_legs:
+            return self
+        return NetworkView(self.legs, self.tensors, self.open_legs)
 
     @property
     @abstractmethod
@@ -100,7 +121,8 @@ class TensorNetwork(ABC):
             >>> cp({"layer": 6, "in": 64, "out": 16}, rank=2).dense().shape
             torch.Size([6, 64, 16])
         """
-        return contract(self._terms, self.tensors, self.modes, self.sizes)
+        found = contract(self._terms, self.tensors, self.open_legs, self.sizes)
+        return found.reshape([self._size_of(mode) for mode in self.modes])
 
     def select(self, index: Mapping[str, int] | None = None, /, **positions: int) -> TensorNetwork:
         """Fix some modes, each at one position; a network over the other modes remains.
@@ -131,16 +153,15 @@ class TensorNetwork(ABC):
         """
         index = self._positions({} if index is None else index, positions)
         for mode, position in index.items():
-            if not -self.sizes[mode] <= position < self.sizes[mode]:
-                raise IndexError(
-                    f"{mode}={position} is outside the mode {mode!r} of size {self.sizes[mode]}"
-                )
-        tensors = [
-            tensor[tuple(index.get(leg, slice(None)) for leg in term.legs)]
-            for term, tensor in zip(self.legs.terms, self.tensors)
-        ]
-        legs = Legs(tuple(term.without(index) for term in self.legs.terms))
+            size = self._size_of(mode)
+            if not -size <= position < size:
+                raise IndexError(f"{mode}={position} is outside the mode {mode!r} of size {size}")
+        legs, tensors = self._slices.at(index)
         return NetworkView(legs, tensors, tuple(mode for mode in self.modes if mode not in index))
+
+    @property
+    def _slices(self) -> Slices:
+        return Slices(self.legs, self.tensors, self.sizes)
 
     def _positions(self, index: Mapping[str, int], named: Mapping[str, int]) -> dict[str, int]:
         if not isinstance(index, Mapping):
@@ -183,16 +204,8 @@ class TensorNetwork(ABC):
             raise KeyError(
                 f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
             )
-        return NetworkView(
-            self.legs,
-            [
-                tensor.index_select(term.legs.index(mode), positions)
-                if mode in term.legs
-                else tensor
-                for term, tensor in zip(self.legs.terms, self.tensors)
-            ],
-            self.modes,
-        )
+        legs, tensors = self._slices.taken(mode, positions)
+        return NetworkView(legs, tensors, self.modes)
 
     def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
         """Multiply the tensor by a matrix or a vector along one mode (the n-mode product).
@@ -225,22 +238,15 @@ class TensorNetwork(ABC):
                 f"cannot multiply along {mode!r}: the modes of this network are "
                 f"{', '.join(self.modes)}"
             )
-        if matrix.ndim not in (1, 2) or matrix.shape[-1] != self.sizes[mode]:
+        size = self._size_of(mode)
+        if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
             raise ValueError(
-                f"to multiply along {mode!r} of size {self.sizes[mode]}, a matrix of shape (new "
-                f"size, {self.sizes[mode]}) or a vector is needed; found {tuple(matrix.shape)}"
+                f"to multiply along {mode!r} of size {size}, a matrix of shape (new size, {size}) or a "
+                f"vector is needed; found {tuple(matrix.shape)}"
             )
-        bond = mode
-        while bond in self.sizes:
-            bond += "_"
-        terms = [
-            replace(term, legs=tuple(bond if leg == mode else leg for leg in term.legs), spans=())
-            for term in self.legs.terms
-        ]
+        legs, tensors = self._slices.times(mode, matrix)
         left = self.modes if matrix.ndim == 2 else tuple(m for m in self.modes if m != mode)
-        legs = Legs((*terms, Term((mode, bond)[2 - matrix.ndim :], frozen=True)))
-        check_bounds(legs.terms)
-        return NetworkView(legs, [*self.tensors, matrix], left)
+        return NetworkView(legs, tensors, left)
 
     def cut(self, *batch_modes: str) -> Cut:
         """Split the network into ordinary low-rank pairs, exactly and differentiably.
@@ -287,28 +293,30 @@ class TensorNetwork(ABC):
             >>> plan.partition.in_side, plan.partition.out_side, plan.partition.bonds, plan.rank
             ((0,), (1, 2), ('p',), 2)
         """
-        self._check_cut(batch_modes)
-        out_side = tuple(mode for mode in _FAR if mode in self.modes)
-        plan: CutPlan = make_cut_plan(self._terms, tuple(self.sizes.items()), out_side, batch_modes)
+        check_cut(self.modes, batch_modes)
+        plan: CutPlan = make_cut_plan(
+            self._terms,
+            tuple(self.sizes.items()),
+            self.legs.open_legs(["in"]),
+            self.legs.open_legs([mode for mode in OUT_MODES if mode in self.modes]),
+            tuple(self.legs.open_legs([mode]) for mode in batch_modes),
+        )
         return plan
 
-    def _check_cut(self, batch_modes: tuple[str, ...]) -> None:
-        absent = [mode for mode in batch_modes if mode not in self.modes or mode in ("in", *_FAR)]
-        if absent or len(set(batch_modes)) < len(batch_modes):
-            raise LegsError(
-                f"cannot cut over {', '.join(map(repr, batch_modes))}: these are to be different modes of "
-                f"the network, which has {', '.join(self.modes)}, other than in, head and out"
-            )
-        others = [mode for mode in self.modes if mode not in ("in", *_FAR, *batch_modes)]
-        if others or "in" not in self.modes or "out" not in self.modes:
-            names = ", ".join(f"{mode}=0" for mode in others)
-            every = ", ".join(repr(mode) for mode in (*batch_modes, *others))
-            raise LegsError(
-                "a cut needs the modes in, out and optionally head, and no others; "
-                f"this network has {', '.join(self.modes)}."
-                + f" Select first: net.select({names}).cut(), or cut them all: net.cut({every})"
-                * bool(others)
-            )
+    def norm(self, *, over: str | Sequence[str] = ()) -> Tensor:
+        """Compute the Frobenius norm without the whole tensor; see `lortalib.decomp.norm`.
+
+        Args:
+            over: modes that get an axis of the result: the norm of every slice.
+
+        Example:
+            >>> from lortalib.decomp import cp
+            >>> cp((6, 8, 4, 64, 16), rank=2, init="normal").norm(over="layer matrix").shape
+            torch.Size([6, 4])
+        """
+        from ._inner import norm
+
+        return norm(self, over=over)
 
     def to_tensorly(self) -> Any:
         """Make a TensorLy object of the network, with live autograd; see `lortalib.decomp.to_tensorly`."""
@@ -317,14 +325,7 @@ class TensorNetwork(ABC):
         return to_tensorly(self)
 
     def __repr__(self) -> str:
-        rows = []
-        for k, (name, term) in enumerate(zip(self.names, self.legs.terms)):
-            sizes = " x ".join(str(self.sizes[leg]) for leg in term.legs)
-            number = self.stored[k].numel() if self.legs.holders[k] == k else None
-            rows.append((name, str(term), sizes, number))
-        modes = ", ".join(f"{mode}={self.sizes[mode]}" for mode in self.modes)
-        head = f"{type(self).__name__}({modes}): {self.count():,} trainable parameters"
-        return "\n".join([head, *parameter_table(rows, self.count(trainable_only=False))])
+        return describe(self)
 
 
 class NetworkView(TensorNetwork):
@@ -338,7 +339,7 @@ class NetworkView(TensorNetwork):
         sizes = {leg: n for term, tensor in pairs for leg, n in zip(term.legs, tensor.shape)}
         self._describe(legs, sizes, modes)
         self._tensors = tuple(tensors)
-        self.names = tuple("_".join(term.legs) or "scalar" for term in legs.terms)
+        self.names = tuple(name_of(term) or "scalar" for term in legs.terms)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -44,7 +44,7 @@ def to_tensorly(net: TensorNetwork) -> TensorLyObject:
         A ``CPTensor``, ``TuckerTensor`` or ``TTTensor``. The axes of CP and Tucker are in the order of
         ``net.modes``, those of a train in the order of the train. The object's attribute ``modes``
         holds their names; `from_tensorly` reads it. TensorLy's own reconstruction is ``net.dense()``
-        permuted to that order.
+        permuted to that order. A split mode is there as its factors, each an axis.
 
     Raises:
         ValueError: the network is neither CP nor Tucker, nor a tensor train with one mode on each
@@ -55,6 +55,7 @@ def to_tensorly(net: TensorNetwork) -> TensorLyObject:
         >>> to_tensorly(cp((2, 2, 4, 8, 4), rank=3)).rank
         3
     """
+    modes, net = net.modes, net.split
     read = _as_cp(net) or _as_tucker(net) or _as_tt(net)
     if read is None:
         raise ValueError(
@@ -63,7 +64,7 @@ def to_tensorly(net: TensorNetwork) -> TensorLyObject:
         )
     kind, content, axes = read
     obj = with_pytorch(lambda: kind(content))
-    obj.modes, obj.dense_modes = tuple(axes), net.modes
+    obj.modes, obj.dense_modes = tuple(axes), modes
     return obj
 
 

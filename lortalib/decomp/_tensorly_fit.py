@@ -8,7 +8,7 @@ from tensorly.decomposition import parafac, tensor_train, tucker
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ._network import Network
+from ._tensor_network import TensorNetwork
 from ._tensorly import network_of, with_pytorch
 
 #: The name of TensorLy's algorithm for a format.
@@ -16,7 +16,7 @@ TENSORLY = {"cp": "parafac", "tucker": "tucker", "tt": "tensor_train"}
 
 
 def fit_with_tensorly(
-    kind: str, dense: Tensor, net: Network, tolerance: float, sweeps: int
+    kind: str, dense: Tensor, net: TensorNetwork, tolerance: float, sweeps: int
 ) -> tuple[Tensor, ...] | None:
     """Run the algorithm of a format.
 

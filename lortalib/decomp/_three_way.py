@@ -92,6 +92,8 @@ def three_way_plan(network: TensorNetwork, mode: str, *batch_modes: str) -> Thre
         (torch.Size([1, 3, 8]), torch.Size([100, 1, 3, 1, 1]), torch.Size([1, 3, 6]))
     """
     network.cut_plan(*batch_modes)  # raises where the network cannot be cut at all
+    if network.modes != network.open_legs:
+        return None  # the sides of a split mode can lie on both sides of a cut
     terms = tuple(term.legs for term in network.legs.terms)
     plan: ThreeWayPlan | None = _plan(terms, tuple(network.sizes.items()), mode, batch_modes)
     return plan
@@ -103,7 +105,7 @@ def _plan(
 ) -> ThreeWayPlan | None:
     size = dict(sizes)
     slices = tuple(leg for leg in batch_modes if leg != mode)
-    near = cheapest_cut(terms, sizes, (*_FAR, mode), slices)
+    near = _cut_off(terms, sizes, ("in",), (*_FAR, mode), slices)
     if not near.in_side or not any(mode in term for term in terms):
         return None
     # The side of `head` is that where a position of `mode` makes fewer numbers for each input.
@@ -124,8 +126,10 @@ def _plan(
     head = ("head",) if "head" in carried else ()
     out = tuple(leg for leg in _FAR if any(leg in terms[k] for k in far.in_side))
 
+    leading = tuple((leg,) for leg in batch_modes)
+
     def side(parameters: tuple[int, ...], *legs: str) -> Side:
-        return make_side(terms, sizes, parameters, batch_modes, legs)
+        return make_side(terms, sizes, parameters, leading, legs)
 
     return ThreeWayPlan(
         side(near.in_side, *common, *p, "in"),
@@ -151,5 +155,18 @@ def _far_side(
     left[first] = (*near.bonds, "in")
     for k in others:
         left[k] = ("in",)
-    found: Partition = cheapest_cut(tuple(left), sizes, modes[1], slices, modes[0])
+    return _cut_off(tuple(left), sizes, modes[0], modes[1], slices)
+
+
+def _cut_off(
+    terms: tuple[Names, ...],
+    sizes: tuple[tuple[str, int], ...],
+    own: Names,
+    rest: Names,
+    slices: Names,
+) -> Partition:
+    """Cut the parameters with the legs ``own`` from those with ``rest``; no side if a parameter has both."""
+    if any({*own} & {*term} and {*rest} & {*term} for term in terms):
+        return Partition((), tuple(range(len(terms))), own)
+    found: Partition = cheapest_cut(terms, sizes, rest, slices, own)
     return found

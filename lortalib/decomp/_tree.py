@@ -52,7 +52,7 @@ def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> list[Edge]:
             met.append(ends[0])
     if len(met) < len(legs.terms):
         raise ValueError(f"the parameters fall into pieces without a common bond, in\n    {legs}")
-    for mode in modes:
+    for mode in legs.open_legs(modes):
         carriers = legs.carriers[mode]
         if sum(e.child in carriers and e.parent in carriers for e in edges) < len(carriers) - 1:
             raise ValueError(

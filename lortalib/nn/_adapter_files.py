@@ -75,6 +75,8 @@ class AdapterFiles(AdapterModule):
         ``lortalib.nn.load(model, repository)`` reads it. The card says what the adapter was trained on, its
         format, rank and number of trainable parameters, and how it is loaded with and without lortalib.
 
+        If the model is divided over processes, call `save` in each, and upload the folder from one of them.
+
         Args:
             repository: ``user/name``; it is made if it does not exist.
             private: whether a new repository is private; by default what the user or organisation has set.

@@ -215,12 +215,10 @@ def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network])
     owners: dict[tuple[object, ...], nn.Parameter] = {}
     for group in groups:
         network = networks[group.name]
+        inputs = set(network.legs.open_legs(["in"]))
+        others = set(network.legs.open_legs(["layer", "matrix", "head", "expert"]))
         for name, term in zip(network.names, network.legs.terms):
-            if (
-                "in" in term.legs
-                and not term.of
-                and not set(term.legs) & {"layer", "matrix", "head", "expert"}
-            ):
+            if inputs & set(term.legs) and not term.of and not others & set(term.legs):
                 own = network.get_parameter(name)
                 key = (group.sites[0].stack, term.legs, own.shape)
                 network.register_parameter(name, owners.setdefault(key, own))

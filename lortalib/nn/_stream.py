@@ -56,8 +56,8 @@ def _whole(name: str, parts: Sequence[Site]) -> Site:
         role="+".join(site.role for site in parts),
         heads=1,
         query_heads=1,
-        head_dim=first.fused
-        or features,  # all that the module writes, also of an MLP beside the heads
+        # All that the module writes, also of an MLP beside the heads.
+        head_dim=first.fused or features,
         rows=None,
         fused=None,
     )

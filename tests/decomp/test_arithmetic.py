@@ -83,6 +83,11 @@ def test_modes_that_stay_may_be_named_in_one_text():
         assert_same(inner(net, other, over=over), expected)
     squares = array(net).square().sum((1, 2, 3, 4)).sqrt()
     assert_same(norm(net, over="layer"), squares)  # one name is a name, and not its letters
+    assert_same(net.norm(over="layer"), squares)
+    assert_same(net.norm(), array(net).norm())
+    assert_same(
+        net.select(layer=1).norm(over=("matrix",)), array(net)[1].square().sum((0, 2, 3)).sqrt()
+    )
 
 
 @over_formats
@@ -139,7 +144,7 @@ def test_a_number_scales_every_entry(kind, data, factor):
 def test_a_vector_sums_over_a_mode(kind, data):
     net = data.draw(networks(kind))
     mode = data.draw(st.sampled_from(net.modes))
-    vector = torch.randn(net.sizes[mode], generator=generator(2), dtype=torch.float64)
+    vector = torch.randn(net.shape[mode], generator=generator(2), dtype=torch.float64)
     found = net.mode_dot(vector, mode)
     assert found.modes == tuple(other for other in net.modes if other != mode)
     assert_same(found.dense(), torch.tensordot(array(net), vector, ([net.modes.index(mode)], [0])))
@@ -156,8 +161,8 @@ def test_a_parameter_times_its_environment_is_the_tensor(kind, data):
         assert all(one is other for one, other in zip(rest.tensors, net.tensors[:k]))
     letter = dict(zip(net.sizes, "abcdefghijklmnopqrstuvwxyz", strict=False))
     word = ["".join(letter[leg] for leg in legs) for legs in (net.legs.terms[k].legs, rest.modes)]
-    equation = f"{word[0]},{word[1]}->{''.join(letter[mode] for mode in net.modes)}"
-    assert_same(torch.einsum(equation, net.tensors[k], rest.dense()), array(net))
+    equation = f"{word[0]},{word[1]}->{''.join(letter[leg] for leg in net.open_legs)}"
+    assert_same(torch.einsum(equation, net.tensors[k], rest.dense()), array(net.split))
 
 
 @over_kinds
@@ -167,8 +172,8 @@ def test_the_gram_matrix_is_that_of_the_environment(kind, data):
     net = data.draw(networks(kind).filter(lambda net: len(net.names) > 1))
     k = data.draw(st.integers(0, len(net.names) - 1))
     rest, legs = environment(net, k), net.legs.terms[k].legs
-    bonds = [leg for leg in legs if leg not in net.modes]
-    shared = [leg for leg in legs if leg in net.modes and leg in rest.modes]
+    bonds = [leg for leg in legs if leg not in net.open_legs]
+    shared = [leg for leg in legs if leg in net.open_legs and leg in rest.modes]
     others = [mode for mode in rest.modes if mode not in legs]
     order = [rest.modes.index(leg) for leg in (*shared, *bonds, *others)]
     room = math.prod(net.sizes[bond] for bond in bonds)

@@ -28,7 +28,7 @@ def check(net):
     boxes = elements(drawing, "rect")
     assert len(boxes) == len(terms)
     words = [e.text for e in elements(drawing, "text") if "legs-word" not in e.get("class")]
-    modes = [leg for term in terms for leg in term.legs if leg in net.modes]
+    modes = [leg for term in terms for leg in term.legs if leg in net.open_legs]
     assert sorted(words) == sorted([*modes, *net.ranks])
     # No two boxes overlap, and all lie within the picture.
     width, height = map(float, elements(drawing, "svg")[0].get("viewBox").split()[2:])

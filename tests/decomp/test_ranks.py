@@ -130,9 +130,9 @@ def test_tucker_limits_are_tight(data):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(generator=generator())
-    dense = reference.dense(net)
+    dense = reference.dense(net.split)
     for term in net.legs.terms[:-1]:
-        unfolding = np.moveaxis(dense, net.modes.index(term.legs[0]), 0)
+        unfolding = np.moveaxis(dense, net.open_legs.index(term.legs[0]), 0)
         found = np.linalg.matrix_rank(unfolding.reshape(len(unfolding), -1), tol=1e-9)
         assert found == net.ranks[term.legs[1]]
 

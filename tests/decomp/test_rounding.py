@@ -62,6 +62,7 @@ def relative(found, expected):
 
 def tails(net, ranks):
     """For each bond of a tree, what is left of the dense tensor beyond a rank, by an SVD of its slices."""
+    net = net.split  # over the factors of its modes
     dense, found = net.dense().detach(), {}
     for bond, carriers in net.legs.carriers.items():
         if bond in net.modes:

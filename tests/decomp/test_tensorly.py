@@ -20,7 +20,7 @@ over_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def aligned(net, obj):
-    return net.dense().permute([net.modes.index(mode) for mode in obj.modes])
+    return net.split.dense().permute([net.open_legs.index(mode) for mode in obj.modes])
 
 
 def random_dense(*sizes, dtype=torch.float64):
@@ -38,7 +38,7 @@ def test_there_and_back_is_the_identity(kind, data):
     back = from_tensorly(to_tensorly(net))
     assert (back.modes, back.shape) == (net.modes, net.shape)
     assert back.dense().equal(net.dense())
-    if len(net.modes) > 2:  # two modes of CP and of a train are one and the same
+    if len(net.open_legs) > 2:  # two modes of CP and of a train are one and the same
         assert str(back.legs) == str(net.legs)
         assert all(a.equal(b) for a, b in zip(back.tensors, net.tensors))
 
@@ -49,7 +49,7 @@ def test_there_and_back_is_the_identity(kind, data):
 def test_dense_is_the_reconstruction_of_tensorly(kind, data):
     net = data.draw(registered(kind))
     obj = net.to_tensorly()
-    assert isinstance(obj, KINDS[kind] if len(net.modes) > 2 else tuple(KINDS.values()))
+    assert isinstance(obj, KINDS[kind] if len(net.open_legs) > 2 else tuple(KINDS.values()))
     assert tuple(obj.shape) == tuple(net.sizes[mode] for mode in obj.modes)
     torch.testing.assert_close(rebuilt(obj), aligned(net, obj), rtol=1e-10, atol=1e-10)
 

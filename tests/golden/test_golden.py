@@ -1,7 +1,8 @@
 """Folders that were once written are read for ever, and give the same logits.
 
 ``adapter-v1`` was written by the last library that wrote format version 1 (commit 4bae70f), together with
-the logits; ``adapter-v2`` and ``lora`` were written from it. They are never written again: a change of the
+the logits; ``adapter-v2`` and ``lora`` were written from it. ``adapter-split`` was written by the library
+that first split modes; its line has the sizes of the factors. They are never written again: a change of the
 format gets a version, an entry in UPGRADES, and a folder of its own here.
 """
 
@@ -18,11 +19,12 @@ from lortalib.nn import load, load_lora
 from lortalib.nn._files import read, read_description
 
 HERE = Path(__file__).parent
-FOLDERS = {"adapter-v1": load, "adapter-v2": load, "lora": load_lora}
+FOLDERS = {"adapter-v1": load, "adapter-v2": load, "lora": load_lora, "adapter-split": load}
 
 
-def expected():
-    value = json.loads((HERE / "expected.json").read_text())
+def expected(name="adapter-v1"):
+    file = "expected-split.json" if name == "adapter-split" else "expected.json"
+    value = json.loads((HERE / file).read_text())
     return torch.tensor(value["logits"]).view(value["shape"])
 
 
@@ -31,8 +33,8 @@ def test_a_golden_folder_gives_the_same_logits(name):
     model = golden_model()
     base = logits(model)
     adapter = FOLDERS[name](model, HERE / name)
-    assert close(logits(model), expected())
-    assert not close(base, expected())
+    assert close(logits(model), expected(name))
+    assert not close(base, expected(name))
     adapter.disable()
     assert torch.equal(logits(model), base)
 
@@ -48,6 +50,12 @@ def test_each_part_of_it_matters():
     assert adapter.config.share_residual
     first, second = adapter.networks.values()
     assert first.in_a is second.in_a
+
+
+def test_the_line_of_a_file_has_the_sizes_of_the_factors():
+    (group,) = read_description(HERE / "adapter-split")["groups"]
+    assert group["legs"].startswith("matrix in.1:2 a, in.2:8 a b, head.1:2 b c, layer.1:1 head.2:2")
+    assert group["modes"] == {"layer": 2, "head": 4, "matrix": 4, "in": 16, "out": 4}
 
 
 def test_peft_reads_the_golden_lora():

@@ -15,29 +15,56 @@ def _terms(net):
     return [(t.legs, p.detach().numpy()) for t, p in zip(net.legs.terms, net.tensors)]
 
 
+def _legs(net):
+    return list(dict.fromkeys(leg for names, _ in _terms(net) for leg in names))
+
+
+def factors(net, mode):
+    """The legs that make up a mode: itself, or its factors, the slowest first."""
+    own = [leg for leg in _legs(net) if leg.split(".")[0] == mode]
+    return [mode] if mode in _legs(net) else sorted(own, key=lambda leg: int(leg.split(".")[1]))
+
+
+def open_legs(net):
+    return [leg for mode in net.modes for leg in factors(net, mode)]
+
+
 def _bonds(net):
-    legs = dict.fromkeys(leg for names, _ in _terms(net) for leg in names)
-    return [leg for leg in legs if leg not in net.modes]
+    return [leg for leg in _legs(net) if leg not in open_legs(net)]
+
+
+def digits(net, index):
+    """The position on every factor for positions on modes, as the digits of a number."""
+    at = {}
+    for mode, position in index.items():
+        for leg in reversed(factors(net, mode)):
+            at[leg] = position % net.sizes[leg]
+            position //= net.sizes[leg]
+        assert position == 0
+    return at
 
 
 def entry(net, index):
     """One entry of the tensor: a sum over all bonds of products of one number per parameter."""
     terms, bonds, total = _terms(net), _bonds(net), 0.0
     for position in product(*(range(net.sizes[bond]) for bond in bonds)):
-        at = {**index, **dict(zip(bonds, position))}
+        at = {**digits(net, index), **dict(zip(bonds, position))}
         total += math.prod(array[tuple(at[leg] for leg in legs)] for legs, array in terms)
     return total
 
 
 def dense(net):
     """Every entry: the outer product with one axis for each leg, summed over the bonds."""
-    legs = [*net.modes, *_bonds(net)]
+    modes = open_legs(net)
+    legs = [*modes, *_bonds(net)]
     outer = np.ones([net.sizes[leg] for leg in legs])
     for names, array in _terms(net):
         order = sorted(range(len(names)), key=lambda axis: legs.index(names[axis]))
         sizes = [net.sizes[leg] if leg in names else 1 for leg in legs]
         outer = outer * array.transpose(order).reshape(sizes)
-    return outer.sum(axis=tuple(range(len(net.modes), len(legs))))
+    found = outer.sum(axis=tuple(range(len(modes), len(legs))))
+    shape = [math.prod(net.sizes[leg] for leg in factors(net, mode)) for mode in net.modes]
+    return found.reshape(shape)
 
 
 def matrix(tensor, modes):
@@ -56,20 +83,24 @@ def matrix(tensor, modes):
 def smallest_crossing(net):
     """The least product of bonds between the side of ``in`` and that of ``head`` and ``out``.
 
-    All divisions of the parameters are tried. Where one parameter has ``in`` and ``out``, there is
-    none, and ``in`` itself crosses.
+    All divisions of the parameters are tried. Where one parameter has legs of ``in`` and of the other
+    side, those of ``in`` cross, unless all of ``in`` is less.
     """
     terms = [set(names) for names, _ in _terms(net)]
-    best = None
+    inputs = {*factors(net, "in")}
+    outputs = {leg for mode in ("head", "out") if mode in net.modes for leg in factors(net, mode)}
+    best, whole = None, math.prod(net.sizes[leg] for leg in inputs)
+    both = [term for term in terms if term & inputs and term & outputs]
     for sides in product((False, True), repeat=len(terms)):
         pairs = list(zip(sides, terms))
         near = set().union(*(term for far, term in pairs if not far))
         far = set().union(*(term for far, term in pairs if far))
-        if "in" in far or near & {"head", "out"}:
+        mixed = set().union(*both) & inputs
+        if (far & inputs) - mixed or near & outputs or not near & inputs:
             continue
-        crossing = math.prod(net.sizes[bond] for bond in near & far)
+        crossing = math.prod(net.sizes[bond] for bond in (near & far) | mixed)
         best = crossing if best is None else min(best, crossing)
-    return net.sizes["in"] if best is None else best
+    return whole if best is None or (both and whole <= best) else best
 
 
 def cheapest_division(terms, sizes, out_modes, batch_modes):

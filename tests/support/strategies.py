@@ -1,8 +1,9 @@
 """Hypothesis strategies: small shapes, ranks and networks of every registered format.
 
 All networks are float64 and made by a seeded generator. `KINDS` names what `networks` can draw:
-each format of the registry, so that a new format is tested by joining, and ``"random"``, legal
-lines of legs that no format has.
+each format of the registry, so that a new format is tested by joining, ``"random"``, legal lines of
+legs that no format has, and ``"split"``, the same with modes that are split into factors. Formats whose
+line depends on the modes are drawn with split modes too.
 """
 
 import math
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from lortalib.decomp import LORTA_MODES, MODES, Legs, LegsError, Network, Shape, formats
 
 FORMATS = sorted(formats)
-KINDS = [*FORMATS, "random"]
+KINDS = [*FORMATS, "random", "split"]
 
 _INNER = tuple(mode for mode in MODES if mode not in ("in", "out"))
 _BONDS = ("r", "p", "q1", "Z_", "train", "dense", "names", "tensors", "in_")
@@ -113,7 +114,26 @@ def fitting(name, shape):
 
 def registered_shapes(name):
     drawn = st.sampled_from(mode_sets(name)).flatmap(shapes)
-    return drawn.map(lambda shape: fitting(name, shape))
+    drawn = drawn.map(lambda shape: fitting(name, shape))
+    splits = callable(formats[name].line) and not formats[name].symmetric
+    return drawn.flatmap(split_shapes) if splits else drawn
+
+
+def factorings(size, most=3):
+    """Every way to write a size as an ordered product of up to so many factors, of which one may be 1."""
+    found = [(size,)]
+    if most > 1:
+        for first in range(1 if most == 3 else 2, size + 1):
+            if size % first == 0:
+                found += [(first, *rest) for rest in factorings(size // first, most - 1)]
+    return found
+
+
+@st.composite
+def split_shapes(draw, shape):
+    """The shape with some of its modes split."""
+    split = draw(st.sets(st.sampled_from(list(shape)), max_size=3))
+    return Shape({**shape, **{m: draw(st.sampled_from(factorings(shape[m]))) for m in split}})
 
 
 @st.composite
@@ -125,10 +145,11 @@ def registered(draw, name, **options):
 
 
 @st.composite
-def lines(draw):
+def lines(draw, split=False):
     """A legal line of legs and its modes: any bonds and modes over up to four parameters.
 
-    ``in`` stands on one parameter, every other mode on one or two, every bond on two or more.
+    ``in`` stands on one parameter, every other mode on one or two, every bond on two or more. So do the
+    factors of a mode that is split.
     """
     modes = ["in", "out", *draw(st.lists(st.sampled_from(_INNER), unique=True, max_size=3))]
     number = draw(st.integers(1, 4))
@@ -140,7 +161,9 @@ def lines(draw):
             terms[position].append(leg)
 
     for mode in modes:
-        place(mode, 1, 1 if mode == "in" else min(2, number))
+        factors = draw(st.integers(0, 3)) if split else 0
+        for leg in [f"{mode}.{k + 1}" for k in range(factors)] or [mode]:
+            place(leg, 1, 1 if mode == "in" else min(2, number))
     if number > 1:
         for bond in draw(st.lists(st.sampled_from(_BONDS), unique=True, max_size=4)):
             place(bond, 2, 3)
@@ -164,23 +187,25 @@ def network_of(line, modes, sizes, seed):
 
 
 @st.composite
-def random_networks(draw):
+def random_networks(draw, split=False):
     """A network of a legal line, of any sizes."""
-    line, modes = draw(lines())
-    bonds = Legs.parse(line).bonds(modes)
-    sizes = {**draw(shapes(modes)), **draw(sized(bonds, lambda _: 4, 200))}
+    line, modes = draw(lines(split))
+    legs = Legs.parse(line)
+    sizes = {**draw(shapes(legs.open_legs(modes)))} | draw(
+        sized(legs.bonds(modes), lambda _: 4, 200)
+    )
     return network_of(line, modes, sizes, draw(seeds))
 
 
 def networks(kind):
     """Networks of one of `KINDS`."""
-    return random_networks() if kind == "random" else registered(kind)
+    return registered(kind) if kind in formats else random_networks(split=kind == "split")
 
 
 def indices(net, modes):
     """A position for each of these modes, counted from either end."""
     return st.fixed_dictionaries(
-        {mode: st.integers(-net.sizes[mode], net.sizes[mode] - 1) for mode in modes}
+        {mode: st.integers(-net.shape[mode], net.shape[mode] - 1) for mode in modes}
     )
 
 

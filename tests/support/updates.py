@@ -5,21 +5,30 @@ every feature of a weight is looked up by its head, its component and, in a fuse
 """
 
 from itertools import product
+from math import prod
 
 import torch
+from reference import factors
 
 
 def dense_tensor(network):
-    """The tensor of a network over `network.modes`: one axis for each leg, summed over the bonds."""
+    """The tensor of a network over `network.modes`: one axis for each leg, summed over the bonds.
+
+    A mode that is no leg is the row-major product of its factors, as ``in`` is of ``in.1`` and ``in.2``.
+    """
     terms = [(term.legs, tensor) for term, tensor in zip(network.legs.terms, network.tensors)]
-    bonds = dict.fromkeys(leg for legs, _ in terms for leg in legs if leg not in network.modes)
-    axes = [*network.modes, *bonds]
+    legs_of = {mode: factors(network, mode) for mode in network.modes}
+    modes = [leg for legs in legs_of.values() for leg in legs]
+    bonds = dict.fromkeys(leg for legs, _ in terms for leg in legs if leg not in modes)
+    axes = [*modes, *bonds]
     total = torch.ones((), dtype=terms[0][1].dtype)
     for legs, tensor in terms:
         order = sorted(range(len(legs)), key=lambda k: axes.index(legs[k]))
         sizes = [network.sizes[leg] if leg in legs else 1 for leg in axes]
         total = total * tensor.permute(order).reshape(sizes)
-    return total.sum(tuple(range(len(network.modes), len(axes)))) if bonds else total
+    total = total.sum(tuple(range(len(modes), len(axes)))) if bonds else total
+    shape = [prod(network.sizes[leg] for leg in legs) for legs in legs_of.values()]
+    return total.reshape(shape)
 
 
 def features(site):

@@ -95,8 +95,8 @@ def through_weight(weight: Tensor, stream: Tensor, site: Site) -> Tensor:
 def children_read_directly(cls: Any) -> frozenset[str]:
     """Find children whose weight the class's own code reads as a tensor, so that no forward hook would run.
 
-    ``self.q_proj.weight.dtype`` does not count, because nothing is computed with it, nor do methods that fuse
-    projections, which diffusers has for a later step.
+    ``self.q_proj.weight.dtype`` does not count, because nothing is computed with it, nor does the method
+    ``fuse_projections`` of diffusers, which no forward calls.
     """
     names: set[str] = set()
     for base in cls.__mro__:
@@ -104,9 +104,8 @@ def children_read_directly(cls: Any) -> frozenset[str]:
             break
         try:
             source = inspect.getsource(base)
-            for name, method in vars(base).items():
-                if name.startswith("fuse"):
-                    source = source.replace(inspect.getsource(method), "")
+            if "fuse_projections" in vars(base):
+                source = source.replace(inspect.getsource(base.fuse_projections), "")
         except (OSError, TypeError):
             continue
         names |= set(

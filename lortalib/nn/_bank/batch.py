@@ -19,8 +19,8 @@ from .._group import Group
 #: The matrices of all modules of a network, by tensor, layer and matrix.
 Matrices = list[list[list[Tensor]]]
 
-#: The matrices by the name of the group, dtype and device.
-Cache = dict[tuple[str, torch.dtype, torch.device], Matrices]
+#: The matrices by the name of the group, dtype, device, and whether they have a graph.
+Cache = dict[tuple[str, torch.dtype, torch.device, bool], Matrices]
 
 
 class BatchTensors:
@@ -65,10 +65,10 @@ class BatchTensors:
         if running is None:  # a tensor from a trace or a transform must not outlive it
             made, layer = self._of_layer(source, dtype, device, layer), 0
         else:
-            cache, key = self._cache(running), (source.group.name, dtype, device)
+            gradients = self._trains and torch.is_grad_enabled()
+            cache, key = self._cache(running), (source.group.name, dtype, device, gradients)
             if key not in cache:
                 # Later forwards use them in any mode; leaving inference mode enables gradients.
-                gradients = torch.is_grad_enabled()
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
                     stored, wide = self._stored(source, dtype)
                     made = source.matrices(stored, dtype, device, wide)
@@ -81,9 +81,9 @@ class BatchTensors:
         return Pair(first, second), RowMaps(self._layout, _in_order_of_use(middle[0], writer))
 
     def _cache(self, running: object) -> Cache:
-        """Return the matrices made so far: in this context, or in this forward if there are gradients, since
-        an optimiser can change what they were made from."""
-        if not (self._trains and torch.is_grad_enabled()):
+        """Return the matrices made so far: in this context; or in this forward if parameters train, since an
+        optimiser can change them within the context."""
+        if not self._trains:
             return self._made
         if self._of_forward[0]() is not running:
             self._of_forward = weakref.ref(running), {}
@@ -101,10 +101,8 @@ class BatchTensors:
     ) -> Matrices:
         """Compute the matrices of one layer in plain operations, which traces and transforms can follow."""
         tensors, wide = self._stored(source, dtype)
-        tensors = list(source.network.spread([tensor.to(device, wide) for tensor in tensors]))
-        network = NetworkView(source.network.legs, tensors, source.network.modes)
-        at = torch.tensor([layer], device=device)
-        made = source.contract(network.index_select("layer", at).tensors)
+        tensors = list(source.spread([tensor.to(device, wide) for tensor in tensors]))
+        made = source.contract(source.of_layers(tensors, [layer]))
         return [[_without_rows(tensor[0].to(dtype))] for tensor in made]
 
     def begin(self, running: object, batch: int | None) -> None:

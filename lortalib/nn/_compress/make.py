@@ -46,8 +46,8 @@ def compress(
     that an adapter leaves alone, and `lortalib.decomp.fit` fits the line to it. No update is formed.
 
     Several adapters share one tensor with one more mode, ``task`` if the line names it, else ``adapter``.
-    What carries no such leg is shared by all. Formats whose line depends on the modes (cp, tucker, tt,
-    ring, cara, block_term) have the leg by themselves; in others it is written into the line.
+    What carries no such leg is shared by all. Formats whose line depends on the modes (cp, cp_matrix, tucker,
+    tt, ring, cara, block_term) have the leg by themselves; in others it is written into the line.
 
     Args:
         model: the model that the adapters were trained on, or its configuration. The meta device is
@@ -57,7 +57,7 @@ def compress(
         decomposition: the name of a format, or a line of legs, of a tensor that is added to the weights.
         rank: as for `lortalib.decomp.network`.
         gqa: ``"pool"`` gives keys and values the query heads, ``"split"`` gives them a tensor of their own
-            if they have fewer heads, which fits them better and costs its parameters.
+            if they have fewer heads, which is nearer at the same rank and has more parameters.
         dropout: dropout of the compressed adapters.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
         tolerance, ridge, restarts, sweeps, generator: as for `lortalib.decomp.fit`.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from ...decomp import Legs
+from ...decomp import Legs, Shape
 from .._anatomy import Site
 from .._config import AdapterConfig
 from .._group import Group
@@ -75,8 +75,8 @@ class SavedGroup:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of every mode, bond and vector."""
-        return {**self.modes, **self.ranks}
+        """The size of every leg and every vector. The line has the sizes of the factors of split modes."""
+        return {**self.line.split(Shape(self.modes)), **self.ranks}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from .attach import Handle, attach, detach
 from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards
-from .pairs import Pair, PairSource
+from .module_sites import Pair
+from .pairs import PairSource
 from .rows import EvenRows, RowMaps, TokenRows
 from .scope import ForwardScope
 from .update import (

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..._torch import integers, without_autocast
 from ...decomp import CutPlan, NetworkView, TensorNetwork, ThreeWayPlan, three_way_plan
@@ -17,70 +14,7 @@ from .._anatomy import Site
 from .._group import Group
 from .autograd import Contraction, Counter, matrices
 from .cuts import CutByMatrix, CutRecipe
-
-
-class Pair(NamedTuple):
-    """A low-rank pair in the order of use, ``y += (x @ first^T) @ second``; leading axes are slices.
-
-    Attributes:
-        first: (p, features that the module reads).
-        second: (p, features of the module's whole output). One of the two contains the scaling.
-    """
-
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(frozen=True)
-class ModuleSites:
-    """The sites of one group in one module, whose updates are added together.
-
-    Attributes:
-        group: the group.
-        sites: the sites; a fused projection has several.
-    """
-
-    group: Group
-    sites: tuple[Site, ...]
-
-    @cached_property
-    def layer(self) -> int:
-        """The position on the mode ``layer``."""
-        return self.group.layers.index(self.sites[0].layer)
-
-    @cached_property
-    def signature(self) -> tuple[Any, ...]:
-        """A key that is equal for modules of different layers whose pairs come from the same contraction."""
-        return tuple((s.role, s.heads, s.writer, s.rows, s.fused) for s in self.sites)
-
-    @property
-    def writer(self) -> bool:
-        """True if the second map is A, because the module writes to the residual stream. On the stream A is
-        always first."""
-        return self.sites[0].writer and not self.group.on_stream
-
-    def in_parameters(self, cuts: Mapping[int, CutByMatrix]) -> tuple[int, ...] | None:
-        """Return the parameters that A depends on if all these sites share one A, else None."""
-        found = {cuts[site.heads].in_parameters for site in self.sites}
-        return found.pop() if len(found) == 1 else None
-
-    def pair(self, cuts: Mapping[int, CutByMatrix], scaling: float) -> Pair:
-        """Make the pair of these sites from the cuts of their group, with the leading axes of the cuts."""
-        parts = [cuts[site.heads].of(site) for site in self.sites]
-        a, bs = parts[0].A, [part.B.mT for part in parts]
-        if len(bs) > 1 and self.in_parameters(cuts) is None:
-            # Each site has an A of its own, so its rows of B stand below those of the sites before.
-            ranks = [part.A.shape[-2] for part in parts]
-            a = torch.cat([part.A for part in parts], -2)
-            bs = [pad(b, (0, 0, sum(ranks[:k]), sum(ranks[k + 1 :]))) for k, b in enumerate(bs)]
-        b = bs[0]
-        if self.sites[0].rows is not None:
-            columns = torch.cat([site.rows.index(b.device) for site in self.sites if site.rows])
-            own = torch.cat(bs, -1)
-            b = own.new_zeros(*own.shape[:-1], self.sites[0].fused or 0)
-            b = b.index_copy(-1, columns, own)
-        a = a * scaling  # A is the smaller side if all matrices share it
-        return Pair(b, a) if self.writer else Pair(a, b)
+from .module_sites import ModuleSites, Pair
 
 
 class PairIndex(NamedTuple):
@@ -114,12 +48,16 @@ class PairSource:
         self.scaling = scaling
         self.backwards = Counter()
         self._row_mode = row_mode
+        self._split = [m for m in ("layer", "matrix") if network.legs.open_legs([m]) != (m,)]
+        whole = self._laid_out(network.tensors) if self._split else network
+        self._legs = whole.legs
         self._signatures: list[ModuleSites] = []
         self._places: list[tuple[PairIndex, ...]] = []  # a function of the signatures alone
         self._users: list[int] = []
         self._recipes: dict[object, CutRecipe] = {}
         counts = {site.heads for site in group.sites} if row_mode else set()
-        pooled = [self._pooled(heads, network.stored[0])[0] for heads in counts]
+        like = network.stored[0]
+        pooled = [self._pooled(heads, like, whole)[0] for heads in counts]
         self.has_middle = bool(row_mode) and all(self._three_way(each) for each in pooled)
 
     def parts(self, sites: Sequence[Site]) -> list[tuple[Site, ...]]:
@@ -171,7 +109,8 @@ class PairSource:
                 default. The pair moves there because it is smaller than the module's input.
         """
         self._check_numbers(device)
-        cuts = self._cut(self.network.select(layer=layer).tensors, False)
+        tensors = self.spread(self.network.stored)
+        cuts = self._cut(self._view(tensors).select(layer=layer).tensors, False)
         first, second = self._signatures[number].pair(cuts, self.scaling)
         device = first.device if device is None else device
         return Pair(first.to(device, dtype), second.to(device, dtype))
@@ -213,11 +152,11 @@ class PairSource:
         def spread(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             if wide is not None:
                 tensors = [tensor.to(device, wide) for tensor in tensors]
-            return self.network.spread(tensors)
+            return self.spread(tensors)
 
         layers = len(self.group.layers)
         how = Contraction(
-            self.group.name, layers, spread, self.contract, self._of_layers, self.backwards
+            self.group.name, layers, spread, self.contract, self.of_layers, self.backwards
         )
         counts, flat = matrices(how, dtype, device, stored)
         rows = iter(flat)
@@ -291,13 +230,29 @@ class PairSource:
                 for heads in self._head_counts()
             }
 
-    def _of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
+    def spread(self, stored: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compute the tensors of the terms from parameters like those of the network. The modes layer and
+        matrix, which are chosen by position, are whole in them, even if the network splits them."""
+        tensors = self.network.spread(stored)
+        return self._laid_out(tensors).tensors if self._split else tensors
+
+    def of_layers(self, tensors: Sequence[Tensor], layers: Sequence[int]) -> Sequence[Tensor]:
         """Return the tensors of the terms, restricted to some layers."""
         if len(layers) == len(self.group.layers):
             return tensors
         at = integers(layers, tensors[0].device)
-        network = NetworkView(self.network.legs, tensors, self.network.modes)
-        return network.index_select("layer", at).tensors
+        return self._view(tensors).index_select("layer", at).tensors
+
+    def _view(self, tensors: Sequence[Tensor]) -> NetworkView:
+        return NetworkView(self._legs, tensors, self.network.modes)
+
+    def _laid_out(self, tensors: Sequence[Tensor]) -> TensorNetwork:
+        """Make layer and matrix whole."""
+        network: TensorNetwork = NetworkView(self.network.legs, tensors, self.network.modes)
+        for mode in self._split:
+            every = integers(range(network.shape[mode]), tensors[0].device)
+            network = network.index_select(mode, every)
+        return network
 
     def _recipe(self, heads: int, over_layers: bool, like: Tensor) -> CutRecipe:
         """Return the recipe for the cuts of a head count; it is worked out once."""
@@ -310,6 +265,8 @@ class PairSource:
     def _make_recipe(self, heads: int, over_layers: bool, like: Tensor) -> CutRecipe:
         group = self.group
         network: TensorNetwork = self.network
+        if self._split:
+            network = self._laid_out(network.tensors)
         here = {s.role for module in self._signatures for s in module.sites if s.heads == heads}
         roles = tuple(role for role in group.roles if role in here)
         takes: list[tuple[int, int, Tensor]] = []
@@ -329,14 +286,14 @@ class PairSource:
         return CutRecipe(roles, takes, constants, plan, parameters if alike else None)
 
     def _pooled(
-        self, heads: int, like: Tensor, network: TensorNetwork | None = None
+        self, heads: int, like: Tensor, network: TensorNetwork
     ) -> tuple[TensorNetwork, list[Tensor]]:
         """Return a network over the heads of its sites, and the constants that it has more than before."""
-        network = self.network if network is None else network
         if heads == self.group.heads:
             return network, []
         means = self.group.head_means(heads, like)
-        return network.mode_dot(means.to(network.stored[0]), "head"), [means]
+        network = network.mode_dot(means.to(network.stored[0]), "head")
+        return network, [means.reshape(network.tensors[-1].shape)]
 
     def _leading(self, network: TensorNetwork) -> list[str]:
         """List the modes that are leading axes of a cut."""

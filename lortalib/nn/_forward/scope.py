@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..._torch import is_capturing, is_in_backward
-from .pairs import Pair, PairSource
+from .module_sites import Pair
+from .pairs import PairSource
 from .rows import EvenRows, Layout
 
 

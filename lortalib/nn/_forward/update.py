@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..._torch import has_global_forward_hooks, is_autocast, is_tracing
 from .._anatomy import Site, is_conv1d
-from .pairs import ModuleSites, Pair, PairSource
+from .module_sites import ModuleSites, Pair
+from .pairs import PairSource
 from .rows import EvenRows, Layout, RowMaps
 from .scope import ForwardScope, Running, down
 

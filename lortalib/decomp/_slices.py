@@ -1,0 +1,96 @@
+"""Takes slices of a network along its modes, whole or split, and multiplies it along a mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._factors import product
+from ._legs import Legs
+from ._notation import Term, check_bounds
+
+
+class Slices(NamedTuple):
+    """The legs and tensors of a network before or after slicing.
+
+    Attributes:
+        legs: the line.
+        tensors: one for each term.
+        sizes: the size of every leg.
+    """
+
+    legs: Legs
+    tensors: Sequence[Tensor]
+    sizes: Mapping[str, int]
+
+    def at(self, index: Mapping[str, int]) -> tuple[Legs, list[Tensor]]:
+        """Fix modes, each at one position; of a split mode, every factor is fixed at its digit."""
+        fixed: dict[str, int] = {}
+        for mode, position in index.items():
+            own = self.legs.open_legs([mode])
+            if position < 0:
+                position += product([self.sizes[leg] for leg in own])
+            for leg in reversed(own):
+                position, fixed[leg] = divmod(position, self.sizes[leg])
+        tensors = [
+            tensor[tuple(fixed.get(leg, slice(None)) for leg in term.legs)]
+            for term, tensor in zip(self.legs.terms, self.tensors)
+        ]
+        return Legs(tuple(term.without(fixed) for term in self.legs.terms)), tensors
+
+    def taken(self, mode: str, positions: Tensor) -> tuple[Legs, list[Tensor]]:
+        """Keep some positions of a mode. A split mode is whole afterwards, on every parameter that had one of
+        its factors: an entry is the product of theirs at the digits of the position."""
+        own = self.legs.open_legs([mode])
+        if own == (mode,):
+            return self.legs, [
+                tensor.index_select(term.legs.index(mode), positions)
+                if mode in term.legs
+                else tensor
+                for term, tensor in zip(self.legs.terms, self.tensors)
+            ]
+        digits: dict[str, Tensor] = {}
+        rest = positions
+        for leg in reversed(own[1:]):
+            digits[leg], rest = rest % self.sizes[leg], rest // self.sizes[leg]
+        digits[own[0]] = rest
+        terms: list[Term] = []
+        tensors: list[Tensor] = []
+        for term, tensor in zip(self.legs.terms, self.tensors):
+            here = [leg for leg in own if leg in term.legs]
+            if here:
+                tensor = tensor.movedim(
+                    [term.legs.index(leg) for leg in here], list(range(len(here)))
+                )
+                at = digits[here[0]]
+                for leg in here[1:]:
+                    at = at * self.sizes[leg] + digits[leg]
+                tensor = tensor.flatten(0, len(here) - 1).index_select(0, at)
+                left = term.without(here)
+                term = replace(left, legs=(mode, *left.legs))
+            terms.append(term)
+            tensors.append(tensor)
+        return Legs(tuple(terms)), tensors
+
+    def times(self, mode: str, matrix: Tensor) -> tuple[Legs, list[Tensor]]:
+        """Multiply along a mode by a matrix (new size, size) or a vector (size), as one more parameter. Its
+        factors become bonds, and the new mode is whole."""
+        own = self.legs.open_legs([mode])
+        bonds: dict[str, str] = {}
+        for leg in own:
+            bond = leg.replace(".", "_")
+            while bond in self.sizes or bond in bonds.values():
+                bond += "_"
+            bonds[leg] = bond
+        terms = [
+            replace(term.without(own), legs=tuple(bonds.get(leg, leg) for leg in term.legs))
+            for term in self.legs.terms
+        ]
+        new = (mode,) if matrix.ndim == 2 else ()
+        legs = Legs((*terms, Term((*new, *bonds.values()), frozen=True)))
+        check_bounds(legs.terms)
+        shape = [*matrix.shape[:-1], *(self.sizes[leg] for leg in own)]
+        return legs, [*self.tensors, matrix.reshape(shape)]
