@@ -28,7 +28,7 @@ from lortalib.decomp import round as rounded
 
 FROZEN = ["lora_xs", "vera"]
 LOOPS = ["block_term", "ring"]
-COMPONENTS = ["cara", "cp", "cp_matrix", "indscal"]
+COMPONENTS = ["cara", "cp", "cp_matrix", "folded_cp", "indscal"]
 TREES = [n for n in FORMATS if n not in (*FROZEN, *LOOPS, *COMPONENTS, "rescal")]
 #: Trees that no format has: a hierarchy, one with a shared mode along a path, and a star.
 SHAPE = {"task": 2, "layer": 3, "matrix": 2, "in": 5, "out": 4}
