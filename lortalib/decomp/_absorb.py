@@ -41,7 +41,7 @@ def absorb(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     k = position_of(net, parameter)
     own, terms = net.legs.terms[k], net.legs.terms
     once = [j for j in range(len(terms)) if net.legs.owners.count(net.legs.owners[j]) == 1]
-    bonds = {leg for leg in own.legs if leg not in net.modes}
+    bonds = {leg for leg in own.legs if leg not in net.open_legs}
     found = []
     for j in once:
         if j != k and not terms[j].frozen and bonds.intersection(terms[j].legs):
@@ -66,7 +66,7 @@ def _joined_legs(net: TensorNetwork, k: int, j: int) -> Names:
     place of the first bond that is summed."""
     terms = net.legs.terms
     needed = {leg for at, term in enumerate(terms) if at not in (j, k) for leg in term.legs}
-    needed.update(net.modes)
+    needed.update(net.open_legs)
     fresh = [leg for leg in terms[k].legs if leg in needed and leg not in terms[j].legs]
     legs: list[str] = []
     for leg in terms[j].legs:

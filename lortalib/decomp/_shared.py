@@ -17,7 +17,7 @@ def mark_shared(legs: Legs, names: Iterable[str]) -> Legs:
 
     Args:
         legs: the line.
-        names: names of modes or bonds.
+        names: names of modes or bonds; a mode that is split stands for all its factors.
 
     Raises:
         LegsError: no parameter carries a leg of this name.
@@ -28,13 +28,14 @@ def mark_shared(legs: Legs, names: Iterable[str]) -> Legs:
     """
     shared = set()
     for name in names:
-        if name not in legs.carriers:
+        own = legs.open_legs([name])
+        if not legs.carriers.keys() >= {*own}:
             raise LegsError(
                 f"no parameter carries the leg {name!r}{closest(name, legs.carriers)}, so none can be "
                 f"shared; the legs are {', '.join(legs.carriers)}, in",
                 legs.line or str(legs),
             )
-        shared |= {legs.holders[k] for k in legs.carriers[name]}
+        shared |= {legs.holders[k] for leg in own for k in legs.carriers[leg]}
     terms = zip(legs.terms, legs.holders)
     marked = (replace(t, shared=True, spans=()) if k in shared else t for t, k in terms)
     return Legs(tuple(marked))

@@ -26,7 +26,8 @@ def parameter_groups(
         adapter: an adapter on a model.
         lr: learning rate of the tensor's parameters.
         speeds: factors of ``lr`` by leg (a mode or a bond). The learning rate of a parameter is ``lr`` times
-            the factors of all its legs; a leg without a factor counts as 1. A vector of hashed parameters has
+            the factors of all its legs; a leg without a factor counts as 1. The name of a split mode stands
+            for all its factors. A vector of hashed parameters has
             the factor of its own name, because several parameters with different legs may share it.
         modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
         weight_decay: weight decay of every group. Decay of one factor shrinks the whole tensor, so the
@@ -90,7 +91,10 @@ def parameter_groups(
 
 def _legs(term: Term) -> tuple[str, ...]:
     """Return the names of the factors that a parameter's learning rate is multiplied by."""
-    return (term.of,) if term.of else term.legs
+    if term.of:
+        return (term.of,)
+    modes = (leg.partition(".")[0] for leg in term.legs)  # of a factor of a mode, both count
+    return tuple(dict.fromkeys((*term.legs, *modes)))
 
 
 def _modules(model: nn.Module, paths: tuple[str, ...]) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, examples, generator, networks
 
+from lortalib import decomp
 from lortalib.decomp import Legs, LegsError, Network, Term, mark_shared, network, three_way_plan
 
 ENDS = ("in", "head", "out")
@@ -162,3 +163,12 @@ def test_a_leg_that_is_not_there_is_refused():
 def test_one_vector_is_shared_or_not():
     with pytest.raises(LegsError, match=r"all or none are \(shared\)"):
         network("in r (of n, shared), out r (of n, zero)", {"in": 4, "out": 3}, 2)
+
+
+def test_a_split_mode_is_shared_with_all_its_factors():
+    legs = decomp.Legs.parse("in.1 r, in.2 r, out r, layer r")
+    assert (
+        str(decomp.mark_shared(legs, ["in"])) == "in.1 r (shared), in.2 r (shared), out r, layer r"
+    )
+    with pytest.raises(decomp.LegsError, match="'head'"):
+        decomp.mark_shared(legs, ["head"])

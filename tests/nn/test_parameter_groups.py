@@ -5,7 +5,7 @@ import torch
 from adapted import FORMATS, put
 from models import FAMILIES
 
-from lortalib.nn import parameter_groups
+from lortalib.nn import apply, parameter_groups
 
 
 def llama():
@@ -64,3 +64,12 @@ def test_modules_have_a_rate_and_frozen_parameters_are_left_out():
 def test_wrong_values_are_refused(options, what):
     with pytest.raises(ValueError, match=what):
         parameter_groups(put(llama()), **options)
+
+
+def test_a_split_mode_stands_for_its_factors():
+    adapter = apply(llama(), "in.1 r, in.2 r, out r, head r, layer r, matrix r", rank=2)
+    groups = parameter_groups(adapter, 1.0, speeds={"in": 0.5, "in.2": 0.1})
+    speeds = {id(p): group["lr"] for group in groups for p in group["params"]}
+    network = adapter.network(adapter.groups[0])
+    found = [speeds[id(tensor)] for tensor in network.stored]
+    assert found == pytest.approx([0.5, 0.05, 1, 1, 1, 1])

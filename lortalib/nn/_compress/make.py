@@ -152,7 +152,8 @@ def _check_modes(decomposition: str, shape: Shape, mode: str) -> None:
     if not mode or mode in legs.carriers:
         legs.check([mode, *shape] if mode else shape.modes)
         return
-    apart = [k for k, term in enumerate(legs.terms) if not {"in", "out"} & set(term.legs)]
+    modes = [{leg.partition(".")[0] for leg in term.legs} for term in legs.terms]
+    apart = [k for k, own in enumerate(modes) if not {"in", "out"} & own]
     terms = [str(term) for term in legs.terms]
     k = apart[0] if apart else 0
     terms[k] = f"{mode} {terms[k]}"

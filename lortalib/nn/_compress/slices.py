@@ -23,7 +23,7 @@ def slice_of(network: Network, mode: str, position: int, decomposition: str) -> 
     if mode:
         view = network.select({mode: position})
         for k in reversed(network.legs.carriers[mode]):
-            if not set(view.legs.terms[k].legs) & set(view.modes):
+            if not set(view.legs.terms[k].legs) & set(view.open_legs):
                 view = absorb(view, k)
     legs = _renamed(view.legs, get_format(decomposition).legs(view.shape), view.shape)
     copies = [tensor.detach().clone() for tensor in view.tensors]
