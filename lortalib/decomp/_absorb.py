@@ -58,7 +58,8 @@ def absorb(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     ]
     tensors = [tensor if at == j else each for at, each in enumerate(net.tensors)]
     del line[k], tensors[k]
-    return NetworkView(Legs(tuple(line)), tensors, net.modes)
+    sizes = {leg: net.sizes[leg] for leg in net.open_legs}
+    return NetworkView(Legs(tuple(line)).with_factors(sizes), tensors, net.modes)
 
 
 def _joined_legs(net: TensorNetwork, k: int, j: int) -> Names:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Union
 
 from ._build import Rank
@@ -43,8 +44,9 @@ def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -
         cp      r=11   9,460
         lora: has 73,728 trainable parameters at rank 1
     """
-    if parameters < 1:
-        raise ValueError(f"a budget is at least 1 parameter; found {parameters}")
+    if isinstance(parameters, bool) or not isinstance(parameters, Integral) or parameters < 1:
+        raise ValueError(f"a budget is a number of parameters, 1 or more; found {parameters!r}")
+    parameters = int(parameters)
     shapes = _shapes(shape)
     asked = {line: get_format(line) for line in (formats if lines is None else lines)}
     rows, refused = [], {}

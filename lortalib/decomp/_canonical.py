@@ -120,7 +120,7 @@ def _normalised(net: TensorNetwork, tensors: list[Tensor], root: int) -> list[Te
     columns = [tensor.movedim(axis, -1) for tensor, axis in zip(tensors, axes)]
     weight = columns[0].new_ones(columns[0].shape[-1])
     for k, column in enumerate(columns):
-        flat = column.flatten(0, -2)
+        flat = column.reshape(-1, column.shape[-1])
         norm = flat.norm(dim=0)
         if k != root:
             largest = flat.gather(0, flat.abs().argmax(0, keepdim=True))[0]
@@ -128,5 +128,6 @@ def _normalised(net: TensorNetwork, tensors: list[Tensor], root: int) -> list[Te
             columns[k] = column / norm
             weight = weight * norm
     columns[root] = columns[root] * weight
-    order = columns[root].flatten(0, -2).norm(dim=0).argsort(descending=True, stable=True)
+    sizes = columns[root].reshape(-1, len(weight)).norm(dim=0)
+    order = sizes.argsort(descending=True, stable=True)
     return [column[..., order].movedim(-1, axis) for column, axis in zip(columns, axes)]

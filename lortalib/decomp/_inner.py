@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ._pieces import Pieces, joined, pieces_of
 from ._refine import on_common_factors
-from ._tensor_network import TensorNetwork
+from ._tensor_network import NetworkView, TensorNetwork
 
 
 def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
@@ -74,14 +75,15 @@ def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
         >>> torch.allclose(norm(net), net.dense().norm())
         True
     """
-    return inner(net, net, over=over).clamp(min=0).sqrt()
+    wide = _wide(net)
+    return inner(wide, wide, over=over).clamp(min=0).sqrt().to(net.tensors[0].dtype)
 
 
 def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     """Compute the Frobenius norm of the difference of two networks.
 
-    It is the root of ``|a|^2 - 2 <a, b> + |b|^2``, so distances below the root of the machine precision
-    (1e-8 of the norms in float64, 3e-4 in float32) are rounding errors.
+    It is the root of ``|a|^2 - 2 <a, b> + |b|^2``, computed in float64, so distances below 1e-8 of the norms
+    are rounding errors.
 
     Args:
         one, other, over: as for `inner`.
@@ -101,9 +103,16 @@ def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[s
         >>> torch.allclose(distance(one, other), (one.dense() - other.dense()).norm(), atol=1e-5)
         True
     """
+    dtype = torch.promote_types(one.tensors[0].dtype, other.tensors[0].dtype)
+    one, other = _wide(one), _wide(other)
     cross = inner(one, other, over=over)
     squares = inner(one, one, over=over) + inner(other, other, over=over)
-    return (squares - 2 * cross).clamp(min=0).sqrt()
+    return (squares - 2 * cross).clamp(min=0).sqrt().to(dtype)
+
+
+def _wide(net: TensorNetwork) -> TensorNetwork:
+    """Return the network in float64, in which squares of usual entries neither overflow nor vanish."""
+    return NetworkView(net.legs, [tensor.double() for tensor in net.tensors], net.modes)
 
 
 def check_modes(one: TensorNetwork, other: TensorNetwork) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._factors import product
@@ -39,19 +40,23 @@ class Slices(NamedTuple):
             tensor[tuple(fixed.get(leg, slice(None)) for leg in term.legs)]
             for term, tensor in zip(self.legs.terms, self.tensors)
         ]
-        return Legs(tuple(term.without(fixed) for term in self.legs.terms)), tensors
+        terms = self._untied(fixed)
+        return Legs(tuple(term.without(fixed) for term in terms)), tensors
 
     def taken(self, mode: str, positions: Tensor) -> tuple[Legs, list[Tensor]]:
         """Keep some positions of a mode. A split mode is whole afterwards, on every parameter that had one of
         its factors: an entry is the product of theirs at the digits of the position."""
+        _check_positions(mode, positions)
         own = self.legs.open_legs([mode])
         if own == (mode,):
-            return self.legs, [
+            found = [
                 tensor.index_select(term.legs.index(mode), positions)
                 if mode in term.legs
                 else tensor
                 for term, tensor in zip(self.legs.terms, self.tensors)
             ]
+            untied = self._untied(own)
+            return (self.legs if untied is self.legs.terms else Legs(untied)), found
         digits: dict[str, Tensor] = {}
         rest = positions
         for leg in reversed(own[1:]):
@@ -59,7 +64,7 @@ class Slices(NamedTuple):
         digits[own[0]] = rest
         terms: list[Term] = []
         tensors: list[Tensor] = []
-        for term, tensor in zip(self.legs.terms, self.tensors):
+        for term, tensor in zip(self._untied(own), self.tensors):
             here = [leg for leg in own if leg in term.legs]
             if here:
                 tensor = tensor.movedim(
@@ -87,10 +92,38 @@ class Slices(NamedTuple):
             bonds[leg] = bond
         terms = [
             replace(term.without(own), legs=tuple(bonds.get(leg, leg) for leg in term.legs))
-            for term in self.legs.terms
+            for term in self._untied(own)
         ]
         new = (mode,) if matrix.ndim == 2 else ()
         legs = Legs((*terms, Term((*new, *bonds.values()), frozen=True)))
         check_bounds(legs.terms)
         shape = [*matrix.shape[:-1], *(self.sizes[leg] for leg in own)]
         return legs, [*self.tensors, matrix.reshape(shape)]
+
+    def _untied(self, changed: Collection[str]) -> tuple[Term, ...]:
+        """Return the terms, without the mark of tied ones whose tensors differ once some legs are changed."""
+        if not any(term.tied for term in self.legs.terms):
+            return self.legs.terms
+        own = self.legs.owners
+        uneven = {
+            own[k]
+            for k, term in enumerate(self.legs.terms)
+            if term.tied and not {*changed}.isdisjoint((*term.legs, *self.legs.terms[own[k]].legs))
+        }
+        return tuple(
+            replace(term, tied=False, spans=()) if term.tied and own[k] in uneven else term
+            for k, term in enumerate(self.legs.terms)
+        )
+
+
+def _check_positions(mode: str, positions: object) -> None:
+    if isinstance(positions, Tensor) and positions.dtype in (torch.int32, torch.int64):
+        if positions.ndim == 1:
+            return
+        found = f"shape {tuple(positions.shape)}"
+    else:
+        found = str(getattr(positions, "dtype", type(positions).__name__))
+    raise TypeError(
+        f"positions of {mode!r} have to be a vector of integers, a tensor of int64 or int32; found {found}. "
+        "Of a mask take mask.nonzero()[:, 0]"
+    )

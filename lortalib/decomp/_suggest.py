@@ -117,6 +117,15 @@ def _row(found: Fit, target: TargetLike, line: str, rank: Rank, held_out: float 
 
 
 def _best(rows: Sequence[RankRow]) -> int:
-    bend = knee([float(row.parameters) for row in rows], [row.error or 0.0 for row in rows])
-    unseen = [row.held_out for row in rows if row.held_out is not None]
-    return min(bend, unseen.index(min(unseen))) if unseen else bend
+    """Find the suggested row; rows need not rise."""
+    order = sorted(range(len(rows)), key=lambda k: rows[k].parameters)
+    rising = [rows[k] for k in order]
+    # Two points have no bend: the smaller error counts, and of equal ones the smaller number.
+    errors = [row.error or 0.0 for row in rising]
+    bend = (
+        errors.index(min(errors))
+        if len(rising) < 3
+        else knee([float(row.parameters) for row in rising], errors)
+    )
+    unseen = [row.held_out for row in rising if row.held_out is not None]
+    return order[min(bend, unseen.index(min(unseen))) if unseen else bend]

@@ -191,6 +191,7 @@ class TensorNetwork(ABC):
 
         Raises:
             KeyError: a name that is not a mode of this network.
+            TypeError: positions that are no vector of integers.
             IndexError: a position outside the mode.
 
         Example:

@@ -116,10 +116,12 @@ class Group:
         """Return the Frobenius norm of each head's slice, before scaling, from the pair alone.
 
         Returns:
-            (heads,), or (experts, heads) for packed experts; a tensor on the stream has one head.
+            (heads,), or (experts, heads) for packed experts; a tensor on the stream has one head. In float32
+            at least, because squares overflow in float16.
         """
         view = self.slice(network, site)
-        a, b = view.cut("expert") if site.experts else view.cut()
+        cut = view.cut("expert") if site.experts else view.cut()
+        a, b = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in cut)
         gram = a @ a.mT
         heads = b.unflatten(-2, (site.heads, -1))
         squares = torch.einsum("...hop,...pq,...hoq->...h", heads, gram, heads)

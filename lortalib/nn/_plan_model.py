@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Union, overload
+from typing import TYPE_CHECKING, Any, Union, overload
 
 import torch
 from torch import nn
@@ -24,11 +24,21 @@ if TYPE_CHECKING:
 ModelLike = Union[nn.Module, "PreTrainedConfig"]
 
 
+class _Default:
+    """The default rank, told apart from a rank that was given."""
+
+    def __repr__(self) -> str:
+        return "16"
+
+
+_RANK: Any = _Default()
+
+
 @overload
 def plan(
     model: ModelLike,
     decomposition: Decomposition | None = None,
-    rank: Rank | None = None,
+    rank: Rank = 16,
     *,
     numbers: None = None,
     alpha: float = 1.0,
@@ -65,7 +75,7 @@ def plan(
 def plan(  # type: ignore[misc]
     model: ModelLike,
     decomposition: Decomposition | Sequence[str] | None = None,
-    rank: Rank | None = None,
+    rank: Rank = _RANK,
     *,
     numbers: int | None = None,
     alpha: float = 1.0,
@@ -136,7 +146,7 @@ def plan(  # type: ignore[misc]
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
-        if rank is not None or share_residual:
+        if rank is not _RANK or share_residual:
             raise ValueError(
                 "numbers= finds the rank, of networks that share no factor: leave out rank and share_residual"
             )
@@ -145,7 +155,7 @@ def plan(  # type: ignore[misc]
     return plan_sites(
         chosen,
         "indscal" if decomposition is None else decomposition,  # type: ignore[arg-type]
-        16 if rank is None else rank,
+        16 if rank is _RANK else rank,
         alpha=alpha,
         dropout=dropout,
         init=init,

@@ -25,6 +25,7 @@ from strategies import (
 from tensorly.decomposition import tensor_train
 from tensorly.tt_tensor import validate_tt_rank
 
+from lortalib import decomp
 from lortalib.decomp import Legs, Network, Shape, cp, formats, tt, tucker
 
 SHAPE = Shape((3, 2, 4, 6, 5))
@@ -213,3 +214,15 @@ def test_a_network_of_limited_ranks_represents_all_that_the_larger_one_did(line,
             small = Network(text, [tensor.detach() for tensor in tensors], modes)
     assert small.ranks == legs.limits(sizes, modes)
     np.testing.assert_allclose(reference.dense(small), reference.dense(large), atol=1e-8)
+
+
+@pytest.mark.parametrize("wrong", [100.5, 0, True, float("inf"), float("nan"), "100"])
+def test_a_budget_is_a_whole_number(wrong):
+    with pytest.raises(ValueError, match="1 or more"):
+        decomp.budget({"layer": 4, "in": 12, "out": 8}, wrong)
+
+
+def test_ranks_are_suggested_in_any_order():
+    truth = decomp.tt({"layer": 3, "in": 6, "out": 4}, 2, init="normal", dtype=torch.float64)
+    for ranks in ((1, 2), (2, 1), (3, 2, 1), (1, 2, 3)):
+        assert decomp.suggest_rank(truth, "tt", ranks).suggested.rank == 2

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import close
 from strategies import build, examples, factorings, generator, registered, seeds
 
+from lortalib import decomp
 from lortalib.decomp import (
     Legs,
     LegsError,
@@ -453,3 +454,25 @@ def test_formats_whose_line_depends_on_the_modes_take_a_split_shape():
     }
     with pytest.raises(LegsError, match="the shape splits 'in' into 4 x 8, and the line has in"):
         formats["lotr"].legs(shape)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.tensor([True, False] * 6),
+        torch.ones(2, 2, dtype=torch.int64),
+        [0, 1],
+        torch.tensor([0.0]),
+    ],
+)
+@pytest.mark.parametrize("line", ["in.1 a, in.2 a b, out b", "in a, out a"])
+def test_positions_have_to_be_integers(line, positions):
+    net = decomp.network(line, {"in": 12, "out": 4}, 2)
+    with pytest.raises(TypeError, match="vector of integers"):
+        net.index_select("in", positions)
+
+
+def test_an_absorbed_network_says_the_sizes_of_its_factors():
+    net = decomp.network("in.1:2 a, in.2:6 b, a b c, out c", {"in": 12, "out": 3}, 2, init="normal")
+    found = decomp.absorb(decomp.absorb(net, 0), 0)
+    assert str(found.legs) == "in.1:2 in.2:6 c, out c"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reference import dense
 from strategies import examples, generator, seeds
 
+from lortalib import decomp
 from lortalib.decomp import (
     Legs,
     LegsError,
@@ -144,3 +145,27 @@ def test_it_cannot_start_along_a_tensor():
     dense = drawn(LINES[1]).dense().detach()
     with pytest.raises(ValueError, match="both of its sides"):
         rescal(SHAPE, 2, init=start_along(dense, "layer matrix in out"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.index_select("in", torch.tensor([1, 0, 2, 3])),
+        lambda net: net.select({"in": 1}),
+        lambda net: net.mode_dot(torch.ones(2, 4, dtype=torch.float64), "in"),
+    ],
+    ids=["index_select", "select", "mode_dot"],
+)
+def test_a_slice_of_one_side_is_no_longer_tied(change):
+    net = decomp.indscal({"layer": 3, "in": 4, "out": 4}, 2, init="normal", dtype=torch.float64)
+    found = change(net)
+    assert not any(term.tied for term in found.legs.terms)
+    wanted = found.dense().detach()
+    twice = decomp.direct_sum([found, found]).dense()
+    torch.testing.assert_close(twice, 2 * wanted)
+    if not any(
+        term.frozen for term in found.legs.terms
+    ):  # mode_dot adds a matrix that stays as it is
+        torch.testing.assert_close(decomp.canonical(found).dense(), wanted)
+    kept = net.index_select("layer", torch.tensor([0, 2]))
+    assert any(term.tied for term in kept.legs.terms)

@@ -11,6 +11,7 @@ from models import FAMILIES, each_family
 from safetensors import safe_open
 from torch import nn
 
+import lortalib
 from lortalib.nn import AdapterFileError, adapters, export_lora, load_lora
 from lortalib.nn._files import read
 
@@ -255,3 +256,25 @@ def test_export_reads_the_cut_of_a_bank_of_layers_once(llama, tmp_path):
     key = next(key for key in one if "lora_B" in key)
     assert not torch.equal(one[key], two[key])
     assert len(adapters(llama)) == 1
+
+
+def test_a_lora_is_not_written_over_an_adapter(llama, tmp_path):
+    adapter = put(llama)
+    lortalib.nn.convert(adapter.save(tmp_path / "own"), tmp_path / "peft")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()}
+    with pytest.raises(FileExistsError, match="holds an adapter of lortalib"):
+        adapter.export_lora(tmp_path / "peft")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()} == before
+    with pytest.raises(ValueError, match=r"\*\.gguf"):
+        lortalib.nn.export_gguf(adapter, tmp_path / "own" / "adapter.safetensors", llama)
+    adapter.export_lora(tmp_path / "lora")
+    adapter.export_lora(tmp_path / "lora")
+
+
+def test_norms_of_float16_factors(llama):
+    adapter = lortalib.nn.apply(llama, "cp", rank=2, dtype=torch.float16)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    site = adapter.sites[0]
+    whole = adapter.norms(site).square().sum().sqrt()
+    assert whole.item() == pytest.approx(adapter.delta(site).double().norm().item(), rel=0.05)

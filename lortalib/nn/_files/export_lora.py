@@ -63,6 +63,7 @@ def export_lora(
     Raises:
         ValueError: a weight that LoRA has no pair for (see `lora_pairs`), a module trained as a whole
             whose weight is another module's too, or a number that is NaN or infinite.
+        FileExistsError: the folder holds an adapter of lortalib in PEFT's form.
         OSError: the folder cannot be written. Files that were there stay unchanged.
 
     Example:
@@ -74,6 +75,7 @@ def export_lora(
         >>> sorted(path.name for path in export_lora(adapter, tempfile.mkdtemp()).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    _check_target(Path(folder))
     if model is None and adapter.is_on_model:
         model = adapter.model
     if model is not None:
@@ -117,6 +119,19 @@ def export_lora(
     }
     _write(Path(folder), config, tensors)
     return Path(folder)
+
+
+def _check_target(folder: Path) -> None:
+    """Refuse a folder of PEFT that holds an adapter of lortalib, whose files have the same names."""
+    try:
+        known = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(known, dict) and known.get("peft_type") == "LORTA":
+        raise FileExistsError(
+            f"{folder} holds an adapter of lortalib in PEFT's form, whose files those of the LoRA would "
+            "replace; give another folder"
+        )
 
 
 def _check_shared(adapter: Adapter, model: nn.Module | None) -> None:

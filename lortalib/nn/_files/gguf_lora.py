@@ -90,6 +90,10 @@ def export_gguf(
     check_numbers(tensors, f"adapter {adapter.name!r} was not exported")
     path = Path(file)
     data = _file(architecture, tensors)
+    if path.name in ("adapter.safetensors", "adapter_model.safetensors"):
+        raise ValueError(
+            f"{path} has the name of a saved adapter's file; name the file for llama.cpp *.gguf"
+        )
     put_files(path.parent, {path.name: lambda opened: _write(opened, data)})
     return path
 
