@@ -252,7 +252,7 @@ def test_compress_takes_the_weights_where_an_adapter_needs_them(saved, loras, ca
 
 
 def test_compress_says_what_is_wrong_before_it_fits(saved, loras, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("lortalib.nn._compress.make.fit", None)
+    monkeypatch.setattr("lortalib.decomp.fit", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     out = tmp_path / "out"

@@ -15,6 +15,12 @@ COMMANDS = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def piped(monkeypatch):
+    """Whatever terminal runs the tests: tables go into a pipe, unless a test says how wide a line is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def model(tmp_path):
     """A folder with a configuration; no command that only counts needs more."""

@@ -269,7 +269,8 @@ class BySharedBank(ByBank):
     def __init__(self, base, **options):
         Door.__init__(self, base, **options)
         # The wide side of a LoRA is all of A or B, and an adapter keeps one of them.
-        sides = ("in",) if options["decomposition"] == "lora" else ("in", "out")
+        line = options["decomposition"]
+        sides = ("in",) if line == "lora" else ("in.1",) if "(full)" in line else ("in", "out")
         self.bank = lortalib.nn.bank(self.model, capacity=1, shared=sides, **options)
         self.name = "one"
 

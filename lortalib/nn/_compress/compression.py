@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...decomp import Fit, Network, get_format
+from ...decomp import Network, get_format
 from .._adapter import Adapter
 from .._config import AdapterConfig
 from .._files import Lora, save
@@ -21,6 +21,9 @@ from .._group import Group
 from .._table import network_table
 from .errors import lines, measure, table, total
 from .slices import slice_of
+
+if TYPE_CHECKING:
+    from ...decomp import Fit
 
 
 class Compression:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...decomp import Legs, LegsError, Network, Rank, Shape, balance, fit, get_format
+from ...decomp import Legs, LegsError, Network, Rank, Shape, balance, get_format
 from .._anatomy import check_model, site_weight
 from .._config import AdapterConfig, check_settings, choose_acts_on
 from .._files import Rules, lora_network, lora_sites
@@ -91,6 +91,8 @@ def compress(
         >>> str(found.adapter("bob").networks["encoder"].legs)
         'in r, out r, head r, layer r, matrix r'
     """
+    from ...decomp import fit  # deferred on purpose: it loads TensorLy
+
     check_settings(1.0, dropout, "normal")
     _check_line(decomposition)
     model = check_model(as_model(model))
