@@ -22,8 +22,8 @@ from .._files import (
     digest,
     open_tensors,
     plain,
-    put_files,
     read_adapter,
+    save,
     write_tensors,
 )
 
@@ -73,10 +73,8 @@ def write_bank(
         tensors |= {f"{group}.{k}": plain(stack) for k, stack in enumerate(stacks)}
     described = _digest_of(base)
     metadata = {"format": _FORMAT, "adapter": described, "sha256": digest(described, tensors)}
-    folder = Path(folder)
-    base.save(folder, model=model)
-    put_files(folder, {_FILE: lambda file: write_tensors(file, tensors, metadata)})
-    return folder
+    own_file = {_FILE: lambda file: write_tensors(file, tensors, metadata)}
+    return save(base, folder, model=model, beside=own_file)
 
 
 def read_bank(

@@ -5,7 +5,7 @@ from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
 from .fit import Rules
-from .folder import AdapterFileError, put_files
+from .folder import AdapterFileError
 from .gguf_lora import export_gguf
 from .import_lora import Lora, load_lora
 from .lora_config import lora_config
@@ -35,7 +35,6 @@ __all__ = [
     "lora_sites",
     "open_tensors",
     "plain",
-    "put_files",
     "read",
     "read_adapter",
     "read_description",

@@ -6,10 +6,10 @@ transformers renames paths between versions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ def save(
     folder: str | PathLike[str],
     state: Mapping[str, Tensor] | None = None,
     model: nn.Module | None = None,
+    beside: Mapping[str, Callable[[BinaryIO], None]] | None = None,
 ) -> Path:
     """Write an adapter to a folder, as one file; see `Adapter.save`.
 
@@ -43,6 +44,7 @@ def save(
         folder: the folder; it is made if it does not exist.
         state: the whole state of the model, if this process saves alone what is divided over several.
         model: the model of an adapter that is on none.
+        beside: the function that writes each further file, by file name. All files are replaced together.
 
     Returns:
         The folder.
@@ -84,7 +86,7 @@ def save(
     text = description.text()
     specs = {k: TensorSpec(dtype_name(k, t), tuple(t.shape)) for k, t in tensors.items()}
     check_tensors(check_description(parse_json(text)), specs)
-    put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors)})
+    put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors), **(beside or {})})
     remove_old_description(folder)
     return folder
 

@@ -92,3 +92,19 @@ def test_names_that_no_file_holds_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"found \('ann', 1\)"):
         bank.save(tmp_path / "bank")
     assert not (tmp_path / "bank").exists()
+
+
+def test_a_save_that_fails_leaves_the_bank_that_was_there(tmp_path, monkeypatch):
+    bank = full(small_llama(), ("in", "out"))
+    folder = bank.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = full(small_llama(), ("in", "out"))
+    other.shared["layers"][0].add_(1)
+
+    def failing(*args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("lortalib.nn._bank.file.write_tensors", failing)
+    with pytest.raises(OSError, match="full"):
+        other.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
