@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...decomp import Network, network
+from ...decomp import Legs, Network, network
 
 #: A mapping from the name of each group to tensors in the order of its line.
 Tensors = Mapping[str, Sequence[Tensor]]
@@ -134,6 +134,25 @@ class SharedParameters:
                 for parameter, value in zip(self.distinct, before):
                     parameter.copy_(value)
                 raise
+
+
+def check_same_marks(label: str, theirs: Mapping[str, Legs], ours: Mapping[str, Legs]) -> None:
+    """Refuse a bank whose adapters share other parameters.
+
+    Args:
+        label: a noun for the other bank.
+        theirs: the legs of its networks, by the name of the group.
+        ours: those of this bank.
+
+    Raises:
+        ValueError: the marks ``(shared)`` differ.
+    """
+    for group, own in ours.items():
+        if [t.shared for t in theirs[group].terms] != [t.shared for t in own.terms]:
+            raise ValueError(
+                f"{label} does not fit the bank: its group {group!r} shares other parameters, as in\n"
+                f"    {theirs[group]}\nand the bank's\n    {own}\nMake the bank with the same shared="
+            )
 
 
 def _random_values(like: Network, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -108,3 +108,18 @@ def test_a_save_that_fails_leaves_the_bank_that_was_there(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="full"):
         other.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_bank_that_shares_other_parameters_is_refused(tmp_path):
+    line = "in r, out r, layer matrix r"
+    one, other = (
+        lortalib.nn.bank(small_llama(), line, 4, shared=(leg,), acts_on="stream")
+        for leg in ("in", "out")
+    )
+    one.fill(["ann"], random_stack(one, 1))
+    for call in (lambda: other.load(one.save(tmp_path)), lambda: other.update(one)):
+        with pytest.raises(
+            ValueError, match=r"in r \(shared\), out r.*\n.*\n *in r, out r \(shared"
+        ):
+            call()
+    assert len(other) == 0
