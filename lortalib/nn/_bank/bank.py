@@ -97,7 +97,7 @@ class Bank(BankContents):
         """
         chosen = read_names(names)
         self._check_ready()
-        tensors = self._shared.join(self._store.gather(chosen.names))
+        tensors = self._store.snapshot(chosen.names)
         with self._current.use(BatchTensors(tensors, chosen.layout, chosen.shape)):
             yield self
 
@@ -134,7 +134,7 @@ class Bank(BankContents):
         self._check_ready()
         rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
         self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
-        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), (rows,))):
+        with self._current.use(BatchTensors(self._store.joined(tensors), EvenRows(rows), (rows,))):
             yield self
 
     def _check_ready(self) -> None:

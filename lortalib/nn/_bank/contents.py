@@ -242,7 +242,11 @@ class BankContents:
             >>> adapter.name, adapter.is_on_model, adapter.count()
             ('ann', False, 100)
         """
-        tensors, networks = self._shared.join(self[name]), {}
+        found, networks = self._store.snapshot([name]), {}
+        tensors = {
+            group: [t if mark.shared else t[0] for t, mark in zip(ts, self.legs[group].terms)]
+            for group, ts in found.items()
+        }
         wide = self._shared.dtype
         for group in self.groups:
             like = self._plan.networks[group.name]

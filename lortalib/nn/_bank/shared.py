@@ -72,10 +72,14 @@ class SharedParameters:
         return [t for t, mark in zip(tensors, self._marks[group]) if not mark]
 
     def join(self, own: Tensors) -> dict[str, list[Tensor]]:
-        """Put an adapter's own tensors and the shared parameters in the order of the line."""
+        """Put an adapter's own tensors and the shared parameters in the order of the line.
+
+        Parameters that do not require gradients are copied, because a bank that is emptied can get others.
+        """
+        now = {id(p): p if p.requires_grad else p.detach().clone() for p in self.distinct}
         found = {}
         for group, marks in self._marks.items():
-            mine, ours = iter(own[group]), iter(self.parameters[group])
+            mine, ours = iter(own[group]), (now[id(p)] for p in self.parameters[group])
             found[group] = [next(ours) if mark else next(mine) for mark in marks]
         return found
 
