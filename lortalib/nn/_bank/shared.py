@@ -91,8 +91,9 @@ class SharedParameters:
             label: a noun for their source.
 
         Raises:
-            ValueError: other shapes, or a value that is not finite.
+            ValueError: other shapes, a value that is not finite, or several values for one parameter.
         """
+        first: dict[int, Tensor] = {}
         for group, given in values.items():
             for parameter, value in zip(self.parameters[group], given):
                 if parameter.shape != value.shape:
@@ -104,6 +105,10 @@ class SharedParameters:
                     raise ValueError(
                         f"{label} holds NaN or infinity in a shared parameter of group {group!r}"
                     )
+                if not torch.equal(
+                    first.setdefault(id(parameter), value), value.to(first[id(parameter)])
+                ):
+                    raise ValueError(several_values(label, group))
 
     def check_equal(self, values: Tensors, label: str) -> None:
         """Refuse values that differ from the shared parameters.
@@ -138,6 +143,14 @@ class SharedParameters:
                 for parameter, value in zip(self.distinct, before):
                     parameter.copy_(value)
                 raise
+
+
+def several_values(label: str, group: str) -> str:
+    """Say that networks have different tensors where the bank has one parameter for all of them."""
+    return (
+        f"{label}: the networks of the bank have one parameter for in, as by share_residual=True; found "
+        f"another in group {group!r} than in a group before it. Make the bank with share_residual=False"
+    )
 
 
 def check_same_marks(label: str, theirs: Mapping[str, Legs], ours: Mapping[str, Legs]) -> None:
