@@ -8,15 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .._adapters import adapters
 from .._anatomy import BlockRule
-from .._base_weights import weight_name
 from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
 from .contents import BankContents
-from .hooks import attach_rows
+from .hooks import attach_rows, check_unmerged
 
 
 class Bank(BankContents):
@@ -142,16 +140,4 @@ class Bank(BankContents):
         if not self._handles:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
-            self._check_merged()
-
-    def _check_merged(self) -> None:
-        """Refuse rows on the stream that would meet a merged weight: their product belongs to neither."""
-        sites = [site for group in self.groups for site in group.sites]
-        own = {weight_name(site): site.path for site in sites}
-        for name, adapter in adapters(self._model).items():
-            for site in adapter.sites if adapter.merged else ():
-                if weight_name(site) in own:
-                    raise ValueError(
-                        f"the bank acts on the stream that {site.path} reads or writes, and adapter "
-                        f"{name!r} is merged into its weight; unmerge it first"
-                    )
+            check_unmerged(self._model, [site for group in self.groups for site in group.sites])
