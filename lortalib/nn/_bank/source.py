@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
-from .._files import read_adapter
+from .._files import read_adapter, refuse_bank
 from .._group import Group
 from .._plan import Plan
 from .shared import SharedParameters, several_values
@@ -90,6 +90,7 @@ class SourceReader:
         """
         check_name(name)
         if isinstance(source, (str, PathLike)):
+            refuse_bank(source)
             source = read_adapter(self._model, source, rules=self._rules)
         shared = None
         if isinstance(source, Adapter):

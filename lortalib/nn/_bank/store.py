@@ -151,9 +151,12 @@ class Store:
             ValueError: a name is in use and may not be replaced, or other adapters have other values of the
                 shared parameters.
         """
-        if not names:
-            return
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not names:
+                if shared is not None and not self._places:
+                    with self._shared.changed(shared):
+                        pass
+                return
             if shared is not None and self._places:
                 self._shared.check_equal(shared, f"adapter {names[0]!r}")
                 shared = None

@@ -20,7 +20,7 @@ from .._sharded import is_divided, is_zero_parameter
 from .checks import check_description, check_tensors
 from .describe import describe, stored_tensors
 from .fit import Rules, check_values, fit_groups
-from .folder import TENSORS, parse_json, put_files, remove_old_description
+from .folder import TENSORS, parse_json, put_files, refuse_bank, remove_old_description
 from .saved import make_networks, open_saved, values_in, write_saved
 from .schema import trained_key
 from .tensors import TensorSpec, dtype_name, first_not_finite, plain
@@ -66,6 +66,8 @@ def save(
     """
     model = adapter.model if model is None else check_model(model)
     folder = Path(folder)
+    if beside is None:
+        refuse_bank(folder)
     place = f"{ATTRIBUTE}.{adapter.name}."
     tensors = {
         key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")
@@ -177,6 +179,7 @@ def load(
     """
     if name is not None:
         check_name(model, name)
+    refuse_bank(folder)
     adapter = read_adapter(model, folder, name=name, rules=rules, revision=revision, token=token)
     if name is None:
         check_name(model, adapter.name)

@@ -123,3 +123,30 @@ def test_a_bank_that_shares_other_parameters_is_refused(tmp_path):
         ):
             call()
     assert len(other) == 0
+
+
+def test_folders_of_banks_and_of_adapters_are_told_apart(tmp_path):
+    bank = full(small_llama(), ())
+    one = bank.save(tmp_path / "bank")
+    other = bank.adapter("ann").save(tmp_path / "adapter", model=small_llama())
+    for call in (
+        lambda: bank.add("x", one),
+        lambda: bank.add("x", one / "adapter.safetensors"),
+        lambda: lortalib.nn.load(small_llama(), one),
+        lambda: bank.adapter("ann").save(one, model=small_llama()),
+    ):
+        with pytest.raises(AdapterFileError, match=r"is the folder of a bank.*bank\.load"):
+            call()
+    with pytest.raises(FileNotFoundError, match=r"no bank.*bank\[name\] = folder"):
+        bank.load(other)
+    bank.load(one)
+    bank["x"] = other
+
+
+def test_an_empty_bank_keeps_its_shared_sides(tmp_path):
+    bank, *others = (lortalib.nn.bank(small_llama(), "cp", 2, shared=("in", "out")) for _ in "abc")
+    bank.shared["layers"][0].add_(1)
+    others[0].load(bank.save(tmp_path))
+    others[1].update(bank)
+    for other in others:
+        assert all(map(torch.equal, bank.shared["layers"], other.shared["layers"]))
