@@ -10,7 +10,7 @@ import torch
 from ..decomp import Legs, Network, StartLike, network
 from ._adapter import Adapter
 from ._group import Group
-from ._plan import Plan
+from ._plan import Plan, share_input_factor
 
 
 def on_shared(
@@ -37,6 +37,16 @@ def on_shared(
         group.name: _on_shared(group, planned.networks[group.name], theirs, init, generator)
         for group in planned.groups
     }
+    if planned.config.share_residual:
+        before = {name: net.stored for name, net in networks.items()}
+        share_input_factor(planned.groups, networks)
+        for name, net in networks.items():
+            for term, old, new in zip(net.legs.terms, before[name], net.stored):
+                if term.shared and not torch.equal(old, new):
+                    raise ValueError(
+                        f"with share_residual=True the networks have one parameter for in; found another in "
+                        f"the network {name!r} of the adapter given as shared=. Use share_residual=False"
+                    )
     return replace(planned, networks=networks)
 
 

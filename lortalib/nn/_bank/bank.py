@@ -8,15 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .._adapters import adapters
 from .._anatomy import BlockRule
-from .._base_weights import weight_name
 from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
 from .contents import BankContents
-from .hooks import attach_rows
+from .hooks import attach_rows, check_unmerged
 
 
 class Bank(BankContents):
@@ -97,7 +95,7 @@ class Bank(BankContents):
         """
         chosen = read_names(names)
         self._check_ready()
-        tensors = self._shared.join(self._store.gather(chosen.names))
+        tensors = self._store.snapshot(chosen.names)
         with self._current.use(BatchTensors(tensors, chosen.layout, chosen.shape)):
             yield self
 
@@ -134,7 +132,7 @@ class Bank(BankContents):
         self._check_ready()
         rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
         self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
-        with self._current.use(BatchTensors(self._shared.join(tensors), EvenRows(rows), (rows,))):
+        with self._current.use(BatchTensors(self._store.joined(tensors), EvenRows(rows), (rows,))):
             yield self
 
     def _check_ready(self) -> None:
@@ -142,16 +140,4 @@ class Bank(BankContents):
         if not self._handles:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
-            self._check_merged()
-
-    def _check_merged(self) -> None:
-        """Refuse rows on the stream that would meet a merged weight: their product belongs to neither."""
-        sites = [site for group in self.groups for site in group.sites]
-        own = {weight_name(site): site.path for site in sites}
-        for name, adapter in adapters(self._model).items():
-            for site in adapter.sites if adapter.merged else ():
-                if weight_name(site) in own:
-                    raise ValueError(
-                        f"the bank acts on the stream that {site.path} reads or writes, and adapter "
-                        f"{name!r} is merged into its weight; unmerge it first"
-                    )
+            check_unmerged(self._model, [site for group in self.groups for site in group.sites])

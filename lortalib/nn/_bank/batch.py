@@ -31,6 +31,11 @@ class BatchTensors:
             axis of rows, and those that all adapters share.
         layout: the arrangement of the batch in rows.
         shape: (rows,), of which a batch is a multiple; or (rows, tokens) of the batch.
+
+    Attributes:
+        size: the number of rows.
+        closed: whether the context was left.
+        previous: the tensors of the context around this one.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class BatchTensors:
         shape: tuple[int, ...],
     ) -> None:
         self.size = shape[0]
+        self.closed = False
+        self.previous: BatchTensors | None = None
         self._shape = shape
         self._layout = layout
         self._tensors = tensors
@@ -167,16 +174,22 @@ class CurrentBatch:
 
     def get(self) -> BatchTensors | None:
         """Return the gathered tensors; None outside of `use`."""
-        return self._variable.get()
+        batch = self._variable.get()
+        while batch is not None and batch.closed:
+            batch = batch.previous
+        return batch
 
     @contextmanager
     def use(self, batch: BatchTensors) -> Iterator[None]:
         """Let forwards within this context use these tensors."""
-        token = self._variable.set(batch)
+        batch.previous = self.get()
+        self._variable.set(batch)
         try:
             yield
         finally:
-            self._variable.reset(token)
+            # Generators can close their contexts in any order, and in another context of Python.
+            batch.closed = True
+            self._variable.set(self.get())
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_variable"}

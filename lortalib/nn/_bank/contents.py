@@ -16,7 +16,7 @@ from .._group import Group
 from .._plan import Plan, share_input_factor
 from .._trained_modules import TrainedModules
 from .file import read_bank, write_bank
-from .shared import SharedParameters
+from .shared import SharedParameters, check_same_marks
 from .source import Source, SourceReader
 from .store import Store
 
@@ -166,6 +166,7 @@ class BankContents:
         """
         if isinstance(sources, BankContents):
             self._reader.check_alike("the other bank", sources.groups, sources._reader.legs)
+            check_same_marks("the other bank", sources._reader.legs, self._reader.legs)
             names = list(sources)
             own = self._reader.scaled(sources._store.gather(names), sources.alpha)
             stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
@@ -241,7 +242,11 @@ class BankContents:
             >>> adapter.name, adapter.is_on_model, adapter.count()
             ('ann', False, 100)
         """
-        tensors, networks = self._shared.join(self[name]), {}
+        found, networks = self._store.snapshot([name]), {}
+        tensors = {
+            group: [t if mark.shared else t[0] for t, mark in zip(ts, self.legs[group].terms)]
+            for group, ts in found.items()
+        }
         wide = self._shared.dtype
         for group in self.groups:
             like = self._plan.networks[group.name]
@@ -295,6 +300,8 @@ class BankContents:
         """
         saved = read_bank(folder, self._model, self._rules)
         base = self._reader.read("the folder", saved.base)
+        legs = {group.name: saved.base.network(group).legs for group in saved.base.groups}
+        check_same_marks("the saved bank", legs, self._reader.legs)
         own = self._reader.scaled(saved.own, saved.base.scaling)
         stacked = self._reader.read_stacked(saved.names, own)
         self._store.put(saved.names, stacked, shared=base.shared)

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._files import (
+    BANK,
     AdapterFileError,
+    adapter_file,
     digest,
     open_tensors,
     plain,
-    put_files,
     read_adapter,
+    save,
     write_tensors,
 )
 
-_FILE = "bank.safetensors"
 _FORMAT = "lortalib bank, version 1"
 _NAMES = "names"
 
@@ -73,10 +74,8 @@ def write_bank(
         tensors |= {f"{group}.{k}": plain(stack) for k, stack in enumerate(stacks)}
     described = _digest_of(base)
     metadata = {"format": _FORMAT, "adapter": described, "sha256": digest(described, tensors)}
-    folder = Path(folder)
-    base.save(folder, model=model)
-    put_files(folder, {_FILE: lambda file: write_tensors(file, tensors, metadata)})
-    return folder
+    own_file = {BANK: lambda file: write_tensors(file, tensors, metadata)}
+    return save(base, folder, model=model, beside=own_file)
 
 
 def read_bank(
@@ -94,8 +93,12 @@ def read_bank(
         AdapterFileError: a file is damaged, the files were not written together, or the adapters do not fit
             the model.
     """
+    path = Path(folder) / BANK
+    if not path.is_file() and adapter_file(folder).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder"
+        )
     base = read_adapter(model, folder, rules=rules)
-    path = Path(folder) / _FILE
     with open_tensors(path) as file:
         metadata, tensors = file.metadata, file.read()
     if metadata.get("format") != _FORMAT:

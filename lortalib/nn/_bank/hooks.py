@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch import forget_compiled, is_tracing
+from .._adapters import adapters
 from .._anatomy import Site
+from .._base_weights import weight_name
 from .._forward import (
     Handle,
     Slot,
@@ -52,12 +54,13 @@ class BatchSizeHook:
     Args:
         current: the gathered tensors of the current context.
         model: the model, whose signature orders the arguments.
+        stream: the sites, if the bank acts on the stream.
     """
 
-    def __init__(self, current: CurrentBatch, model: nn.Module) -> None:
+    def __init__(self, current: CurrentBatch, model: nn.Module, stream: Sequence[Site]) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         by_name = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        self._current = current
+        self._current, self._stream = current, stream
         self._names = [p.name for p in parameters if p.kind not in by_name]
         self._positional = [
             p.name for p in parameters if p.kind not in (*by_name, inspect.Parameter.KEYWORD_ONLY)
@@ -67,6 +70,8 @@ class BatchSizeHook:
         """Record the number of rows; torch calls this with the arguments of the forward."""
         batch = self._current.get()
         if batch is not None:
+            if self._stream and not is_tracing():
+                check_unmerged(module, self._stream)
             sizes = self._sizes(args, kwargs)
             batch.begin(self._current.scope.running, _batch_size(sizes, batch.size))
 
@@ -170,7 +175,8 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
         for handle in watch_forwards(model, current.scope, groups):
             handles.append(handle)
         # After the hook that begins a forward, because the size belongs to that forward.
-        size = BatchSizeHook(current, model)
+        stream = [site for group in groups if group.on_stream for site in group.sites]
+        size = BatchSizeHook(current, model, stream)
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
         for module, update in updates:
             handles.append(put_hook(module, update))
@@ -195,3 +201,24 @@ def check_rows(model: nn.Module, site: Site) -> None:
                 f"{path} {why}, so the rows of a batch cannot have adapters of their own "
                 "there; leave it out of targets"
             )
+
+
+def check_unmerged(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse rows on the stream that would meet a merged weight: their product belongs to neither.
+
+    Args:
+        model: the model.
+        sites: the sites of a bank on the stream.
+
+    Raises:
+        ValueError: an adapter is merged into the weight of one of the sites.
+    """
+    merged = {name: each for name, each in adapters(model).items() if each.merged}
+    own = {weight_name(site): site.path for site in sites} if merged else {}
+    for name, adapter in merged.items():
+        for site in adapter.sites:
+            if weight_name(site) in own:
+                raise ValueError(
+                    f"the bank acts on the stream that {site.path} reads or writes, and adapter "
+                    f"{name!r} is merged into its weight; unmerge it first"
+                )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...decomp import Network, network
+from ...decomp import Legs, Network, network
 
 #: A mapping from the name of each group to tensors in the order of its line.
 Tensors = Mapping[str, Sequence[Tensor]]
@@ -72,10 +72,14 @@ class SharedParameters:
         return [t for t, mark in zip(tensors, self._marks[group]) if not mark]
 
     def join(self, own: Tensors) -> dict[str, list[Tensor]]:
-        """Put an adapter's own tensors and the shared parameters in the order of the line."""
+        """Put an adapter's own tensors and the shared parameters in the order of the line.
+
+        Parameters that do not require gradients are copied, because a bank that is emptied can get others.
+        """
+        now = {id(p): p if p.requires_grad else p.detach().clone() for p in self.distinct}
         found = {}
         for group, marks in self._marks.items():
-            mine, ours = iter(own[group]), iter(self.parameters[group])
+            mine, ours = iter(own[group]), (now[id(p)] for p in self.parameters[group])
             found[group] = [next(ours) if mark else next(mine) for mark in marks]
         return found
 
@@ -87,8 +91,9 @@ class SharedParameters:
             label: a noun for their source.
 
         Raises:
-            ValueError: other shapes, or a value that is not finite.
+            ValueError: other shapes, a value that is not finite, or several values for one parameter.
         """
+        first: dict[int, Tensor] = {}
         for group, given in values.items():
             for parameter, value in zip(self.parameters[group], given):
                 if parameter.shape != value.shape:
@@ -100,6 +105,10 @@ class SharedParameters:
                     raise ValueError(
                         f"{label} holds NaN or infinity in a shared parameter of group {group!r}"
                     )
+                if not torch.equal(
+                    first.setdefault(id(parameter), value), value.to(first[id(parameter)])
+                ):
+                    raise ValueError(several_values(label, group))
 
     def check_equal(self, values: Tensors, label: str) -> None:
         """Refuse values that differ from the shared parameters.
@@ -134,6 +143,33 @@ class SharedParameters:
                 for parameter, value in zip(self.distinct, before):
                     parameter.copy_(value)
                 raise
+
+
+def several_values(label: str, group: str) -> str:
+    """Say that networks have different tensors where the bank has one parameter for all of them."""
+    return (
+        f"{label}: the networks of the bank have one parameter for in, as by share_residual=True; found "
+        f"another in group {group!r} than in a group before it. Make the bank with share_residual=False"
+    )
+
+
+def check_same_marks(label: str, theirs: Mapping[str, Legs], ours: Mapping[str, Legs]) -> None:
+    """Refuse a bank whose adapters share other parameters.
+
+    Args:
+        label: a noun for the other bank.
+        theirs: the legs of its networks, by the name of the group.
+        ours: those of this bank.
+
+    Raises:
+        ValueError: the marks ``(shared)`` differ.
+    """
+    for group, own in ours.items():
+        if [t.shared for t in theirs[group].terms] != [t.shared for t in own.terms]:
+            raise ValueError(
+                f"{label} does not fit the bank: its group {group!r} shares other parameters, as in\n"
+                f"    {theirs[group]}\nand the bank's\n    {own}\nMake the bank with the same shared="
+            )
 
 
 def _random_values(like: Network, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

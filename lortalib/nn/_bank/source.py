@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
-from .._files import read_adapter
+from .._files import read_adapter, refuse_bank
 from .._group import Group
 from .._plan import Plan
-from .shared import SharedParameters
+from .shared import SharedParameters, several_values
 
 #: A source for `Bank.add`: an adapter, its folder, or the tensors of each group in the order of the line.
 Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
@@ -65,6 +65,10 @@ class SourceReader:
         self._groups = {group.name: group for group in plan.groups}
         self._alpha = plan.config.alpha
         self.legs = {name: plan.networks[name].legs for name in self._groups}
+        self._parameters = {
+            name: [id(t) for t in shared.own(name, plan.networks[name].stored)]
+            for name in self._groups
+        }
         self.shapes = {
             name: [tuple(t.shape) for t in shared.own(name, plan.networks[name].stored)]
             for name in self._groups
@@ -86,6 +90,7 @@ class SourceReader:
         """
         check_name(name)
         if isinstance(source, (str, PathLike)):
+            refuse_bank(source)
             source = read_adapter(self._model, source, rules=self._rules)
         shared = None
         if isinstance(source, Adapter):
@@ -153,7 +158,10 @@ class SourceReader:
         """Multiply a network by a factor, by the tensor that the fewest terms use."""
         holders = self.legs[group].holders
         own = self._own_terms(group)
-        scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k))
+        # One that several networks have in common is scaled only if there is no other.
+        all_groups = [key for keys in self._parameters.values() for key in set(keys)]
+        common = {k for k, key in zip(own, self._parameters[group]) if all_groups.count(key) > 1}
+        scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k in common, k))
         uses = holders.count(scaled)
         if uses > 1 and factor < 0:
             raise ValueError(
@@ -252,8 +260,15 @@ class SourceReader:
 
     def _check_repeated(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Refuse different tensors for parameters that are one tensor: tied, or hashed from one vector."""
+        first: dict[
+            int, tuple[str, Tensor]
+        ] = {}  # of each parameter, which networks can have in common
         for group, given in tensors.items():
             legs, own = self.legs[group], self._own_terms(group)
+            for key, one in zip(self._parameters[group], given):
+                name, value = first.setdefault(key, (group, one))
+                if name != group and not _wide(value).equal(_wide(one.to(value))):
+                    raise ValueError(several_values(label, group))
             for k, one in zip(own, given):
                 other = given[own.index(legs.holders[k])]
                 if one is other or _wide(one).equal(_wide(other)):

@@ -58,7 +58,7 @@ class Store:
         self.device = device
         self._shapes = dict(shapes)
         self._shared = shared
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._places: dict[Hashable, int] = {}
         self._free: list[int] = []  # places below the used end that are free
         self._used = 1
@@ -70,7 +70,7 @@ class Store:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "_lock": threading.Lock()}
+        self.__dict__ = {**state, "_lock": threading.RLock()}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -112,6 +112,24 @@ class Store:
                 for group, stacks in self._stacks.items()
             }
 
+    def snapshot(self, names: Sequence[Hashable]) -> dict[str, list[Tensor]]:
+        """Copy the tensors of these adapters together with the shared parameters of the same moment.
+
+        Args:
+            names: as for `gather`.
+
+        Returns:
+            All tensors of each group in the order of the line. Shared parameters that require gradients are
+            the parameters themselves, and copies otherwise.
+        """
+        with self._lock:
+            return self.joined(self.gather(names))
+
+    def joined(self, own: Tensors) -> dict[str, list[Tensor]]:
+        """Put own tensors and the present shared parameters together, as `snapshot` does."""
+        with self._lock, torch.inference_mode(False):
+            return self._shared.join(own)
+
     def put(
         self,
         names: Sequence[Hashable],
@@ -133,9 +151,12 @@ class Store:
             ValueError: a name is in use and may not be replaced, or other adapters have other values of the
                 shared parameters.
         """
-        if not names:
-            return
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not names:
+                if shared is not None and not self._places:
+                    with self._shared.changed(shared):
+                        pass
+                return
             if shared is not None and self._places:
                 self._shared.check_equal(shared, f"adapter {names[0]!r}")
                 shared = None

@@ -5,7 +5,7 @@ from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
 from .fit import Rules
-from .folder import AdapterFileError, put_files
+from .folder import BANK, AdapterFileError, adapter_file, refuse_bank
 from .gguf_lora import export_gguf
 from .import_lora import Lora, load_lora
 from .lora_config import lora_config
@@ -17,11 +17,13 @@ from .restore import restore
 from .tensors import digest, open_tensors, plain, write_tensors
 
 __all__ = [
+    "BANK",
     "AdapterFileError",
     "Difference",
     "Lora",
     "LowRank",
     "Rules",
+    "adapter_file",
     "compare_updates",
     "convert",
     "describe_for_peft",
@@ -35,11 +37,11 @@ __all__ = [
     "lora_sites",
     "open_tensors",
     "plain",
-    "put_files",
     "read",
     "read_adapter",
     "read_description",
     "read_pairs",
+    "refuse_bank",
     "residual_pair",
     "restore",
     "save",

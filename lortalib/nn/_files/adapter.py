@@ -6,10 +6,10 @@ transformers renames paths between versions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from .._sharded import is_divided, is_zero_parameter
 from .checks import check_description, check_tensors
 from .describe import describe, stored_tensors
 from .fit import Rules, check_values, fit_groups
-from .folder import TENSORS, parse_json, put_files, remove_old_description
+from .folder import TENSORS, parse_json, put_files, refuse_bank, remove_old_description
 from .saved import make_networks, open_saved, values_in, write_saved
 from .schema import trained_key
 from .tensors import TensorSpec, dtype_name, first_not_finite, plain
@@ -32,6 +32,7 @@ def save(
     folder: str | PathLike[str],
     state: Mapping[str, Tensor] | None = None,
     model: nn.Module | None = None,
+    beside: Mapping[str, Callable[[BinaryIO], None]] | None = None,
 ) -> Path:
     """Write an adapter to a folder, as one file; see `Adapter.save`.
 
@@ -43,6 +44,7 @@ def save(
         folder: the folder; it is made if it does not exist.
         state: the whole state of the model, if this process saves alone what is divided over several.
         model: the model of an adapter that is on none.
+        beside: the function that writes each further file, by file name. All files are replaced together.
 
     Returns:
         The folder.
@@ -64,6 +66,8 @@ def save(
     """
     model = adapter.model if model is None else check_model(model)
     folder = Path(folder)
+    if beside is None:
+        refuse_bank(folder)
     place = f"{ATTRIBUTE}.{adapter.name}."
     tensors = {
         key: _numbers(_from_state(tensor, state, place + key), f"{key!r}")
@@ -84,7 +88,7 @@ def save(
     text = description.text()
     specs = {k: TensorSpec(dtype_name(k, t), tuple(t.shape)) for k, t in tensors.items()}
     check_tensors(check_description(parse_json(text)), specs)
-    put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors)})
+    put_files(folder, {TENSORS: lambda file: write_saved(file, text, tensors), **(beside or {})})
     remove_old_description(folder)
     return folder
 
@@ -175,6 +179,7 @@ def load(
     """
     if name is not None:
         check_name(model, name)
+    refuse_bank(folder)
     adapter = read_adapter(model, folder, name=name, rules=rules, revision=revision, token=token)
     if name is None:
         check_name(model, adapter.name)

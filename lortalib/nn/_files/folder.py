@@ -14,6 +14,8 @@ from uuid import uuid4
 
 #: The name of an adapter's file.
 TENSORS = "adapter.safetensors"
+#: The name of the second file of a bank.
+BANK = "bank.safetensors"
 #: The name of the second file, which format version 1 had.
 DESCRIPTION = "adapter.json"
 #: The two files of PEFT.
@@ -61,6 +63,23 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
         f"writes it, or with {CONFIG_OF_PEFT} and {TENSORS_OF_PEFT}, as PEFT does"
         + (_inside(folder) if folder.is_dir() else "")
     )
+
+
+def refuse_bank(folder: str | os.PathLike[str]) -> None:
+    """Refuse the folder of a bank where that of an adapter is read or written.
+
+    Args:
+        folder: the folder, or the path of a file in it.
+
+    Raises:
+        AdapterFileError: the folder has the file of a bank.
+    """
+    path = Path(folder)
+    if ((path.parent if path.is_file() else path) / BANK).is_file():
+        raise AdapterFileError(
+            f"{folder} is the folder of a bank, not of an adapter: it has a {BANK}. Read it with "
+            "bank.load; bank.adapter(name).save writes one adapter to a folder of its own"
+        )
 
 
 def _inside(folder: Path) -> str:

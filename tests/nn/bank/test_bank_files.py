@@ -92,3 +92,61 @@ def test_names_that_no_file_holds_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"found \('ann', 1\)"):
         bank.save(tmp_path / "bank")
     assert not (tmp_path / "bank").exists()
+
+
+def test_a_save_that_fails_leaves_the_bank_that_was_there(tmp_path, monkeypatch):
+    bank = full(small_llama(), ("in", "out"))
+    folder = bank.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = full(small_llama(), ("in", "out"))
+    other.shared["layers"][0].add_(1)
+
+    def failing(*args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("lortalib.nn._bank.file.write_tensors", failing)
+    with pytest.raises(OSError, match="full"):
+        other.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_bank_that_shares_other_parameters_is_refused(tmp_path):
+    line = "in r, out r, layer matrix r"
+    one, other = (
+        lortalib.nn.bank(small_llama(), line, 4, shared=(leg,), acts_on="stream")
+        for leg in ("in", "out")
+    )
+    one.fill(["ann"], random_stack(one, 1))
+    for call in (lambda: other.load(one.save(tmp_path)), lambda: other.update(one)):
+        with pytest.raises(
+            ValueError, match=r"in r \(shared\), out r.*\n.*\n *in r, out r \(shared"
+        ):
+            call()
+    assert len(other) == 0
+
+
+def test_folders_of_banks_and_of_adapters_are_told_apart(tmp_path):
+    bank = full(small_llama(), ())
+    one = bank.save(tmp_path / "bank")
+    other = bank.adapter("ann").save(tmp_path / "adapter", model=small_llama())
+    for call in (
+        lambda: bank.add("x", one),
+        lambda: bank.add("x", one / "adapter.safetensors"),
+        lambda: lortalib.nn.load(small_llama(), one),
+        lambda: bank.adapter("ann").save(one, model=small_llama()),
+    ):
+        with pytest.raises(AdapterFileError, match=r"is the folder of a bank.*bank\.load"):
+            call()
+    with pytest.raises(FileNotFoundError, match=r"no bank.*bank\[name\] = folder"):
+        bank.load(other)
+    bank.load(one)
+    bank["x"] = other
+
+
+def test_an_empty_bank_keeps_its_shared_sides(tmp_path):
+    bank, *others = (lortalib.nn.bank(small_llama(), "cp", 2, shared=("in", "out")) for _ in "abc")
+    bank.shared["layers"][0].add_(1)
+    others[0].load(bank.save(tmp_path))
+    others[1].update(bank)
+    for other in others:
+        assert all(map(torch.equal, bank.shared["layers"], other.shared["layers"]))

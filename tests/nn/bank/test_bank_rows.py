@@ -1,11 +1,12 @@
 """Rows of a batch, each with an adapter of its own: what they compute."""
 
+import contextvars
 import threading
 
 import pytest
 import torch
 from adapted import changes, output, picture, put
-from banks import alone, filled, prompts, rows_of, small_llama
+from banks import alone, filled, prompts, random_stack, rows_of, small_llama
 from models import FAMILIES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -190,3 +191,40 @@ def test_a_line_may_have_a_bond_of_the_name_of_the_banks_own_mode():
     bank = filled(model, line)
     found = rows_of(model, bank, [1, None], inputs)
     torch.testing.assert_close(found[0], alone(model, 1, inputs, line)[0], atol=3e-5, rtol=1e-4)
+
+
+def test_contexts_close_in_any_order():
+    model, inputs = small_llama(), prompts()
+    bank = filled(model)
+    plain = output(model, inputs)
+    alone = {name: rows_of(model, bank, [name], inputs) for name in (0, 1)}
+
+    def generator(name):
+        with bank.using([name]):
+            yield
+
+    one, two = generator(0), generator(1)
+    next(one), next(two)
+    one.close()
+    assert torch.equal(output(model, inputs), alone[1])
+    two.close()
+    assert torch.equal(output(model, inputs), plain)
+    with bank.using([0]):
+        elsewhere = generator(1)
+        contextvars.copy_context().run(next, elsewhere)
+        elsewhere.close()
+        assert torch.equal(output(model, inputs), alone[0])
+
+
+def test_a_merge_within_a_context_of_a_bank_on_the_stream_is_refused():
+    model, inputs = small_llama(), prompts()
+    bank = lortalib.nn.bank(model, "in r, out r, layer matrix r", 2, acts_on="stream")
+    bank.fill([0], random_stack(bank, 1))
+    adapter = put(model)
+    with bank.using([0]):
+        output(model, inputs)
+        adapter.merge()
+        with pytest.raises(ValueError, match="merged into its weight; unmerge it first"):
+            output(model, inputs)
+        adapter.unmerge()
+        output(model, inputs)

@@ -330,3 +330,15 @@ def test_transforms_and_traces_leave_nothing_in_a_context(packed):
         with FakeTensorMode(allow_non_fake_inputs=True):
             output(model, inputs)
         torch.testing.assert_close(output(model, inputs), wanted)
+
+
+def test_a_running_context_keeps_its_shared_sides_when_the_bank_gets_others():
+    model, inputs = small_llama(), prompts()
+    bank = shared_bank(model)
+    bank["a"] = put(small_llama(), seed=1)
+    other = put(small_llama(), seed=2)
+    wanted = rows_of(model, bank, ["a", None], inputs)
+    with bank.using(["a", None]):
+        del bank["a"]
+        bank["c"] = other
+        assert torch.equal(output(model, inputs), wanted)
