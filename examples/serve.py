@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,14 +92,30 @@ class Engine:
             while len(batch) < self.largest and not self._waiting.empty():
                 batch.append(self._waiting.get())
             requests = [request for request in batch if request is not None]
-            try:
-                self._answer(requests)
-            except Exception as error:  # those who wait get the error, and the engine goes on
-                for request in requests:
-                    if not request.answer.done():
-                        request.answer.set_exception(error)
+            for part in self._parts(requests):
+                try:
+                    self._answer(part)
+                except Exception as error:  # those who wait get the error, and the engine goes on
+                    for request in part:
+                        if not request.answer.done():
+                            request.answer.set_exception(error)
             if None in batch:
                 return
+
+    def _parts(self, requests: Iterable[Request]) -> list[list[Request]]:
+        """Divide requests such that the longest prompt and answer of each part fit the model's positions."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        parts: list[list[Request]] = []
+        for request in requests:
+            for part in parts:
+                together = [*part, request]
+                needed = max(len(r.ids) for r in together) + max(r.length for r in together)
+                if positions is None or needed <= positions:
+                    part.append(request)
+                    break
+            else:
+                parts.append([request])
+        return parts
 
     def _answer(self, requests: list[Request]) -> None:
         """Decode requests in one batch; those whose adapter was deleted meanwhile get an error."""
@@ -261,7 +278,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a DELETE."""
         folder, _, name = self.path.rpartition("/")
         known = folder == "/v1/adapters" and name
-        self._answer({self.path: lambda: self.server.delete(name)} if known else {})
+        self._answer({self.path: lambda: self.server.delete(unquote(name))} if known else {})
 
     def _body(self) -> dict[str, Any]:
         try:

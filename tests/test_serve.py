@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapted import put
 from banks import random_stack
-from serve import Engine, Server
+from serve import Engine, Request, Server
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lortalib
@@ -199,3 +199,18 @@ def test_an_adapter_that_is_deleted_while_its_request_waits_is_a_404():
         status, found = running.ask("POST", "/v1/completions", body)
         assert (status, "does not exist" in found["error"]["message"]) == (404, True)
         assert running.complete("base", [5]) == alone(running, None, [5])
+
+
+def test_requests_that_fit_the_positions_only_alone_are_in_batches_of_their_own():
+    with Running() as running:
+        long = Request([5] * 50, None, 4)
+        requests = [Request([5], None, 40), long, Request([6], None, 4), Request([7] * 9, None, 9)]
+        parts = running.engine._parts(requests)
+        assert [[requests.index(each) for each in part] for part in parts] == [[0, 2, 3], [1]]
+
+
+def test_names_in_paths_are_quoted():
+    with Running() as running:
+        running.bank["ann b/c"] = random_tensors(running.bank, 1)
+        status, found = running.ask("DELETE", "/v1/adapters/ann%20b%2Fc")
+        assert (status, found["deleted"]) == (200, True)

@@ -130,8 +130,13 @@ class Bank(BankContents):
             >>> bank.fill(["ann", "bob"], own)
         """
         self._check_ready()
-        rows = len(next(iter(tensors.get(self.groups[0].name, ())), ()))
+        first = next(iter(tensors.get(self.groups[0].name, ())), None)
+        rows = len(first) if isinstance(first, Tensor) and first.dim() else 0
         self._reader.check_shapes("the tensors do not fit the bank", tensors, (rows,))
+        if not rows:
+            raise ValueError(
+                "using_tensors() needs tensors with a leading axis of one or more rows; found 0 rows"
+            )
         with self._current.use(BatchTensors(self._store.joined(tensors), EvenRows(rows), (rows,))):
             yield self
 

@@ -8,19 +8,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..._torch import has_saved_tensor_hooks, is_in_backward, is_tracing
 from ...decomp import Legs, NetworkView, TensorNetwork, Term
 from .._forward import EvenRows, ForwardScope, Pair, PairSource, RowMaps, Slot, TokenRows
 from .._group import Group
+from .._recompute import checkpoints
 
 #: The matrices of all modules of a network, by tensor, layer and matrix.
 Matrices = list[list[list[Tensor]]]
 
 #: The matrices by the name of the group, dtype, device, and whether they have a graph.
 Cache = dict[tuple[str, torch.dtype, torch.device, bool], Matrices]
+
+#: Stands for the tensors of a checkpoint whose function enters contexts itself, and so does so again.
+_SEVERAL: Any = object()
 
 
 class BatchTensors:
@@ -36,6 +42,7 @@ class BatchTensors:
         size: the number of rows.
         closed: whether the context was left.
         previous: the tensors of the context around this one.
+        trains: whether gradients reach one of the tensors.
     """
 
     def __init__(
@@ -50,7 +57,7 @@ class BatchTensors:
         self._shape = shape
         self._layout = layout
         self._tensors = tensors
-        self._trains = any(t.requires_grad for each in tensors.values() for t in each)
+        self.trains = any(t.requires_grad for each in tensors.values() for t in each)
         self._batch: tuple[object, int | None] = None, None
         self._made: Cache = {}
         self._of_forward: tuple[Callable[[], object], Cache] = (lambda: None), {}
@@ -72,7 +79,7 @@ class BatchTensors:
         if running is None:  # a tensor from a trace or a transform must not outlive it
             made, layer = self._of_layer(source, dtype, device, layer), 0
         else:
-            gradients = self._trains and torch.is_grad_enabled()
+            gradients = self.trains and torch.is_grad_enabled()
             cache, key = self._cache(running), (source.group.name, dtype, device, gradients)
             if key not in cache:
                 # Later forwards use them in any mode; leaving inference mode enables gradients.
@@ -90,7 +97,7 @@ class BatchTensors:
     def _cache(self, running: object) -> Cache:
         """Return the matrices made so far: in this context; or in this forward if parameters train, since an
         optimiser can change them within the context."""
-        if not self._trains:
+        if not self.trains:
             return self._made
         if self._of_forward[0]() is not running:
             self._of_forward = weakref.ref(running), {}
@@ -171,9 +178,26 @@ class CurrentBatch:
         self.sources = sources
         self.scope = ForwardScope(())  # the pairs belong to a context, not to one forward
         self._variable: ContextVar[BatchTensors | None] = ContextVar("batch", default=None)
+        self._of_checkpoint: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def get(self) -> BatchTensors | None:
-        """Return the gathered tensors; None outside of `use`."""
+        """Return the gathered tensors; None outside of `use`. A checkpoint that runs its forward again gets
+        those of the first run."""
+        batch = self._open()
+        if is_tracing():
+            return batch
+        if is_in_backward():  # a checkpoint may run its forward again
+            known = self._of_checkpoint
+            found = next((known[each] for each in checkpoints() if each in known), _SEVERAL)
+            return batch if found is _SEVERAL else found
+        if has_saved_tensor_hooks() if torch.is_grad_enabled() else (batch and batch.trains):
+            for each in checkpoints():
+                if self._of_checkpoint.setdefault(each, batch) is not batch:
+                    self._of_checkpoint[each] = _SEVERAL
+        return batch
+
+    def _open(self) -> BatchTensors | None:
+        """Return the tensors of the innermost context that is open."""
         batch = self._variable.get()
         while batch is not None and batch.closed:
             batch = batch.previous
@@ -182,20 +206,21 @@ class CurrentBatch:
     @contextmanager
     def use(self, batch: BatchTensors) -> Iterator[None]:
         """Let forwards within this context use these tensors."""
-        batch.previous = self.get()
+        batch.previous = self._open()
         self._variable.set(batch)
         try:
             yield
         finally:
             # Generators can close their contexts in any order, and in another context of Python.
             batch.closed = True
-            self._variable.set(self.get())
+            self._variable.set(self._open())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_variable"}
+        return {"sources": self.sources, "scope": self.scope}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "_variable": ContextVar("batch", default=None)}
+        self.__init__(state["sources"])  # type: ignore[misc]
+        self.scope = state["scope"]
 
 
 def _without_rows(matrices: Iterable[Tensor]) -> list[Tensor]:

@@ -31,11 +31,11 @@ def read_names(names: Names) -> Chosen:
     """Read a name for every row, or for every token.
 
     Args:
-        names: names or None; a list of lists, or a tensor of two axes, has a name for every token.
+        names: names or None; a list of lists, or a tensor or array of two axes, has a name for every token.
 
     Raises:
         ValueError: no names, or rows of different lengths.
-        TypeError: one text in place of several names, or lists beside names.
+        TypeError: one name in place of several, or lists beside names.
 
     Example:
         >>> read_names(["ann", None]).layout
@@ -48,7 +48,14 @@ def read_names(names: Names) -> Chosen:
             f"using() needs a name, or None, for every row of the batch; found the text {names!r}: "
             "give it in a list, as often as there are rows"
         )
-    rows: list[Any] = names.tolist() if isinstance(names, Tensor) else list(names)
+    if hasattr(names, "tolist"):  # a tensor, or an array of numpy
+        names = names.tolist()
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"using() needs a name, or None, for every row of the batch; found {names!r}: give a list, "
+            f"such as [{names!r}]"
+        )
+    rows: list[Any] = list(names)
     if not rows or rows == [[]] * len(rows):
         raise ValueError("using() needs a name, or None, for every row of the batch; found none")
     nested = [isinstance(row, list) for row in rows]

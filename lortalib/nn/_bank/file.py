@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +110,27 @@ def read_bank(
         raise AdapterFileError(f"{path} was not written together with the other file of its folder")
     if metadata.get("sha256") != digest(metadata["adapter"], tensors):
         raise AdapterFileError(f"{path} is damaged: its SHA-256 is another than the one it has")
-    names = json.loads(tensors.pop(_NAMES).numpy().tobytes())
+    names = _read_names(tensors.pop(_NAMES, None), path)
     own: dict[str, list[Tensor]] = {group.name: [] for group in base.groups}
     for group, stacks in own.items():
         while f"{group}.{len(stacks)}" in tensors:
             stacks.append(tensors[f"{group}.{len(stacks)}"])
     return SavedBank(base, names, own)
+
+
+def _read_names(stored: Tensor | None, path: Path) -> list[Hashable]:
+    """Read the names of the adapters; refuse what `write_bank` does not write."""
+    names: Any = None
+    if stored is not None and stored.dtype == torch.uint8:
+        with suppress(ValueError):
+            names = json.loads(stored.numpy().tobytes())
+    texts = isinstance(names, list) and all(type(name) in (str, int) for name in names)
+    if not texts or len(set(names)) < len(names):
+        raise AdapterFileError(
+            f"{path} is damaged: its names are to be a list of distinct texts or integers; found "
+            f"{str(names)[:200]}"
+        )
+    return list(names)
 
 
 def _digest_of(base: Adapter) -> str:

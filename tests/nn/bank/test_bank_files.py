@@ -1,5 +1,8 @@
 """Files of banks: what is saved comes back, and damage is refused."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from banks import equal_tensors, prompts, random_stack, rows_of, small_llama
@@ -150,3 +153,17 @@ def test_an_empty_bank_keeps_its_shared_sides(tmp_path):
     others[1].update(bank)
     for other in others:
         assert all(map(torch.equal, bank.shared["layers"], other.shared["layers"]))
+
+
+@pytest.mark.parametrize("names", ['["ann", "ann"]', '[["ann"], 3]', '"an"', "[", "[1.5, 2]"])
+def test_odd_names_in_a_file_are_refused(tmp_path, monkeypatch, names):
+    bank = full(small_llama(), ())
+    del bank[3]
+
+    def odd(found):
+        return names if found == ["ann", "eve"] else json.dumps(found)
+
+    monkeypatch.setattr("lortalib.nn._bank.file.json", SimpleNamespace(dumps=odd, loads=json.loads))
+    bank.save(tmp_path)
+    with pytest.raises(AdapterFileError, match="a list of distinct texts or integers; found"):
+        bank.load(tmp_path)

@@ -2,10 +2,11 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from adapted import put
-from banks import filled, small_llama
+from banks import constant, filled, small_llama
 
 import lortalib
 
@@ -115,3 +116,18 @@ def test_another_gqa_is_another_shape():
         bank["split"] = split
     with pytest.raises(ValueError, match="the other bank does not fit"):
         lortalib.nn.bank(small_llama(), "lora", 2, targets="kv", gqa="split").update(bank)
+
+
+def test_contexts_of_no_list_of_names_or_of_no_rows_are_refused():
+    bank = filled(small_llama())
+    for names in (None, 3, torch.tensor(3), numpy.array(3)):
+        with pytest.raises(TypeError, match="a name, or None, for every row of the batch; found"):
+            bank.using(names).__enter__()
+    with bank.using(numpy.array([3, 1])):
+        pass
+    for lead in ((0,), ()):
+        with (
+            pytest.raises(ValueError, match=r"the shapes|found 0 rows"),
+            bank.using_tensors(constant(bank, 1, *lead)),
+        ):
+            pass
