@@ -88,7 +88,7 @@ def test_what_cannot_be_asked(llama):
         ({"share_residual": True}, "leave out rank and share_residual"),
         ({"decomposition": [len]}, "a name, a line of legs or a list"),
         ({"decomposition": ["cp", "nonsense"]}, "unknown decomposition 'nonsense'"),
-        ({"numbers": 0}, "at least 1 parameter"),
+        ({"numbers": 0}, "1 or more"),
     ):
         with pytest.raises(ValueError, match=says):
             plan(llama, **{"numbers": 100, **options})
