@@ -106,9 +106,9 @@ def test_the_errors_are_those_of_the_weights(name, data, tmp_path_factory):
         gqa=data.draw(st.sampled_from(["pool", "split"])),
         sweeps=2,
     )
-    made = {own: changes(found.adapter(own), model) for own in truth}
+    made = {own: changes(found.adapter(own).double(), model) for own in truth}
     whole = [{(n, p): t for n, each in d.items() for p, t in each.items()} for d in (made, truth)]
-    assert found.error == pytest.approx(relative(*whole), abs=1e-4)  # parameters are float32
+    assert found.error == pytest.approx(relative(*whole), abs=1e-6)
     for each in found.errors:
         site, zero = each.site, torch.zeros_like(made[each.adapter][each.site.path])
         wanted = truth[each.adapter].get(site.path, zero)
@@ -116,7 +116,7 @@ def test_the_errors_are_those_of_the_weights(name, data, tmp_path_factory):
         for tensor, norms in ((wanted, each.norms), (gap, each.errors)):
             heads = tensor.mT if site.writer else tensor
             heads = heads[features(site)].reshape(site.heads, -1)
-            assert list(norms) == pytest.approx(heads.norm(dim=1).tolist(), rel=1e-4, abs=2e-4)
+            assert list(norms) == pytest.approx(heads.norm(dim=1).tolist(), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...decomp import Cut
+from ...decomp import Cut, NetworkView
 from .._adapter import Adapter
 from .._anatomy import Site
 from .._files import Lora, LowRank, residual_pair
@@ -63,11 +63,12 @@ def measure(adapters: Iterable[Adapter], originals: Mapping[str, Lora]) -> list[
     for adapter in adapters:
         pairs = originals[adapter.name].pairs
         for group in adapter.groups:
-            network = adapter.network(group)
+            own_network = adapter.network(group)
+            # Contracted in float64: large terms of a fit may cancel, and errors are differences.
+            tensors = [tensor.detach().double() for tensor in own_network.tensors]
+            network = NetworkView(own_network.legs, tensors, own_network.modes)
             for site in group.sites:
-                with torch.no_grad():
-                    made = group.pair(network, site)
-                own = LowRank(*(tensor.detach().double() for tensor in made))
+                own = LowRank(*group.pair(network, site))
                 wanted = _original(site, pairs.get(site.path))
                 gap = Cut(torch.cat([wanted.a, own.a]), torch.cat([wanted.b, -own.b], -1))
                 norms = _head_norms(Cut(*wanted), site.heads), _head_norms(gap, site.heads)
