@@ -264,3 +264,40 @@ def test_transformers_says_what_to_call(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(whole)
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert same_bits(output(auto.eval(), LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
+def test_there_and_back_the_file_is_the_same_and_knows_what_was_shared(tmp_path):
+    model = LLAMA.model("ForCausalLM")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    adapter = put(model, train_also=["lm_head"])
+    adapter.save(tmp_path / "own")
+    lortalib.nn.convert(tmp_path / "own", tmp_path / "theirs")
+    lortalib.nn.convert(tmp_path / "theirs", tmp_path / "back")
+    known = [lortalib.nn.read_description(tmp_path / name) for name in ("own", "back")]
+    assert known[0]["shared_weights"]
+    assert known[0]["shared_weights"] == known[1]["shared_weights"]
+    untied = LLAMA.model("ForCausalLM")
+    for name in ("own", "theirs", "back"):
+        with pytest.raises(lortalib.nn.AdapterFileError, match="lm_head"):
+            lortalib.nn.load(untied, tmp_path / name)
+
+
+def test_two_adapters_in_one_folder_are_told_apart(tmp_path):
+    wrapped(LLAMA, decomposition="tt").save_pretrained(tmp_path)
+    model = LLAMA.model()
+    adapter = put(model, "cp")
+    adapter.save(tmp_path)
+    adapter.remove()
+    for read in (lortalib.nn.read, lambda folder: lortalib.nn.load(model, folder)):
+        with pytest.raises(lortalib.nn.AdapterFileError, match="holds two adapters"):
+            read(tmp_path)
+    assert lortalib.nn.read(tmp_path / "adapter.safetensors").config.decomposition == "cp"
+    assert lortalib.nn.read(tmp_path / "adapter_model.safetensors").config.decomposition == "tt"
+
+
+def test_a_lora_beside_an_adapter_is_no_second_adapter(tmp_path):
+    adapter = put(LLAMA.model(), "cp")
+    adapter.save(tmp_path)
+    adapter.export_lora(tmp_path)
+    assert lortalib.nn.read(tmp_path).config.decomposition == "cp"

@@ -18,7 +18,7 @@ from .._anatomy import named_modules
 from .._sharded import divide_again
 from .._trained_modules import Values
 from .adapter import check_numbers
-from .folder import put_files, write_text
+from .folder import is_of_peft, put_files, write_text
 from .lora_config import CONFIG, WEIGHTS
 from .lora_file import sealed_metadata
 from .lora_pairs import OUTPUT, lora_pairs
@@ -123,11 +123,7 @@ def export_lora(
 
 def _check_target(folder: Path) -> None:
     """Refuse a folder of PEFT that holds an adapter of lortalib, whose files have the same names."""
-    try:
-        known = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(known, dict) and known.get("peft_type") == "LORTA":
+    if is_of_peft(folder):
         raise FileExistsError(
             f"{folder} holds an adapter of lortalib in PEFT's form, whose files those of the LoRA would "
             "replace; give another folder"

@@ -21,6 +21,8 @@ DESCRIPTION = "adapter.json"
 #: The two files of PEFT.
 TENSORS_OF_PEFT = "adapter_model.safetensors"
 CONFIG_OF_PEFT = "adapter_config.json"
+#: What PEFT calls the method of lortalib.
+METHOD = "LORTA"
 #: The files of an adapter, of either kind.
 FILES = (TENSORS, DESCRIPTION, TENSORS_OF_PEFT, CONFIG_OF_PEFT)
 #: The largest size of a text that describes an adapter, in bytes.
@@ -42,12 +44,18 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: there is no such file; the message says what the folder contains.
+        AdapterFileError: there are two, of which one may be an older one.
     """
     folder = Path(folder)
     if folder.is_file():
         return folder
     file = folder / TENSORS
     if file.is_file():
+        if (folder / TENSORS_OF_PEFT).is_file() and is_of_peft(folder):
+            raise AdapterFileError(
+                f"{folder} holds two adapters, {TENSORS} of Adapter.save and {TENSORS_OF_PEFT} of PEFT; give "
+                "the path of the file that is meant, or save each to a folder of its own"
+            )
         return file
     if (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no {TENSORS} in {folder}, beside its {DESCRIPTION}")
@@ -63,6 +71,19 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
         f"writes it, or with {CONFIG_OF_PEFT} and {TENSORS_OF_PEFT}, as PEFT does"
         + (_inside(folder) if folder.is_dir() else "")
     )
+
+
+def is_of_peft(folder: Path) -> bool:
+    """Return True if the configuration of PEFT in a folder is of lortalib's method, and not of a LoRA.
+
+    Args:
+        folder: any folder; False if it has no such file.
+    """
+    try:
+        config = read_json(folder / CONFIG_OF_PEFT)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == METHOD
 
 
 def refuse_bank(folder: str | os.PathLike[str]) -> None:

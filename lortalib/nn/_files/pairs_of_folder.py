@@ -10,12 +10,11 @@ from torch import nn
 from .._anatomy import site_weight
 from .adapter import read_adapter
 from .fit import Rules
-from .folder import CONFIG_OF_PEFT, TENSORS, read_json
+from .folder import CONFIG_OF_PEFT, METHOD, TENSORS, read_json
 from .import_lora import Lora, read_lora
 from .lora_file import LowRank
 from .lora_pairs import lora_pairs
 from .lora_sites import check_fit
-from .peft_folder import METHOD
 
 
 def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ()) -> Lora:

@@ -7,7 +7,7 @@ Its configuration has the fields of `lortalib.peft.LortaConfig`, and under ``des
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .._adapter import Adapter
 from .describe import describe
 from .folder import (
     CONFIG_OF_PEFT,
+    METHOD,
     TENSORS_OF_PEFT,
     AdapterFileError,
     put_files,
@@ -28,9 +29,6 @@ from .folder import (
 from .records import short
 from .schema import FORMAT, Description, trained_key, values_of
 from .tensors import write_tensors
-
-#: What PEFT calls the method.
-METHOD = "LORTA"
 
 _NETWORKS = "base_model.lorta_adapters."
 _MODEL = "base_model.model."
@@ -129,7 +127,8 @@ def write_peft(description: Description, tensors: Mapping[str, Tensor], folder: 
             {path for site in description.sites() for path in (site.path, *site.tied_paths)}
         ),
         "modules_to_save": list(trained) or None,
-        "description": _for_configuration(description),
+        # Which weights other modules share was seen on the model, which is not here.
+        "description": _for_configuration(description, ("trained_modules",)),
     }
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
     named = {
@@ -147,10 +146,6 @@ def write_peft(description: Description, tensors: Mapping[str, Tensor], folder: 
     )
 
 
-#: Fields of a description that follow from the tensors and from the model.
-_OF_THE_FILE = ("trained_modules", "shared_weights")
-
-
 def describe_for_peft(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
     """Return the ``description`` of an adapter in the configuration of PEFT.
 
@@ -158,11 +153,12 @@ def describe_for_peft(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
         adapter: an adapter.
         model: the model that carries it.
     """
-    return _for_configuration(describe(adapter, model))
+    return _for_configuration(describe(adapter, model), ("trained_modules", "shared_weights"))
 
 
-def _for_configuration(description: Description) -> dict[str, Any]:
-    value = {k: v for k, v in asdict(description).items() if k not in _OF_THE_FILE}
+def _for_configuration(description: Description, without: Collection[str]) -> dict[str, Any]:
+    """Return a description as JSON, without fields that follow from the tensors or from the model."""
+    value = {k: v for k, v in asdict(description).items() if k not in without}
     found: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
     return found
 
