@@ -59,6 +59,7 @@ class BatchTensors:
         self._tensors = tensors
         self.trains = any(t.requires_grad for each in tensors.values() for t in each)
         self._batch: tuple[object, int | None] = None, None
+        self._media: frozenset[int] = frozenset()
         self._made: Cache = {}
         self._of_forward: tuple[Callable[[], object], Cache] = (lambda: None), {}
 
@@ -119,14 +120,16 @@ class BatchTensors:
         made = source.contract(source.of_layers(tensors, [layer]))
         return [[_without_rows(tensor[0].to(dtype))] for tensor in made]
 
-    def begin(self, running: object, batch: int | None) -> None:
+    def begin(self, running: object, batch: int | None, media: Iterable[int] = ()) -> None:
         """Record the number of rows in the batch of a forward.
 
         Args:
             running: the forward.
             batch: the number of rows; None if it is not known.
+            media: the numbers of pictures or sounds that were given beside texts.
         """
         self._batch = running, batch
+        self._media = frozenset(media) - {batch}
 
     def check(self, x: Tensor, path: str, running: object) -> None:
         """Check that the input of a projection has the rows, or the tokens, of the batch.
@@ -151,6 +154,11 @@ class BatchTensors:
         known, batch = self._batch
         if batch is None or known is not running:
             batch = self.size
+        if self.size > 1 and known is running and x.shape[0] in self._media:
+            raise ValueError(
+                f"the input of {path} has {x.shape[0]} pictures or sounds for a batch of {batch} rows: a bank "
+                "cannot tell whose they are; leave these modules out of targets"
+            )
         if batch % self.size:
             raise ValueError(
                 f"using() named {self.size} rows, but the model was called with a batch of {batch}; "

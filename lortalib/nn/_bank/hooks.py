@@ -47,6 +47,17 @@ _BATCH_ARGUMENTS = (
     "decoder_inputs_embeds",
 )
 
+_TEXTS = {"input_ids", "inputs_embeds"}
+
+#: Arguments of which a row of texts can have several, or none.
+_MEDIA = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "input_values",
+    "input_features",
+)
+
 
 class BatchSizeHook:
     """A forward pre-hook that reads the number of rows from the arguments of the model.
@@ -73,7 +84,8 @@ class BatchSizeHook:
             if self._stream and not is_tracing():
                 check_unmerged(module, self._stream)
             sizes = self._sizes(args, kwargs)
-            batch.begin(self._current.scope.running, _batch_size(sizes, batch.size))
+            media = [sizes[name] for name in _MEDIA if name in sizes and sizes.keys() & _TEXTS]
+            batch.begin(self._current.scope.running, _batch_size(sizes, batch.size), media)
 
     def _sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
         """Return the leading sizes of all tensors with two or more axes, in the order of the signature."""

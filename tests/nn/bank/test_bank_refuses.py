@@ -5,8 +5,9 @@ import copy
 import numpy
 import pytest
 import torch
-from adapted import put
+from adapted import close, put
 from banks import constant, filled, small_llama
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lortalib
 
@@ -131,3 +132,34 @@ def test_contexts_of_no_list_of_names_or_of_no_rows_are_refused():
             bank.using_tensors(constant(bank, 1, *lead)),
         ):
             pass
+
+
+def test_pictures_whose_row_is_not_known_are_refused():
+    """Row 0 has three pictures and row 1 has one, so halves of the four are not those of the rows."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    seeing = CLIPVisionConfig(intermediate_size=64, image_size=8, patch_size=4, **sizes)
+    reading = LlamaConfig(intermediate_size=64, vocab_size=70, **sizes)
+    config = LlavaConfig(seeing, reading, image_token_id=69, image_seq_length=4)
+    model = LlavaForConditionalGeneration(config).eval()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    adapter = put(model, "cp", 2)
+    bank["ann"] = adapter
+    adapter.remove()
+    texts = torch.full((2, 14), 5)
+    texts[0, :12] = texts[1, :4] = 69
+    pictures = torch.randn(4, 3, 8, 8)
+    with (
+        bank.using(["ann", None]),
+        pytest.raises(ValueError, match="4 pictures or sounds for a batch of 2"),
+    ):
+        model(input_ids=texts, pixel_values=pictures)
+    with bank.using(["ann"]):  # all are of one row
+        alone = model(input_ids=texts[:1], pixel_values=pictures[:3]).logits
+    whole = torch.full((2, 6), 5)
+    whole[:, :4] = 69
+    with bank.using(["ann", None]):  # one picture for each row
+        both = model(input_ids=whole, pixel_values=pictures[:2]).logits
+    with bank.using(["ann"]):
+        first = model(input_ids=whole[:1], pixel_values=pictures[:1]).logits
+    assert close(both[:1], first)
+    assert alone.isfinite().all()
