@@ -156,8 +156,8 @@ class BatchTensors:
             batch = self.size
         if self.size > 1 and known is running and x.shape[0] in self._media:
             raise ValueError(
-                f"the input of {path} has {x.shape[0]} pictures or sounds for a batch of {batch} rows: a bank "
-                "cannot tell whose they are; leave these modules out of targets"
+                f"the input of {path} has {x.shape[0]} pictures or sounds for a batch of {batch} rows: a "
+                "bank cannot tell whose they are; leave these modules out of targets"
             )
         if batch % self.size:
             raise ValueError(

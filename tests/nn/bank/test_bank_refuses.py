@@ -152,7 +152,7 @@ def test_pictures_whose_row_is_not_known_are_refused():
     pictures = torch.randn(4, 3, 8, 8)
     with (
         bank.using(["ann", None]),
-        pytest.raises(ValueError, match="4 pictures .* batch of 2"),
+        pytest.raises(ValueError, match=r"4 pictures .* batch of 2"),
     ):
         model(input_ids=texts, pixel_values=pictures)
     with bank.using(["ann"]):  # all are of one row
