@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Union, overload
+from typing import TYPE_CHECKING, Union, overload
 
 import torch
 from torch import nn
@@ -24,14 +24,8 @@ if TYPE_CHECKING:
 ModelLike = Union[nn.Module, "PreTrainedConfig"]
 
 
-class _Default:
-    """The default rank, told apart from a rank that was given."""
-
-    def __repr__(self) -> str:
-        return "16"
-
-
-_RANK: Any = _Default()
+#: The rank where none is given.
+_RANK = 16
 
 
 @overload
@@ -146,7 +140,7 @@ def plan(  # type: ignore[misc]
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
-        if rank is not _RANK or share_residual:
+        if rank != _RANK or share_residual:
             raise ValueError(
                 "numbers= finds the rank, of networks that share no factor: leave out rank and share_residual"
             )
@@ -155,7 +149,7 @@ def plan(  # type: ignore[misc]
     return plan_sites(
         chosen,
         "indscal" if decomposition is None else decomposition,  # type: ignore[arg-type]
-        16 if rank is _RANK else rank,
+        rank,
         alpha=alpha,
         dropout=dropout,
         init=init,
