@@ -39,12 +39,14 @@ def balance(net: TensorNetwork) -> TensorNetwork:
         for k, term in enumerate(net.legs.terms)
         if not term.frozen and owners.count(owners[k]) == 1
     ]
-    tensors = [tensor.detach().clone() for tensor in net.tensors]
+    # In float64, because every round would add a rounding error, and terms of a fit can cancel.
+    tensors = [tensor.detach().to(torch.float64, copy=True) for tensor in net.tensors]
     for _ in range(_ROUNDS):
         for bond in net.ranks:
             carriers = [k for k in net.legs.carriers[bond] if k in free]
             _even(tensors, {k: net.legs.terms[k].legs.index(bond) for k in carriers})
-    return NetworkView(net.legs, tensors, net.modes)
+    found = [tensor.to(old.dtype) for tensor, old in zip(tensors, net.tensors)]
+    return NetworkView(net.legs, found, net.modes)
 
 
 def _even(tensors: list[Tensor], axes: dict[int, int]) -> None:

@@ -72,10 +72,12 @@ def test_a_line_that_can_hold_them_holds_them(family, gqa, tmp_path):
         "other": random_lora(family, tmp_path / "other", seed=2, r=2, use_rslora=True),
     }
     model = family.model()
-    found = compress(model, [tmp_path / name for name in truth], EXACT, 3, gqa=gqa, sweeps=60)
-    assert found.error < 1e-4
+    found = compress(model, [tmp_path / name for name in truth], EXACT, 3, gqa=gqa, sweeps=20)
+    # Of the LoRAs drawn for Phi3 large terms cancel, and parameters are stored in float32.
+    assert found.error < (1e-5 if family.name == "Phi3" else 1e-6)
     for name, wanted in truth.items():
-        assert relative(changes(found.adapter(name), model), wanted) < 1e-4
+        error = relative(changes(found.adapter(name).double(), model), wanted)
+        assert error < (2e-5 if family.name == "Phi3" else 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "uni_lora"])
@@ -224,11 +226,11 @@ def test_modules_that_an_adapter_leaves_alone_stay_as_they_are(tmp_path):
     random_lora(family, tmp_path / "q", targets=["query"], seed=1)
     random_lora(family, tmp_path / "v", targets=["value"], seed=2)
     model = family.model()
-    found = compress(model, [tmp_path / "q", tmp_path / "v"], EXACT, 3, sweeps=60)
-    assert found.error < 1e-4
+    found = compress(model, [tmp_path / "q", tmp_path / "v"], EXACT, 3, sweeps=20)
+    assert found.error < 1e-5
     rows = {(e.adapter, e.site.role): e for e in found.errors if e.site.layer == 0}
     assert sum(rows["q", "v"].norms) == 0
-    assert max(rows["q", "v"].errors) < 1e-4
+    assert max(rows["q", "v"].errors) < 1e-6
     assert changes(found.adapter("q"), model).keys() == changes(found.adapter("v"), model).keys()
 
 
@@ -240,7 +242,7 @@ def test_what_is_saved_does_what_the_loras_did(inputs, tmp_path):
         random_lora(LLAMA, tmp_path / name, "ForCausalLM", seed=k)
     model = LLAMA.model("ForCausalLM")
     with unchanged(model):
-        found = compress(model, [tmp_path / "ann", tmp_path / "b.o.b"], EXACT, 3, sweeps=60)
+        found = compress(model, [tmp_path / "ann", tmp_path / "b.o.b"], EXACT, 3, sweeps=20)
         out = found.save(tmp_path / "deep" / "out")
     assert sorted(path.name for path in out.iterdir()) == ["ann", "b_o_b"]
     for name, own in (("ann", "ann"), ("b_o_b", "b.o.b")):
@@ -298,7 +300,7 @@ def test_adapters_of_lortalib_are_compressed_too(decomposition, inputs, tmp_path
     adapter.remove()
     # A module of a tensor on the stream has a pair of rank 16 at most here, the width.
     found = compress(model, [tmp_path / "own", tmp_path / "as_peft"], EXACT, 4, sweeps=30)
-    assert found.error < 1e-4
+    assert found.error < 1e-5
     out = found.save(tmp_path / "out")
     lortalib.nn.load(model, out / "as_peft")
     assert close(output(model, inputs), expected, 1e-3)
@@ -465,7 +467,7 @@ def test_real_loras_of_minilm(asset, tmp_path):
     model = AutoModel.from_pretrained(asset("minilm"))
     errors = [compress(model, folders, EXACT, rank, sweeps=30).error for rank in (1, 4, 8)]
     assert 1 > errors[0] > errors[1] > errors[2]
-    assert errors[2] < 1e-4
+    assert errors[2] < 1e-5
     found = compress(model, folders, "in p, adapter layer matrix p q, head out q", 32, sweeps=10)
     assert {site.role for site in found.adapter("no0").sites} >= {"q", "k", "v", "o", "up", "down"}
     lortalib.nn.load(model, found.save(tmp_path / "out") / "no1")
