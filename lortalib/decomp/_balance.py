@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ._tensor_network import NetworkView, TensorNetwork
 
-#: Rounds over all bonds; in trees and CP a few are enough to converge.
+#: Rounds over all bonds: CP is even after at most three; a train whose parameters differ by 10^12 to 0.3 %
+#: after these.
 _ROUNDS = 20
 
 

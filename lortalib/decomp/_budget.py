@@ -9,8 +9,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Union
 
-from ._build import Rank
 from ._formats import Format, formats, get_format
+from ._full import check_full
 from ._legs import Legs
 from ._modes import Shape, ShapeLike
 from ._rank_table import RankRow, RankTable
@@ -32,7 +32,8 @@ def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -
 
     Returns:
         `RankTable`, the closest format first. ``table.refused`` says why a format has no row: it does not
-        fit the modes, it takes more parameters at rank 1, or it is hashed and takes any number.
+        fit the modes, `network` refuses it, it takes more parameters at rank 1, or it is hashed and takes
+        any number.
 
     Raises:
         ValueError: a number of parameters below 1, no shape, or an unknown name.
@@ -99,8 +100,7 @@ def _row(line: str, form: Format, shapes: Sequence[Shape], parameters: int) -> R
     ranks = limited(dict.fromkeys(bonds, equal))
     if not any(term.tied for each in sized for term in each.legs.terms):  # tied bonds stay equal
         ranks = _raised(ranks, fits, limited, parameters)
-    rank: Rank = ranks
-    return RankRow(line, rank, count(ranks))
+    return RankRow(line, ranks, count(ranks))
 
 
 def _raised(
@@ -140,7 +140,9 @@ class _SizedLine:
         self.legs.check(self.shape.modes)
         if self.legs.vectors:
             raise ValueError("takes any number of trainable parameters: the size of its vector")
-        self.legs.check_tied_sizes({**self._open, **dict.fromkeys(self.bonds, 1)})
+        sizes = {**self._open, **dict.fromkeys(self.bonds, 1)}
+        self.legs.check_tied_sizes(sizes)
+        check_full(self.legs, sizes, self.shape.modes)
 
     def limited(self, ranks: Mapping[str, int]) -> dict[str, int]:
         own = {bond: ranks[bond] for bond in self.bonds}

@@ -24,7 +24,7 @@ def check_carriers(
         line: the line, for messages.
         place: where a leg stands, for messages.
     """
-    axes = set(open_legs(tuple(modes), tuple(carriers)))
+    axes = open_legs(tuple(modes), tuple(carriers))
     if len(set(modes)) < len(modes):
         raise LegsError(
             f"a mode stands twice among {', '.join(modes)}; its axes need names, for", line
@@ -47,7 +47,7 @@ def check_carriers(
                 f"({', '.join(modes)}), and as a bond it needs a second parameter to join, in",
                 *place(leg),
             )
-    missing = [mode for mode in open_legs(tuple(modes), tuple(carriers)) if mode not in carriers]
+    missing = [mode for mode in axes if mode not in carriers]
     if missing:
         raise LegsError(
             f"no parameter carries the mode {', '.join(map(repr, missing))} of the tensor, in",

@@ -56,11 +56,13 @@ def cross(
     as an error allows, and `convert` writes it in another line.
 
     Args:
-        function: returns the entries at positions (n, number of modes), integers, in one call. It is
-            called with up to ``rank**2`` times the largest size positions at once.
+        function: returns the entries at positions (n, number of modes), integers on the CPU, in one call. It
+            is called with up to ``rank**2`` times the largest size positions at once, and once with 1,000
+            random ones.
         shape: two or more modes, as for `network`; their order is that of the train.
         rank: the largest size of a bond.
-        tolerance: stop when the relative error over random entries is at most this.
+        tolerance: stop when the relative error over random entries is at most this; entries in float32
+            allow about 1e-6.
         sweeps: the largest number of sweeps, each forth and back.
         generator: the source of the first positions and of the random entries; by default one with a
             fixed seed.
@@ -106,7 +108,7 @@ def cross(
         *(core.transpose(0, 1) for core in cores[1:-1]),
         cores[-1][:, :, 0].mT,
     ]
-    own = [p.to(tensor.dtype).contiguous() for p in parameters]
+    own = [p.to(tensor.device, tensor.dtype).contiguous() for p in parameters]
     network = Network(legs, own, tuple(sizes))
     return Cross(network, best, tuple(errors), tensor.count, best <= tolerance)
 
@@ -118,7 +120,7 @@ class _Entries:
         self._function = function
         self.sizes = sizes
         self.count = 0
-        self.dtype = torch.float64
+        self.dtype, self.device = torch.float64, torch.device("cpu")
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Return the entries at positions (n, modes) in float64."""
@@ -137,7 +139,8 @@ class _Entries:
             )
         self.count += len(found)
         self.dtype = found.dtype if found.is_floating_point() else torch.get_default_dtype()
-        return found.detach().double()
+        self.device = found.device
+        return found.detach().cpu().double()
 
     def draw(self, count: int, source: torch.Generator) -> Tensor:
         """Draw positions (count, modes), each mode by itself."""

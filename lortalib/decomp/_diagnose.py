@@ -110,7 +110,8 @@ def congruence(
         A matrix (summands of net, summands of other); zero where a summand is zero.
 
     Raises:
-        ValueError: other modes or sizes; no such bond, or several to choose from.
+        ValueError: other modes or sizes, or split modes without common factors; no such bond, or several to
+            choose from.
 
     Example:
         >>> from lortalib.decomp import cp
@@ -144,7 +145,8 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
         At most 100.
 
     Raises:
-        ValueError: the network is no CP, or the target has another shape.
+        ValueError: the network is no CP, or the target has another shape, or splits a mode into factors
+            without common ones.
 
     Example:
         >>> from lortalib.decomp import cp
@@ -208,8 +210,7 @@ def conditioning(net: TensorNetwork) -> dict[str, float]:
 
 
 def _wide(net: TensorNetwork) -> Pieces:
-    pieces = pieces_of(net)
-    return Pieces(pieces.terms, tuple(tensor.detach().double() for tensor in pieces.tensors))
+    return pieces_of(net).wide()
 
 
 def _numbering(net: TensorNetwork, bond: str | None) -> str:

@@ -113,7 +113,8 @@ def fit(
     Raises:
         ValueError: a target, mask or weights that are not finite, empty or of other shapes; a slice
             without known entries; a line whose parameters are all frozen, or hashed; a start of another
-            line or shape; parameters too large for the dtype.
+            line or shape; a mode that the line, the target or the weights split into factors without common
+            ones; parameters too large for the dtype.
         TypeError: a complex target.
 
     Warns:

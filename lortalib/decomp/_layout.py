@@ -19,9 +19,8 @@ class Box:
     def __init__(self, legs: tuple[str, ...], modes: tuple[str, ...]) -> None:
         self.modes = [leg for leg in legs if leg in modes]
         self.bonds = [leg for leg in legs if leg not in modes]
-        self.ports: list[
-            str
-        ] = []  # bonds that leave at the upper side, or at the lower side of a core
+        # Bonds that leave at the upper side, or at the lower side of a core.
+        self.ports: list[str] = []
         self.x = self.y = self.width = 0.0
 
     @property

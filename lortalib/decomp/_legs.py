@@ -293,6 +293,7 @@ class Legs:
             self.carriers,
             shapes,
             {**self.factors, **(known or {})},
+            self.line or str(self),
             self._place,
         )
         self.check_tied_sizes(sizes)

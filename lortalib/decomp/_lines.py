@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
-from string import ascii_lowercase
 
 from ._build import Rank
 from ._factors import mode_of, usual_factors
@@ -55,14 +54,14 @@ def _own_train(shape: Shape, joint: str = "") -> str:
     inputs, rest = _sides(shape, ("in",))
     outputs, slices = _sides(Shape({leg: shape[leg] for leg in rest}), ("head", "out"))
     middle = [_fresh(shape, joint)] * 2 if joint else []
-    chain = [*inputs, *middle, *outputs]
-    letters = iter(_fresh(shape, letter) for letter in ascii_lowercase if letter != joint)
+    train = [*inputs, *middle, *outputs]
+    letters = (_fresh(shape, letter) for letter in _letters())
     # The two cores with the joint bond have no other in common.
     apart = len(inputs) if joint else None
-    bonds = ["" if k == apart else next(letters) for k in range(len(chain) - 1)]
+    bonds = ["" if k == apart else next(letters) for k in range(len(train) - 1)]
     return ", ".join(
         " ".join(filter(None, [*slices, leg, left, right]))
-        for leg, left, right in zip(chain, ["", *bonds], [*bonds, ""])
+        for leg, left, right in zip(train, ["", *bonds], [*bonds, ""])
     )
 
 

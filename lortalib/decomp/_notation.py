@@ -3,9 +3,10 @@
 A line lists the parameters, separated by commas; a parameter lists its legs, separated by spaces.
 A leg is a *mode* (an axis of the tensor) or a *bond* (an axis that is summed over). A mark may follow
 the legs of a parameter: ``(frozen)`` is not trained, ``(zero)`` starts at zero, ``(shared)`` is the same
-for all adapters of a bank, ``(tied)`` is the parameter before it used a second time, with other legs, and
+for all adapters of a bank, ``(tied)`` is the parameter before it used a second time, with other legs,
 ``(of n)`` is hashed: its entries are the entries of a trained vector of size n, drawn by a seed
-(``(of n, seed 7)``; 0 if none is given).
+(``(of n, seed 7)``; 0 if none is given), and ``(full)`` allows one parameter to have factors of both sides
+of the update.
 
     in r, out r, head r, layer r, matrix r          CP
     in p, layer matrix p q, head out q              LoTR

@@ -27,6 +27,10 @@ class Pieces(NamedTuple):
         terms = (tuple(leg if leg in keep else leg + mark for leg in t) for t in self.terms)
         return Pieces(tuple(terms), self.tensors)
 
+    def wide(self) -> Pieces:
+        """Take the values in float64, without gradients."""
+        return Pieces(self.terms, tuple(tensor.detach().double() for tensor in self.tensors))
+
     def without(self, position: int) -> Pieces:
         """Leave out one tensor."""
         keep = [k for k in range(len(self.terms)) if k != position]

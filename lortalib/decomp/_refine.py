@@ -111,15 +111,15 @@ def common_factors(
         marks = {1, size}  # where the products of the first factors of any line end
         own: list[list[int]] = []
         for legs, sizes in splits:
-            factors = [sizes[leg] for leg in legs.open_legs([mode])]
-            own.append(factors)
+            factors = [sizes[leg] for leg in legs.open_legs([mode]) if leg in sizes]
+            own += [factors] * bool(factors)  # none, if the line does not have the mode
             marks |= {size // math.prod(factors[:k]) for k in range(len(factors))}
         ends = sorted(marks, reverse=True)
         if any(one % other for one, other in pairwise(ends)):
             texts = dict.fromkeys(" x ".join(map(str, factors)) for factors in own)
             raise ValueError(
-                f"{mode!r} is split into {' and into '.join(texts)}, which have no common factors; convert "
-                "one of the networks with `fit` first, or split both alike"
+                f"{mode!r} is split into {' and into '.join(texts)}, which have no common factors; split "
+                "both alike, or fit the dense tensor of one: fit(net.dense(), line, modes=net.modes)"
             )
         found[mode] = tuple(one // other for one, other in pairwise(ends)) or (1,)
     return Refinement(found)

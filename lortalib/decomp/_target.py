@@ -70,7 +70,7 @@ def read_target(
     refinement = _refinement(shape, [*nets, weights], split)
     legs = refinement.open_legs
     if nets:
-        summands = [_wide(pieces_of(refinement.of(net))) for net in nets]
+        summands = [pieces_of(refinement.of(net)).wide() for net in nets]
         if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
             whole = torch.stack([summand.contract(legs) for summand in summands]).sum(0)
             summands = [Pieces((legs,), (whole,))]
@@ -97,7 +97,11 @@ def _refinement(
     """Find the factors that the line, the target and the weights have in common."""
     nets = [net for net in several if isinstance(net, TensorNetwork)]
     lines: list[tuple[Legs, Mapping[str, int]]]
-    lines = [(net.legs, net.sizes) for net in nets if dict(net.shape) == dict(shape)]
+    lines = [
+        (net.legs, {leg: net.sizes[leg] for leg in net.open_legs})
+        for net in nets
+        if net.shape.items() <= shape.items()
+    ]
     if split is not None:
         legs = split(shape)
         lines.append((legs, legs.split(shape)))
@@ -112,10 +116,6 @@ def _are_networks(target: Any) -> bool:
             raise TypeError(f"a sum consists of networks; found also {', '.join(others)}")
         return True
     return False
-
-
-def _wide(pieces: Pieces) -> Pieces:
-    return Pieces(pieces.terms, tuple(tensor.detach().double() for tensor in pieces.tensors))
 
 
 def _normalised(
@@ -151,7 +151,7 @@ def _read_weight(
         if mask is not None:
             weights = _spread(weights, shape)
     if isinstance(weights, TensorNetwork):
-        wide = _wide(pieces_of(refinement.of(weights)))
+        wide = pieces_of(refinement.of(weights)).wide()
         if not all(bool(((t >= 0) & t.isfinite()).all()) for t in wide.tensors):
             raise ValueError("the parameters of a network of weights are to be finite and >= 0")
         return wide.renamed("#", refinement.open_legs)

@@ -14,6 +14,7 @@ def sizes_of_tensors(
     carriers: Mapping[str, Sequence[int]],
     shapes: Sequence[Sequence[int]],
     known: Mapping[str, int],
+    line: str,
     place: Place,
 ) -> dict[str, int]:
     """Find the size of each leg and each vector; see `Legs.sizes` for the errors.
@@ -24,12 +25,13 @@ def sizes_of_tensors(
         carriers: the positions of the terms with each leg.
         shapes: the shape of the stored tensor of each term.
         known: sizes of legs, which the tensors have to agree with.
+        line: the line, for messages.
         place: where a leg stands, for messages.
     """
     if len(shapes) != len(terms):
         raise LegsError(
             f"{len(terms)} parameters are named but {len(shapes)} tensors were given, in",
-            place(terms[0].legs[0])[0],
+            line,
         )
     sizes = {leg: n for leg, n in known.items() if leg in carriers}
     for position, (owner, shape) in enumerate(zip(owners, shapes)):

@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._cut import Partition, Side, cheapest_cut, make_side
+from ._cut import OUT_MODES, Partition, Side, cheapest_cut, make_side
 from ._einsum import Names, compile_constant
 from ._tensor_network import TensorNetwork
-
-_FAR = ("head", "out")
 
 
 class ThreeWayCut(NamedTuple):
@@ -79,8 +77,11 @@ def three_way_plan(network: TensorNetwork, mode: str, *batch_modes: str) -> Thre
         batch_modes: modes that become leading axes, in this order.
 
     Returns:
-        The plan; None if one of the sides cannot be without the mode, or no parameter carries the mode.
-        `TensorNetwork.cut_plan` then divides the network in two.
+        The plan; None if one of the sides cannot be without the mode, if no parameter carries it, or if any
+        mode is split. `TensorNetwork.cut_plan` then divides the network in two.
+
+    Raises:
+        LegsError: the network cannot be cut over these modes; see `TensorNetwork.cut`.
 
     Example:
         >>> import torch
@@ -105,11 +106,11 @@ def _plan(
 ) -> ThreeWayPlan | None:
     size = dict(sizes)
     slices = tuple(leg for leg in batch_modes if leg != mode)
-    near = _cut_off(terms, sizes, ("in",), (*_FAR, mode), slices)
+    near = _cut_off(terms, sizes, ("in",), (*OUT_MODES, mode), slices)
     if not near.in_side or not any(mode in term for term in terms):
         return None
     # The side of `head` is that where a position of `mode` makes fewer numbers for each input.
-    tries = [(size.get("head", 1), ("out",), ("in", "head", mode)), (1, _FAR, ("in", mode))]
+    tries = [(size.get("head", 1), ("out",), ("in", "head", mode)), (1, OUT_MODES, ("in", mode))]
     found = []
     for heads, own, rest in tries:
         far = _far_side(terms, sizes, near, (own, rest), slices)
@@ -124,7 +125,7 @@ def _plan(
     p = tuple(leg for leg in near.bonds if leg not in common)
     q = tuple(leg for leg in far.bonds if leg not in common)
     head = ("head",) if "head" in carried else ()
-    out = tuple(leg for leg in _FAR if any(leg in terms[k] for k in far.in_side))
+    out = tuple(leg for leg in OUT_MODES if any(leg in terms[k] for k in far.in_side))
 
     leading = tuple((leg,) for leg in batch_modes)
 

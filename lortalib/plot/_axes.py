@@ -48,7 +48,7 @@ def heat_map(
         x: what the columns are, and the name of each.
         y: what the rows are, and the name of each.
         unit: what the colours show.
-        limits: the values at the ends of the colours; the smallest and largest by default, from zero.
+        limits: the values at the ends of the colours; zero and the largest value by default.
     """
     signed = limits is not None
     image = ax.imshow(

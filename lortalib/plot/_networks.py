@@ -54,7 +54,8 @@ def congruence(
         The axes.
 
     Raises:
-        ValueError: other modes or sizes; no such bond, or several to choose from.
+        ValueError: other modes or sizes, or split modes without common factors; no such bond, or several to
+            choose from.
         ImportError: matplotlib is not installed.
 
     Example:

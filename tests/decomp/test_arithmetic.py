@@ -10,6 +10,7 @@ from largest_tensor import LargestTensor
 from reference import dense
 from strategies import KINDS, build, examples, generator, networks, ranks_of, seeds, small
 
+from lortalib import decomp
 from lortalib.decomp import (
     Network,
     NetworkView,
@@ -312,3 +313,17 @@ def test_the_parts_of_a_gram_matrix_multiply_to_it(line):
             whole = gram(net, k).detach().reshape(2 * [net.sizes[bond] for bond in bonds])
             whole = whole.permute([*order, *(len(bonds) + axis for axis in order)])
             assert_same(total, whole.reshape(total.shape))
+
+
+@pytest.mark.parametrize("size", [0.03, 20.0])
+def test_norms_of_half_precision_neither_overflow_nor_vanish(size):
+    shape = {"layer": 3, "in": 8, "out": 4}
+    net = decomp.cp(shape, 2, init="normal", generator=torch.Generator().manual_seed(0))
+    half = decomp.Network(net.legs, [t.detach().mul(size).half() for t in net.tensors], net.modes)
+    exact = decomp.Network(net.legs, [t.detach().double() for t in half.tensors], net.modes)
+    for found, wanted in (
+        (decomp.norm(half), decomp.norm(exact)),
+        (decomp.distance(half, decomp.scale(half, -1.0)), 2 * decomp.norm(exact)),
+    ):
+        assert found.dtype == torch.float16
+        assert found.item() == pytest.approx(wanted.item(), rel=2e-2)

@@ -132,17 +132,8 @@ def test_maxvol_reaches_nearly_the_largest_volume(n, r, seed):
     assert coefficients.abs().max() <= 1.02 + 1e-8
     volume = matrix[rows].det().abs()
     largest = max(matrix[list(some)].det().abs() for some in combinations(range(n), r))
-    assert (
-        volume >= largest / (1.02 * r) ** r
-    )  # Goreinov et al.: a local maximum is at most r^(r/2) below
-
-
-@pytest.mark.parametrize("name", ["tt", "tucker", "ring"])
-def test_formats_over_many_modes(name):
-    """Names of bonds do not run out."""
-    shape = {**{f"m{k}": 2 for k in range(20)}, "in": 2, "out": 2}
-    net = decomp.get_format(name)(shape, 1, device="meta")
-    assert set(net.modes) == set(shape)
+    # Hadamard: a minor of r rows of coefficients whose entries are at most 1.02.
+    assert volume >= largest / (1.02**r * r ** (r / 2)) * (1 - 1e-8)
 
 
 def test_more_modes_than_legs_are_refused_before_any_work():

@@ -3,7 +3,6 @@
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, examples, networks
@@ -71,4 +70,3 @@ def test_without_in_and_out_no_side_is_marked():
 def test_a_network_without_modes():
     net = decomp.network("in r, out r", {"in": 4, "out": 3}, 2).select({"in": 0}, out=1)
     check(net)
-    assert torch.is_tensor(net.dense())

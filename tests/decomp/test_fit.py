@@ -158,6 +158,17 @@ def test_weights_may_be_constant_along_modes(name, is_dense):
     assert one.error == pytest.approx(measured(one, target.dense(), whole.sqrt().numpy()), abs=1e-7)
 
 
+def test_weights_over_some_modes_may_split_them():
+    target = cp({"in": 6, "out": 4}, 2, init="normal", dtype=torch.float64)
+    weights = Network("in.1 a, in.2 a", [torch.rand(2, 1), torch.rand(3, 1)], ["in"])
+    whole = weights.dense().detach().double().reshape(6, 1).expand(6, 4)
+    one, other = (
+        fit(target, "cp", 1, weights=each, start="random", sweeps=5, tolerance=0)
+        for each in (weights, whole)
+    )
+    assert one.errors == pytest.approx(other.errors, abs=1e-6)
+
+
 def test_no_tensor_of_a_fit_to_a_network_is_large():
     shape = {"layer": 12, "head": 6, "matrix": 4, "in": 96, "out": 32}  # 884,736 entries
     trained = [lora(shape, 4, init="normal", generator=generator(k)) for k in range(2)]

@@ -8,6 +8,7 @@ import reference
 import torch
 from strategies import FORMATS, generator, small
 
+from lortalib import decomp
 from lortalib.decomp import (
     Format,
     Legs,
@@ -287,3 +288,11 @@ def test_the_name_of_a_format_stands_for_its_line(name):
     for one, two in zip(*(net.parameters() for net in made)):
         assert torch.equal(one, two)
         assert one.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["tt", "tucker", "ring"])
+def test_formats_over_many_modes(name):
+    """Names of bonds do not run out."""
+    shape = {**{f"m{k}": 2 for k in range(20)}, "in": 2, "out": 2}
+    net = decomp.get_format(name)(shape, 1, device="meta")
+    assert set(net.modes) == set(shape)

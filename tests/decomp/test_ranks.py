@@ -222,6 +222,20 @@ def test_a_budget_is_a_whole_number(wrong):
         decomp.budget({"layer": 4, "in": 12, "out": 8}, wrong)
 
 
+def test_a_budget_lists_what_can_be_made():
+    line = "in.1:2 out.1:2, in.2:3 out.2:2"
+    shape = {"in": 6, "out": 4}
+    table = decomp.budget(shape, 100, [line, f"{line} (full)".replace(",", " (full),")])
+    assert "(full)" in table.refused[line]
+    assert [row.parameters for row in table] == [10]
+
+
+def test_formats_with_more_legs_than_letters_say_so():
+    for name in ("tt_lora", "loretta", "tt"):
+        with pytest.raises(decomp.LegsError, match="52"):
+            decomp.get_format(name).legs({"in": (2,) * 14, "out": (2,) * 14, "layer": 2}).sizes([])
+
+
 def test_ranks_are_suggested_in_any_order():
     truth = decomp.tt({"layer": 3, "in": 6, "out": 4}, 2, init="normal", dtype=torch.float64)
     for ranks in ((1, 2), (2, 1), (3, 2, 1), (1, 2, 3)):

@@ -71,6 +71,10 @@ def test_every_door_that_takes_a_folder_takes_a_repository(hub, inputs, capsys):
     }
     model = fresh()
     assert len(lortalib.nn.load_lora(model, "user/plain").sites) == len(adapter.sites)
+    found = lortalib.nn.compress(fresh(), ["user/plain", "user/name"], "tt", 2, sweeps=1)
+    assert found.names == ("plain", "name")
+    fresh().save_pretrained("base")
+    assert main(["compress", "user/plain", "small", "--sweeps", "1", "--model", "base"]) == 0
 
 
 def test_a_revision_is_a_state_of_its_own(hub):

@@ -7,9 +7,9 @@ import math
 import re
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from .._hub import local_folder
 from .folder import AdapterFileError, read_json
 from .records import short
 
@@ -44,7 +44,7 @@ def lora_config(folder: str | PathLike[str]) -> dict[str, Any]:
     """Read the configuration of a LoRA's folder, and check it.
 
     Args:
-        folder: a folder that `export_lora` or PEFT wrote.
+        folder: a folder that `export_lora` or PEFT wrote, or a repository of the hub.
 
     Returns:
         The fields of ``adapter_config.json``; ``"r"`` is the rank.
@@ -63,7 +63,8 @@ def lora_config(folder: str | PathLike[str]) -> dict[str, Any]:
         >>> lora_config(folder)["r"]
         2
     """
-    file = Path(folder) / CONFIG
+    folder = local_folder(folder, (CONFIG, WEIGHTS))
+    file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(
             f"no {CONFIG} in {folder}; a LoRA of PEFT is a folder with {CONFIG} and {WEIGHTS}"

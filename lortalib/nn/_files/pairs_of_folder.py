@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from .._anatomy import site_weight
+from .._hub import local_folder
 from .adapter import read_adapter
 from .fit import Rules
-from .folder import CONFIG_OF_PEFT, METHOD, TENSORS, read_json
+from .folder import CONFIG_OF_PEFT, FILES, METHOD, TENSORS, read_json
 from .import_lora import Lora, read_lora
 from .lora_file import LowRank
 from .lora_pairs import lora_pairs
@@ -22,7 +23,7 @@ def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ())
 
     Args:
         model: the model that it was trained on; the meta device is enough for an adapter on the weights.
-        folder: a folder of a LoRA of PEFT, or of an adapter of lortalib of either kind.
+        folder: a folder or repository of a LoRA of PEFT, or of an adapter of lortalib of either kind.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
 
     Raises:
@@ -31,7 +32,8 @@ def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ())
         ValueError: an adapter on the stream and a model without weights, or weights for which there is no
             pair, such as packed experts.
     """
-    if _is_lora(Path(folder)):
+    folder = local_folder(folder, FILES)
+    if _is_lora(folder):
         return read_lora(model, folder)
     adapter = read_adapter(model, folder, rules=rules)
     on_stream = adapter.config.acts_on == "stream"
