@@ -10,7 +10,7 @@ from ._carriers import check_carriers
 from ._factors import is_factor, mode_of, open_legs, sizes_of_factors
 from ._leaves import leaves_first
 from ._limits import rank_limits
-from ._marks import check_marks
+from ._marks import check_marks, zeroable
 from ._modes import Shape
 from ._notation import LegsError, Term, check_bounds, read_line, vectors_of
 from ._tensor_sizes import check_tied_sizes, sizes_of_tensors
@@ -88,9 +88,7 @@ class Legs:
             >>> Legs.parse("in.1 a, layer in.2 a b, out b").open_legs(["layer", "in", "out"])
             ('layer', 'in.1', 'in.2', 'out')
         """
-        found: tuple[str, ...]
-        found = open_legs(tuple(modes), tuple(leg for term in self.terms for leg in term.legs))
-        return found
+        return open_legs(tuple(modes), tuple(leg for term in self.terms for leg in term.legs))
 
     @cached_property
     def factors(self) -> dict[str, int]:
@@ -171,6 +169,16 @@ class Legs:
             return self
         return Legs(tuple(replace(term, of="", seed=0, spans=()) for term in self.terms))
 
+    @property
+    def unmarked(self) -> Legs:
+        """The line without the marks that do not change which tensor its parameters make.
+
+        Example:
+            >>> str(Legs.parse("in r (shared), out r (frozen), layer r (zero)").unmarked)
+            'in r, out r, layer r'
+        """
+        return Legs(tuple(term.unmarked for term in self.terms))
+
     def check(self, modes: Sequence[str]) -> None:
         """Check that the line describes a tensor with these modes.
 
@@ -221,10 +229,7 @@ class Legs:
     @cached_property
     def zeroable(self) -> tuple[int, ...]:
         """The positions of the parameters that can start at zero, in the order of the line; see `zero`."""
-        once = (k for k in range(len(self.terms)) if self.owners.count(self.owners[k]) == 1)
-        trainable = (k for k in once if not self.terms[k].frozen)
-        shared = {k for k in self.holders if self.holders.count(k) > 1}
-        return tuple(k for k in trainable if self.terms[k].zero or self.holders[k] not in shared)
+        return zeroable(self.terms, self.owners, self.holders)
 
     @property
     def zero(self) -> int:
@@ -287,14 +292,9 @@ class Legs:
             LegsError: a parameter with another number of axes than legs, a leg whose sizes
                 on two parameters disagree, or a leg without a size.
         """
+        given, line = {**self.factors, **(known or {})}, self.line or str(self)
         sizes = sizes_of_tensors(
-            self.terms,
-            self.owners,
-            self.carriers,
-            shapes,
-            {**self.factors, **(known or {})},
-            self.line or str(self),
-            self._place,
+            self.terms, self.owners, self.carriers, shapes, given, line, self._place
         )
         self.check_tied_sizes(sizes)
         return sizes

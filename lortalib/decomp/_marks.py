@@ -1,4 +1,4 @@
-"""Checks that the marks of a line fit together, such as ``(zero)``, ``(tied)`` and ``(of n)``."""
+"""Checks and reads the marks of a line, such as ``(zero)``, ``(tied)`` and ``(of n)``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def check_marks(
         raise LegsError("one trainable parameter can be marked (zero), in", place(zeros[0])[0])
     _check_tied(terms, owners, place)
     _check_hashed(terms, modes, place)
+
+
+def zeroable(
+    terms: Sequence[Term], owners: Sequence[int], holders: Sequence[int]
+) -> tuple[int, ...]:
+    """List the positions of the parameters that can start at zero; see `Legs.zero`.
+
+    Args:
+        terms: the terms of the line.
+        owners, holders: as `Legs.owners` and `Legs.holders`.
+    """
+    once = (k for k in range(len(terms)) if owners.count(owners[k]) == 1)
+    trainable = (k for k in once if not terms[k].frozen)
+    shared = {k for k in holders if holders.count(k) > 1}
+    return tuple(k for k in trainable if terms[k].zero or holders[k] not in shared)
 
 
 def _check_tied(terms: Sequence[Term], owners: Sequence[int], place: Place) -> None:

@@ -89,6 +89,11 @@ class Term:
         legs = (f"{leg}:{sizes[leg]}" if leg in sizes else leg for leg in self.legs)
         return " ".join([*legs, *(f"({mark})" for mark in marks)])
 
+    @property
+    def unmarked(self) -> Term:
+        """The term without the marks that do not change which tensor it has a part in."""
+        return replace(self, frozen=False, zero=False, shared=False, full=False, spans=())
+
     def without(self, gone: Iterable[str]) -> Term:
         """Return the term without the legs ``gone``, as after indexing them."""
         gone = set(gone)

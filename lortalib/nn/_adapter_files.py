@@ -32,11 +32,13 @@ class AdapterFiles(AdapterModule):
 
         Raises:
             OSError: the folder cannot be written. Files in it are then unchanged.
-            ValueError: the factors are on the meta device.
+            AdapterFileError: the folder is that of a bank.
+            RuntimeError: the adapter is on no model, and no model is given.
+            ValueError: the factors are on the meta device, NaN or infinite.
         """
         from ._files import save
 
-        if model is None:
+        if self._host or model is None:
             self.require_host().prepare_files(self)
         return save(cast(Any, self), folder, state, model)
 
@@ -48,6 +50,7 @@ class AdapterFiles(AdapterModule):
 
         Raises:
             OSError: the folder cannot be written.
+            FileExistsError: the folder holds an adapter of lortalib in PEFT's form.
             ValueError: PEFT's LoRA has no low-rank pair for one of the weights.
         """
         from ._files import export_lora

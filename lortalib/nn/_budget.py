@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..decomp import RankRow, RankTable, budget, formats
 from ._anatomy import Site, UnsupportedModelError
@@ -28,7 +29,8 @@ def budget_of_sites(
         ValueError: a number below 1, an unknown name, or a decomposition that is no text.
     """
     asked = formats if decompositions is None else decompositions
-    lines = [asked] if isinstance(asked, str) else list(asked)  # type: ignore[call-overload]
+    lines: list[Any]
+    lines = list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]
     strange = next((line for line in lines if not isinstance(line, str)), None)
     if strange is not None:
         raise ValueError(
@@ -43,9 +45,8 @@ def budget_of_sites(
         on_stream = kind == "stream"
         try:
             groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
-        except (
-            UnsupportedModelError
-        ) as error:  # a part of a fused projection has no tensor on the stream
+        except UnsupportedModelError as error:
+            # A part of a fused projection has no tensor on the stream.
             refused |= dict.fromkeys(own, str(error))
             continue
         table = budget([group.shape for group in groups], numbers, own)

@@ -58,7 +58,7 @@ def _on_shared(
     generator: torch.Generator | None,
 ) -> Network:
     other = others.get(group.name)
-    if other is None or [t.legs for t in other.legs.terms] != [t.legs for t in own.legs.terms]:
+    if other is None or other.legs.unmarked != own.legs.unmarked:
         raise ValueError(
             f"the network {group.name!r} has the legs\n    {own.legs}\nand the one whose parameters it is to "
             f"share\n    {other.legs if other else 'no such network'}\nUse its decomposition, targets and gqa"

@@ -200,6 +200,8 @@ class AdapterHost(nn.ModuleDict):
 
     def remove(self, adapter: Adapter, merged: bool) -> None:
         """Remove an adapter from the model, as `Adapter.remove` describes."""
+        if merged:
+            check_kept(adapter, [a for a in self._others(adapter) if a.merged])
         if adapter.remembered.is_waiting:
             warnings.warn(
                 f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
@@ -208,8 +210,6 @@ class AdapterHost(nn.ModuleDict):
                 stacklevel=3,
             )
         kept_merged = False
-        if merged:
-            check_kept(adapter, [a for a in self._others(adapter) if a.merged])
         try:
             if merged:
                 self._keep_merged(adapter)

@@ -105,7 +105,7 @@ def plan(  # type: ignore[misc]
         gqa: as for `apply`.
         acts_on: as for `apply`.
         share_residual: as for `apply`; not with ``numbers``.
-        shared: legs; the parameters that carry one are marked ``(shared)``.
+        shared: legs; the parameters that carry one are marked ``(shared)``; not with ``numbers``.
         rules: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
@@ -140,9 +140,10 @@ def plan(  # type: ignore[misc]
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
-        if rank != _RANK or share_residual:
+        if rank != _RANK or share_residual or shared:
             raise ValueError(
-                "numbers= finds the rank, of networks that share no factor: leave out rank and share_residual"
+                "numbers= finds the rank, of networks that share no factor: leave out rank, share_residual "
+                "and shared"
             )
         return budget_of_sites(chosen, numbers, decomposition, gqa, acts_on)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})

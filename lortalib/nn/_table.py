@@ -53,7 +53,7 @@ def describe(adapter: Described, networks: Mapping[str, TensorNetwork]) -> str:
     config = adapter.config
     rank = max((n for net in networks.values() for n in net.ranks.values()), default=1)
     model = adapter.model if adapter.is_on_model else None
-    owner = f" on {type(model).__name__}" if model is not None else ", removed from its model"
+    owner = f" on {type(model).__name__}" if model is not None else ", on no model"
     state = "merged" if adapter.merged else "active" if adapter.active else "not active"
     count, lora = adapter.count(), lora_count(adapter.groups, rank)
     part = ""

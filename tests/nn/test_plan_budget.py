@@ -85,8 +85,10 @@ def test_a_budget_of_several_shapes_shares_the_ranks():
 def test_what_cannot_be_asked(llama):
     for options, says in (
         ({"rank": 3}, "leave out rank"),
-        ({"share_residual": True}, "leave out rank and share_residual"),
+        ({"share_residual": True}, "leave out rank, share_residual and shared"),
+        ({"shared": ("in",)}, "leave out rank"),
         ({"decomposition": [len]}, "a name, a line of legs or a list"),
+        ({"decomposition": len}, "a name, a line of legs or a list"),
         ({"decomposition": ["cp", "nonsense"]}, "unknown decomposition 'nonsense'"),
         ({"numbers": 0}, "1 or more"),
     ):

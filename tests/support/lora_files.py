@@ -77,8 +77,8 @@ def random_lora(family, folder, kind="Model", *, seed=4, targets=None, **options
         ).eval()
     adapted.save_pretrained(folder)
     found = {}
-    for path, module in adapted.base_model.model.named_modules():
+    for path, module in adapted.double().base_model.model.named_modules():
         if isinstance(module, peft.tuners.lora.Linear):
-            change = module.get_delta_weight("default").detach().double()
+            change = module.get_delta_weight("default").detach()
             found[path] = change.mT if module.fan_in_fan_out else change
     return found

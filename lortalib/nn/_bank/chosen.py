@@ -66,6 +66,8 @@ def read_names(names: Names) -> Chosen:
             "using() needs a name for every row, or for every row a list with a name for every token; "
             f"found {rows[nested.index(False)]!r} beside lists"
         )
+    if any(isinstance(name, list) for row in rows for name in row):
+        raise TypeError("using() needs a name for every row or token; found lists within lists")
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
         raise ValueError(

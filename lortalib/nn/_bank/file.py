@@ -99,7 +99,7 @@ def read_bank(
         raise FileNotFoundError(
             f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder"
         )
-    base = read_adapter(model, folder, rules=rules)
+    base = read_adapter(model, folder, rules=rules, of_bank=True)
     with open_tensors(path) as file:
         metadata, tensors = file.metadata, file.read()
     if metadata.get("format") != _FORMAT:

@@ -149,15 +149,21 @@ class RowUpdate:
         for slot in self._slots:
             pair, maps = batch.pair(slot, y.dtype, y.device, running)
             features = self._features_of(slot, y.device) if maps.middle is not None else None
-            own = y if features is None else y.index_select(-1, features)
-            free = may_write or (features is not None and running is not None)
-            own = add_update(running, x, own, pair, slot.source.users(slot.number), 0.0, free, maps)
-            y = own if features is None else y.index_copy(-1, features, own)
+            rest = pair, slot.source.users(slot.number), 0.0
+            if features is None:
+                y = add_update(running, x, y, *rest, may_write, maps)
+            elif slot.source.signature(slot.number).writer:  # the heads are a part of what it reads
+                y = add_update(running, x.index_select(-1, features), y, *rest, may_write, maps)
+            else:
+                own = y.index_select(-1, features)
+                own = add_update(running, x, own, *rest, running is not None, maps)
+                y = y.index_copy(-1, features, own)
             may_write = running is not None
         return y
 
     def _features_of(self, slot: Slot, device: torch.device) -> Tensor | None:
-        """Return the positions of a part of a fused projection on the axis of its features."""
+        """Return the positions of a part of a fused projection on the axis of its features, read or
+        written."""
         rows = slot.source.signature(slot.number).sites[0].rows
         if rows is None:
             return None

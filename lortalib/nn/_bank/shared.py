@@ -132,15 +132,16 @@ class SharedParameters:
     @contextmanager
     def changed(self, values: Tensors) -> Iterator[None]:
         """Set the shared parameters to values; if the context raises, they are what they were."""
+        own = {id(p): p for group in values for p in self.parameters[group]}.values()
         with torch.no_grad():
-            before = [p.clone() for p in self.distinct]
+            before = [p.clone() for p in own]
             try:
                 for group, given in values.items():
                     for parameter, value in zip(self.parameters[group], given):
                         parameter.copy_(value)
                 yield
             except BaseException:
-                for parameter, value in zip(self.distinct, before):
+                for parameter, value in zip(own, before):
                     parameter.copy_(value)
                 raise
 

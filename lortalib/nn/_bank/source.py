@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
-from .._files import read_adapter, refuse_bank
+from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
 from .shared import SharedParameters, several_values
@@ -90,7 +90,6 @@ class SourceReader:
         """
         check_name(name)
         if isinstance(source, (str, PathLike)):
-            refuse_bank(source)
             source = read_adapter(self._model, source, rules=self._rules)
         shared = None
         if isinstance(source, Adapter):
@@ -194,7 +193,7 @@ class SourceReader:
                     f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
                     "make the bank with the adapter's targets, layers and gqa"
                 )
-            if _without_marks(legs[group.name]) != _without_marks(self.legs[group.name]):
+            if legs[group.name].unmarked != self.legs[group.name].unmarked:
                 raise ValueError(
                     f"{label} does not fit the bank: its group {group.name!r} has the legs\n"
                     f"    {legs[group.name]}\nand the bank's\n    {self.legs[group.name]}"
@@ -308,11 +307,6 @@ class SourceReader:
             f"adapter {name!r} holds NaN or infinity in group {group!r}, or values beyond {largest:g}, "
             f"the largest in {self._dtype}; a bank of a wider dtype holds larger values"
         )
-
-
-def _without_marks(legs: Legs) -> list[tuple[object, ...]]:
-    """Describe a line such that equal descriptions have tensors of equal meaning, however they train."""
-    return [(term.legs, term.tied, term.of, term.seed) for term in legs.terms]
 
 
 def _check_same(one: tuple[Hashable, Stacked], other: tuple[Hashable, Stacked]) -> None:

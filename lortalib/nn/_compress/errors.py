@@ -86,10 +86,14 @@ def _original(site: Site, pair: LowRank | None) -> LowRank:
 
 
 def _head_norms(pair: Cut, heads: int) -> tuple[float, ...]:
-    """Compute the norm of each head's rows of ``B @ A`` without forming it."""
-    b = pair.B.unflatten(0, (heads, -1))
-    squares = torch.einsum("hop,pq,hoq->h", b, pair.A @ pair.A.mT, b)
-    return tuple(squares.clamp(min=0).sqrt().tolist())
+    """Compute the norm of each head's rows of ``B @ A`` without forming it.
+
+    With A = Rᵀ Qᵀ it is the norm of B Rᵀ, which keeps the digits that the Gram matrix A Aᵀ would lose where
+    large terms cancel.
+    """
+    triangle = torch.linalg.qr(pair.A.mT, mode="r").R
+    rows = (pair.B @ triangle.mT).unflatten(0, (heads, -1))
+    return tuple(torch.linalg.vector_norm(rows, dim=(1, 2)).tolist())
 
 
 def _root(values: Iterable[float]) -> float:

@@ -5,7 +5,7 @@ from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
 from .fit import Rules
-from .folder import BANK, AdapterFileError, adapter_file, refuse_bank
+from .folder import BANK, AdapterFileError, adapter_file
 from .gguf_lora import export_gguf
 from .import_lora import Lora, load_lora
 from .lora_config import lora_config
@@ -41,7 +41,6 @@ __all__ = [
     "read_adapter",
     "read_description",
     "read_pairs",
-    "refuse_bank",
     "residual_pair",
     "restore",
     "save",

@@ -179,7 +179,6 @@ def load(
     """
     if name is not None:
         check_name(model, name)
-    refuse_bank(folder)
     adapter = read_adapter(model, folder, name=name, rules=rules, revision=revision, token=token)
     if name is None:
         check_name(model, adapter.name)
@@ -195,18 +194,22 @@ def read_adapter(
     rules: Rules = (),
     revision: str | None = None,
     token: str | bool | None = None,
+    of_bank: bool = False,
 ) -> Adapter:
     """Read the adapter of a folder and fit it to a model, without putting it on; see `load`.
 
     Args:
         model, folder, name, rules, revision, token: as for `load`.
+        of_bank: whether the folder may be that of a bank.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ConnectionError: the hub cannot be reached, and the repository was not downloaded before.
         AdapterFileError: the file is damaged, or the adapter does not fit the model.
+        ValueError: a revision is given for a local path.
     """
     model = check_model(model)
-    with open_saved(folder, revision, token) as saved:
+    with open_saved(folder, revision, token, of_bank=of_bank) as saved:
         groups = fit_groups(model, saved, rules)
         tensors = saved.read()
     networks = make_networks(saved.description, tensors)

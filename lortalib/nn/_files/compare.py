@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .._hub import local_folder
 from .adapter import read
-from .folder import CONFIG_OF_PEFT, FILES, TENSORS, read_json
+from .folder import FILES, is_lora
 from .lora_file import LowRank, open_lora
 from .lora_pairs import lora_pairs
 
@@ -60,8 +59,8 @@ def compare_updates(
     Raises:
         FileNotFoundError: a folder has no adapter.
         AdapterFileError: a file is damaged.
-        ValueError: an adapter on the stream and no model, or weights that have no low-rank pair (packed
-            experts).
+        ValueError: adapters of models of different sizes; an adapter on the stream and no model; or weights
+            that have no low-rank pair (packed experts).
 
     Example:
         >>> import tempfile, lortalib
@@ -76,6 +75,13 @@ def compare_updates(
     """
     mine, own = _read(one, model)
     theirs, others = _read(other, model)
+    for path in mine.keys() & theirs.keys():
+        here, there = ((len(each.b), each.a.shape[1]) for each in (mine[path], theirs[path]))
+        if here != there:
+            raise ValueError(
+                f"{path} is a matrix of {here[0]} x {here[1]} for {one}, and of {there[0]} x {there[1]} for "
+                f"{other}: they are adapters of different models"
+            )
     found = [
         Difference(
             path,
@@ -96,7 +102,7 @@ def _read(
 ) -> tuple[Mapping[str, LowRank], Mapping[str, Tensor]]:
     """Read the low-rank pairs of an adapter by module, and the values that trained as a whole by name."""
     folder = local_folder(folder, FILES)
-    if _is_lora(folder):
+    if is_lora(folder):
         with open_lora(folder) as file:
             return file.read()
     adapter = read(folder)
@@ -104,14 +110,6 @@ def _read(
     values = adapter.trained_modules.values(None)
     whole = {f"{path}.{own}": t for path, each in values.items() for own, t in each.items()}
     return pairs, whole
-
-
-def _is_lora(folder: Path) -> bool:
-    file = folder / CONFIG_OF_PEFT
-    if (folder / TENSORS).exists() or not file.is_file():
-        return False
-    config = read_json(file)
-    return isinstance(config, dict) and config.get("peft_type") == "LORA"
 
 
 def _norm(pair: LowRank | None, minus: LowRank | None = None) -> float:

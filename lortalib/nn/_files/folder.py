@@ -86,6 +86,21 @@ def is_of_peft(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("peft_type") == METHOD
 
 
+def is_lora(folder: Path) -> bool:
+    """Return True for a folder of PEFT that holds another method than lortalib's, which only a LoRA may be.
+
+    Args:
+        folder: any folder.
+
+    Raises:
+        AdapterFileError: the configuration is damaged.
+    """
+    if not (folder / CONFIG_OF_PEFT).is_file() or (folder / TENSORS).is_file():
+        return False
+    config = read_json(folder / CONFIG_OF_PEFT)
+    return not (isinstance(config, dict) and config.get("peft_type") == METHOD)
+
+
 def refuse_bank(folder: str | os.PathLike[str]) -> None:
     """Refuse the folder of a bank where that of an adapter is read or written.
 

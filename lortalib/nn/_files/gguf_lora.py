@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._adapter import Adapter
 from .._sharded import divide_again
 from .adapter import check_numbers
-from .folder import put_files
+from .folder import TENSORS, TENSORS_OF_PEFT, put_files
 from .lora_pairs import lora_pairs
 from .tensors import plain
 
@@ -53,8 +53,8 @@ def export_gguf(
     Raises:
         ImportError: the package ``gguf`` is not installed.
         ValueError: no model; a ``model_type`` whose rules are not known here; a projection that llama.cpp has
-            no name for; modules that train with the adapter, which the format cannot hold; or what
-            `export_lora` refuses.
+            no name for; modules that train with the adapter, which the format cannot hold; the name
+            of a saved adapter's file; or what `export_lora` refuses.
         OSError: the file cannot be written. One that was there stays unchanged.
 
     Example:
@@ -66,6 +66,11 @@ def export_gguf(
         >>> export_gguf(adapter, tempfile.mkdtemp() + "/lora.gguf").name
         'lora.gguf'
     """
+    path = Path(file)
+    if path.name in (TENSORS, TENSORS_OF_PEFT):
+        raise ValueError(
+            f"{path} has the name of a saved adapter's file; name the file for llama.cpp *.gguf"
+        )
     if model is None and adapter.is_on_model:
         model = adapter.model
     if model is None:
@@ -88,12 +93,7 @@ def export_gguf(
     architecture, reordered = _ARCHITECTURES[kind]
     tensors = dict(_tensors(adapter, model, architecture, reordered=reordered))
     check_numbers(tensors, f"adapter {adapter.name!r} was not exported")
-    path = Path(file)
     data = _file(architecture, tensors)
-    if path.name in ("adapter.safetensors", "adapter_model.safetensors"):
-        raise ValueError(
-            f"{path} has the name of a saved adapter's file; name the file for llama.cpp *.gguf"
-        )
     put_files(path.parent, {path.name: lambda opened: _write(opened, data)})
     return path
 

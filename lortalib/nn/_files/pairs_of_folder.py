@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from .._anatomy import site_weight
 from .._hub import local_folder
 from .adapter import read_adapter
 from .fit import Rules
-from .folder import CONFIG_OF_PEFT, FILES, METHOD, TENSORS, read_json
+from .folder import FILES, is_lora
 from .import_lora import Lora, read_lora
 from .lora_file import LowRank
 from .lora_pairs import lora_pairs
@@ -33,7 +32,7 @@ def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ())
             pair, such as packed experts.
     """
     folder = local_folder(folder, FILES)
-    if _is_lora(folder):
+    if is_lora(folder):
         return read_lora(model, folder)
     adapter = read_adapter(model, folder, rules=rules)
     on_stream = adapter.config.acts_on == "stream"
@@ -46,12 +45,3 @@ def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ())
     lora = Lora(pairs, adapter.trained_modules, adapter.dropout)
     check_fit(model, lora.shapes)
     return lora
-
-
-def _is_lora(folder: Path) -> bool:
-    """Return True for a folder of PEFT that holds another method than lortalib's."""
-    file = folder / CONFIG_OF_PEFT
-    if not file.is_file() or (folder / TENSORS).is_file():
-        return False
-    config = read_json(file)
-    return not (isinstance(config, dict) and config.get("peft_type") == METHOD)

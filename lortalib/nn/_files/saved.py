@@ -21,6 +21,7 @@ from .folder import (
     adapter_file,
     parse_json,
     read_json,
+    refuse_bank,
 )
 from .peft_folder import read_peft
 from .schema import FORMAT, FORMAT_VERSION, Description, values_of
@@ -67,20 +68,28 @@ class SavedAdapter:
 
 @contextmanager
 def open_saved(
-    folder: str | PathLike[str], revision: str | None = None, token: str | bool | None = None
+    folder: str | PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    *,
+    of_bank: bool = False,
 ) -> Iterator[SavedAdapter]:
     """Open a saved adapter: read and check its header. Its tensors are read on request.
 
     Args:
         folder: a folder that `Adapter.save` wrote, the path of the file in it, or a repository of the hub.
         revision, token: as for `local_folder`.
+        of_bank: whether the folder may be that of a bank.
 
     Raises:
         FileNotFoundError: there is no such file.
         ConnectionError: the hub cannot be reached.
-        AdapterFileError: the file is damaged, or of a newer format version.
+        AdapterFileError: the file is damaged, or of a newer format version; or the folder is a bank's.
+        ValueError: a revision is given for a local path.
     """
     path = adapter_file(local_folder(folder, FILES, revision, token))
+    if not of_bank:
+        refuse_bank(path.parent)
     with open_tensors(path) as file:
         file.check_types()
         try:
