@@ -16,9 +16,9 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-#: Packages that others may only use by public names; torch facts and the version are everybody's.
+#: Packages that others may only use by public names; torch facts, tables and the version are everybody's.
 PACKAGES = ("decomp", "nn", "peft", "plot", "cli")
-COMMON = {"lortalib._stacklevel", "lortalib._torch", "lortalib._version"}
+COMMON = {"lortalib._columns", "lortalib._stacklevel", "lortalib._torch", "lortalib._version"}
 
 
 def module_of(name, node):

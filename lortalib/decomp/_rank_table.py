@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .._columns import aligned
 from ._build import Rank
 
 
@@ -76,12 +77,8 @@ class RankTable(Sequence[RankRow]):
             cells = ["" if value is None else f"{value:.4g}" for value in values]
             mark = "<- suggested" if k == self.best else ""
             lines.append([row.format, _short(row.rank), f"{row.parameters:,}", *cells, mark])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        texts = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in lines
-        )
         reasons = (f"{name}: {reason}" for name, reason in self.refused.items())
-        return "\n".join([*(text.rstrip() for text in texts), *reasons])
+        return "\n".join([*aligned(lines), *reasons])
 
 
 def _short(rank: Rank) -> str:

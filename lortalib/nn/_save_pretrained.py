@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ class SavePretrained:
                 factor is not finite, or ``push_to_hub`` is given.
         """
         model, folder = self._host.model, Path(save_directory)
+        save = getattr(type(model), _NAME)
+        asked = {
+            "is_main_process": True,
+            **inspect.signature(save).bind(model, save_directory, *args, **options).arguments,
+            **options,
+        }
         unmerged = [adapter for adapter in self._host.adapters() if not adapter.merged]
         places = saved_in(folder, unmerged)
         if folder not in places.values() and (folder / _FILE).exists():
@@ -53,7 +60,7 @@ class SavePretrained:
                 f"{folder} holds an {_FILE} that is no part of what is to be saved, and would be loaded with "
                 "it; give another folder, or remove that file"
             )
-        if options.get("push_to_hub"):
+        if asked.get("push_to_hub"):
             raise ValueError(
                 "save_pretrained(push_to_hub=True) is not for models with adapters of lortalib; call "
                 "model.push_to_hub(repository), which saves in the same way"
@@ -62,11 +69,10 @@ class SavePretrained:
         with_base = not unmerged or self._trains_the_base() or len(unmerged) < len(self._host)
         if with_base:
             with _without_adapters(model):
-                written = getattr(type(model), _NAME)(model, save_directory, *args, **options)
-        if (args[0] if args else options.get("is_main_process", True)) and unmerged:
-            state = args[1] if len(args) > 1 else options.get("state_dict")
+                written = save(model, save_directory, *args, **options)
+        if asked["is_main_process"] and unmerged:
             for adapter in unmerged:
-                adapter.save(places[adapter.name], state=state)
+                adapter.save(places[adapter.name], state=asked.get("state_dict"))
             _write_card(folder, {places[each.name] / _FILE: each for each in unmerged}, with_base)
             if re.fullmatch(r"checkpoint-\d+", folder.name) and not _reads_adapters.get():
                 warnings.warn(

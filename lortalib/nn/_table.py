@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
+from .._columns import aligned
 from ..decomp import TensorNetwork
 from ._anatomy import Site
 from ._config import AdapterConfig
@@ -101,10 +102,7 @@ def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]
                 f"{network.count():,}",
             )
         )
-    columns = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  " + "  ".join(cell.ljust(n) for cell, n in zip(row, columns)).rstrip() for row in rows
-    ]
+    return ["  " + line for line in aligned(rows)]
 
 
 def lora_count(groups: Iterable[Group], rank: int) -> int:

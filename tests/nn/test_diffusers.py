@@ -193,6 +193,33 @@ def test_every_bit_of_the_base_comes_back(make):
     assert same_bits(output(model, inputs), base)
 
 
+@each_model
+@pytest.mark.parametrize("shared", [(), ("in", "out")])
+def test_a_bank_adds_what_its_adapter_adds(make, shared):
+    """Flux's single blocks write the heads and the MLP by one matrix: their heads are a part of its input."""
+    model, inputs = made(make)
+    base = output(model, inputs)
+    adapter = put(model, alpha=0.1, shared=shared)
+    adapted = output(model, inputs)
+    assert not close(adapted, base)
+    adapter.disable()
+    bank = nn.bank(model, "cp", 2, shared=shared, alpha=0.1)
+    bank["a"] = adapter
+    with bank.using(["a"]):
+        assert close(output(model, inputs), adapted)
+    with bank.using([None]):
+        assert close(output(model, inputs), base)
+
+
+def test_the_second_argument_of_diffusers_is_no_state_dict(tmp_path):
+    model, _ = made(sd3)
+    adapter = put(model)
+    model.save_pretrained(tmp_path, True, torch.save)
+    read = nn.read(tmp_path)
+    for name, network in adapter.networks.items():
+        assert all(map(torch.equal, network.parameters(), read.networks[name].parameters()))
+
+
 def test_a_model_is_saved_as_one_of_diffusers(tmp_path):
     model, inputs = made(sd3)
     adapter = put(model, alpha=0.1)

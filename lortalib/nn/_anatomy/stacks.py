@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from ..._columns import aligned
 from .site import ROLES, FeatureRows, Site
 from .weights import original_weight
 
@@ -42,9 +43,7 @@ class SiteList(list[Site]):
         for row in self.rows():
             cells = (f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values())
             rows.append(tuple(cells))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        cells = ("  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows)
-        return "\n".join(cells)
+        return "\n".join(aligned(rows))
 
 
 def bare_prefix(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..._columns import aligned
 from ...decomp import Cut, NetworkView
 from .._adapter import Adapter
 from .._anatomy import Site
@@ -144,5 +145,4 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     cells = [list(rows[0])] if rows else []
     for row in rows:
         cells.append([f"{v:.3g}" if isinstance(v, float) else str(v or "-") for v in row.values()])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  " + "  ".join(c.ljust(n) for c, n in zip(line, widths)).rstrip() for line in cells]
+    return ["  " + line for line in aligned(cells)]

@@ -178,8 +178,11 @@ def add_update(
     """
     first, second = pair
     layout = None if rows is None else rows.layout
-    asked = first, users, p, layout
-    h = down(x, first, p, layout) if running is None else running.product_of(x, *asked)
+    h = (
+        down(x, first, p, layout)
+        if running is None
+        else running.product_of(x, first, users, p, layout)
+    )
     if rows is not None:
         h = rows.apply(h, x.shape[:-1])
     return add_up(y, h, second, may_write, layout)

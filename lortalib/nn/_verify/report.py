@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..._columns import aligned
 from .._adapters import adapters
 from .._anatomy import Site, UnsupportedModelError, check_model
 from .._anatomy import sites as find_sites
@@ -114,8 +115,7 @@ class Report:
             rows.append(
                 [s.stack, *map(str, numbers), "confirmed" if s.confirmed else "NOT CONFIRMED"]
             )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(c.ljust(n) for c, n in zip(row, widths)).rstrip() for row in rows]
+        lines = aligned(rows)
         for s in self.stacks:
             lines += _first(f"  {s.stack}: WRONG: {reason}" for reason in s.disagreements)
             lines += _first(f"  {s.stack}: not confirmed: {reason}" for reason in s.missed)

@@ -56,8 +56,11 @@ def test_what_was_saved_comes_back(tmp_path, shared, decomposition, dtype):
 def test_an_empty_bank_can_be_saved(tmp_path, shared):
     bank = lortalib.nn.bank(small_llama(), "cp", 2, shared=shared)
     again = full(small_llama(), shared)
+    before = {name: again[name]["layers"] for name in again}
     again.load(bank.save(tmp_path))
-    assert len(again) == 3
+    assert list(again) == list(before) == ["ann", 3, "eve"]
+    for name, tensors in before.items():
+        assert all(map(torch.equal, again[name]["layers"], tensors))
 
 
 def test_damage_and_other_shapes_are_refused_and_nothing_changes(tmp_path):
@@ -136,6 +139,9 @@ def test_folders_of_banks_and_of_adapters_are_told_apart(tmp_path):
         lambda: bank.add("x", one),
         lambda: bank.add("x", one / "adapter.safetensors"),
         lambda: lortalib.nn.load(small_llama(), one),
+        lambda: lortalib.nn.read(one),
+        lambda: lortalib.nn.convert(one, tmp_path / "converted"),
+        lambda: lortalib.nn.compress(small_llama(), one, "cp", 2),
         lambda: bank.adapter("ann").save(one, model=small_llama()),
     ):
         with pytest.raises(AdapterFileError, match=r"is the folder of a bank.*bank\.load"):
