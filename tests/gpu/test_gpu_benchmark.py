@@ -35,10 +35,12 @@ def of(results, **wanted):
     return [r for r in results if wanted.items() <= r.items()]
 
 
-def test_the_benchmark_runs_everywhere(tmp_path):
+@pytest.mark.parametrize("only", ["eager", pytest.param("", marks=pytest.mark.slow)])
+def test_the_benchmark_runs_everywhere(only, tmp_path):
+    """Compiling for a CPU takes a minute, so `make test` leaves those cells to the slow tests."""
     command = [
         sys.executable, "benchmarks/gpu/run.py", "--device", DEVICE, "--size", "small",
-        "--minutes", "5", "--no-tests", "--out", tmp_path,
+        "--minutes", "5", "--no-tests", "--only", only, "--out", tmp_path,
     ]  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -49,11 +51,8 @@ def test_the_benchmark_runs_everywhere(tmp_path):
     graphs = of(results, mode="CUDA graph") if DEVICE == "cpu" else []
     assert missing == graphs
     timed = {(r["work"], r["mode"]) for r in results if "ms" in r}
-    assert {
-        ("training step", "eager"),
-        ("decoding", "eager"),
-        ("training step", "compiled"),
-    } <= timed
+    assert {("training step", "eager"), ("decoding", "eager")} <= timed
+    assert ("training step", "compiled") in timed or only
     text = file.with_suffix(".md").read_text()
     assert "tiny, training step, eager, 2 x 16" in text
     assert "bank at least 10 times" in text

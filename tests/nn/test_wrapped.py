@@ -99,7 +99,15 @@ PARTS = {
     "compiled projections": with_projections(compiled),
     "checkpointed layers": with_layers(checkpoint_wrapper),
 }
-each = pytest.mark.parametrize("wrap", (WHOLE | PARTS).values(), ids=WHOLE | PARTS)
+#: Compiled twice more in other pieces, by the same code.
+SLOW = ("compiled body", "compiled attention and MLP")
+each = pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(wrap, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, wrap in (WHOLE | PARTS).items()
+    ],
+)
 
 
 def inner(wrapped):
@@ -226,7 +234,13 @@ def test_ddp_that_does_not_know_the_adapter_is_told(monkeypatch):
         put(wrapped)
 
 
-@pytest.mark.parametrize("wrap", [compiled, with_layers(compiled)], ids=["whole", "layers"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(compiled, id="whole", marks=pytest.mark.slow),
+        pytest.param(with_layers(compiled), id="layers"),
+    ],
+)
 def test_code_that_was_compiled_before_is_not_run_again(wrap, tmp_path):
     """torch.compile does not notice that hooks come or go."""
     wrapped, plain = wrap(base()), base()
