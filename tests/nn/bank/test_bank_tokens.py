@@ -142,7 +142,9 @@ def test_continuous_batching_names_the_adapter_of_each_request():
     prompts_ = {f"r{k}": list(range(3, 43 + k)) for k in range(6)}  # one prefix of several blocks
     names = dict(zip(prompts_, [0, 1, None, 2, 1, 3]))
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=1, pad_token_id=0)
-    unshared = ContinuousBatchingConfig(allow_block_sharing=False)
+    unshared = ContinuousBatchingConfig(
+        allow_block_sharing=False, num_blocks=64, max_batch_tokens=64
+    )
     contexts, found, tokens = [], {}, []
 
     def enter(module, args, kwargs):
