@@ -205,7 +205,7 @@ class TensorNetwork(ABC):
             raise KeyError(
                 f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
             )
-        legs, tensors = self._slices.taken(mode, positions)
+        legs, tensors = self._slices.taken(mode, positions, self.open_legs)
         return NetworkView(legs, tensors, self.modes)
 
     def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:

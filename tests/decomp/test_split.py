@@ -22,8 +22,10 @@ from lortalib.decomp import (
     LegsError,
     Network,
     Shape,
+    canonical,
     convert,
     core_consistency,
+    direct_sum,
     distance,
     fit,
     formats,
@@ -421,6 +423,12 @@ def test_positions_are_taken_from_a_split_mode(name, data):
     found = net.index_select(mode, at)
     assert (found.modes, mode in found.open_legs) == (net.modes, True)
     close(found.dense(), expected)
+    whole = found.dense().detach()
+    for same in (canonical(found), direct_sum([found, found], [0.5, 0.5])):
+        close(same.dense(), whole)
+    Network(
+        found.legs, [t.detach() for t in found.tensors], found.modes
+    )  # the line is one of a network
     for wrong in (size, -1):
         with pytest.raises((IndexError, RuntimeError)):  # torch raises either
             net.index_select(mode, torch.tensor([0, wrong]))
