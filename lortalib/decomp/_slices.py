@@ -96,6 +96,7 @@ class Slices(NamedTuple):
         """Multiply along a mode by a matrix (new size, size) or a vector (size), as one more parameter. Its
         factors become bonds, and the new mode is whole."""
         own = self.legs.open_legs([mode])
+        _check_matrix(mode, matrix, product([self.sizes[leg] for leg in own]), self.tensors[0])
         bonds: dict[str, str] = {}
         for leg in own:
             bond = leg.replace(".", "_")
@@ -145,6 +146,22 @@ def _on_one(
     line = [(k, terms[k], tensors[k]) for k in others]
     line = sorted([*line, (here[0], Term(legs, frozen=frozen), one)], key=lambda each: each[0])
     return [term for _, term, _ in line], [tensor for _, _, tensor in line]
+
+
+def _check_matrix(mode: str, matrix: object, size: int, like: Tensor) -> None:
+    wanted = f"a matrix of shape (new size, {size}) or a vector"
+    if not isinstance(matrix, Tensor) or (matrix.dtype, matrix.device) != (like.dtype, like.device):
+        found = type(matrix).__name__
+        if isinstance(matrix, Tensor):
+            found = f"one of {matrix.dtype} on {matrix.device}"
+        raise TypeError(
+            f"to multiply along {mode!r}, {wanted} is needed, as a tensor of {like.dtype} on {like.device} "
+            f"like the parameters; found {found}. Try torch.as_tensor(matrix).to(net.tensors[0])"
+        )
+    if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
+        raise ValueError(
+            f"to multiply along {mode!r} of size {size}, {wanted} is needed; found {tuple(matrix.shape)}"
+        )
 
 
 def _check_positions(mode: str, positions: object) -> None:
