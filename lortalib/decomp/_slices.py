@@ -150,18 +150,19 @@ def _on_one(
 
 def _check_matrix(mode: str, matrix: object, size: int, like: Tensor) -> None:
     wanted = f"a matrix of shape (new size, {size}) or a vector"
-    if not isinstance(matrix, Tensor) or (matrix.dtype, matrix.device) != (like.dtype, like.device):
-        found = type(matrix).__name__
-        if isinstance(matrix, Tensor):
-            found = f"one of {matrix.dtype} on {matrix.device}"
-        raise TypeError(
-            f"to multiply along {mode!r}, {wanted} is needed, as a tensor of {like.dtype} on {like.device} "
-            f"like the parameters; found {found}. Try torch.as_tensor(matrix).to(net.tensors[0])"
-        )
-    if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
-        raise ValueError(
-            f"to multiply along {mode!r} of size {size}, {wanted} is needed; found {tuple(matrix.shape)}"
-        )
+    found = type(matrix).__name__
+    if isinstance(matrix, Tensor):
+        if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
+            raise ValueError(
+                f"to multiply along {mode!r} of size {size}, {wanted} is needed; found {tuple(matrix.shape)}"
+            )
+        if (matrix.dtype, matrix.device) == (like.dtype, like.device):
+            return
+        found = f"one of {matrix.dtype} on {matrix.device}"
+    raise TypeError(
+        f"to multiply along {mode!r}, {wanted} is needed, as a tensor of {like.dtype} on {like.device} "
+        f"like the parameters; found {found}. Try torch.as_tensor(matrix).to(net.tensors[0])"
+    )
 
 
 def _check_positions(mode: str, positions: object) -> None:
