@@ -301,7 +301,6 @@ def test_check(saved, capsys, tmp_path):
         (["info", "nowhere"], "no adapter.safetensors in nowhere"),
         (["plan", "{adapter}"], "holds no config.json"),
         (["plan", "{model}", "--decomposition", "nonsense"], "unknown decomposition 'nonsense'"),
-        (["plan", "{model}", "--rank", "0"], "must be an integer >= 1"),
         (["sites", "{model}", "--targets", "z"], "fits no projection"),
         (["merge", "{model}", "nowhere", "out"], "no adapter.safetensors"),
         (

@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(options, "lora") and not any(each.startswith("-") for each in rest):
+    if (
+        rest
+        and all(rest)
+        and hasattr(options, "lora")
+        and not any(each.startswith("-") for each in rest)
+    ):
         # argparse takes the folders before the options for all that there are.
         options.lora, options.out = [*options.lora, options.out, *rest[:-1]], rest[-1]
     elif rest:

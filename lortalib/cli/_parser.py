@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 
 from .._version import __version__
@@ -15,6 +15,7 @@ from ._models import DTYPES
 from ._output import Output
 from ._plan import FORMATS, plan
 from ._sites import sites
+from ._texts import count, folder, names, number, ranks, targets, text, tolerance
 from ._write import convert, export_lora, merge
 
 Command = Callable[[argparse.Namespace, Output], bool]
@@ -50,8 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for argument in usage.split():
             name, many = argument.removesuffix("..."), argument.endswith("...")
+            kind = folder if name == "OUT" and run is not export_lora else text
             sub.add_argument(
-                name.lower(), metavar=name, nargs="+" if many else None, help=_POSITIONAL[argument]
+                name.lower(),
+                metavar=name,
+                type=kind,
+                nargs="+" if many else None,
+                help=_POSITIONAL[argument],
             )
         sub.add_argument(
             "--json", action="store_true", help="print JSON for machines (default: no)"
@@ -89,7 +95,7 @@ def _add_readers(add: Add) -> None:
     )
     planned.add_argument(
         "--rank",
-        type=_ranks,
+        type=ranks,
         nargs="+",
         action=_Joined,
         default=[1, 4, 8, 16, 64],
@@ -98,7 +104,7 @@ def _add_readers(add: Add) -> None:
     )
     planned.add_argument(
         "--decomposition",
-        type=_names,
+        type=names,
         nargs="+",
         action=_Joined,
         metavar="D",
@@ -107,7 +113,7 @@ def _add_readers(add: Add) -> None:
     )
     planned.add_argument(
         "--numbers",
-        type=_number,
+        type=number,
         metavar="N",
         help="instead of --rank: find the ranks of each format that have at most so many trainable "
         "parameters (default: none)",
@@ -133,7 +139,7 @@ def _add_readers(add: Add) -> None:
         sub.add_argument(
             "--targets",
             default="qkvo",
-            type=_targets,
+            type=targets,
             metavar="T",
             help="letters of qkvo, mlp, all, names with commas between them, or a regular expression "
             "(default: qkvo)",
@@ -158,6 +164,7 @@ def _add_checks(add: Add) -> None:
     for sub in (checked, verified):
         sub.add_argument(
             "--model",
+            type=text,
             metavar="MODEL",
             help="folder or name (default: the folder that the adapter names, if there is one)",
         )
@@ -173,6 +180,7 @@ def _add_checks(add: Add) -> None:
     )
     compared.add_argument(
         "--model",
+        type=text,
         metavar="MODEL",
         help="folder or name; needed for adapters on the residual stream (default: none)",
     )
@@ -183,7 +191,7 @@ def _add_checks(add: Add) -> None:
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
             "--tolerance",
-            type=float,
+            type=tolerance,
             default=default,
             metavar="X",
             help=f"largest relative difference that counts as equal (default: {default:g})",
@@ -209,6 +217,7 @@ def _add_writers(add: Add) -> None:
     )
     exported.add_argument(
         "--model",
+        type=text,
         metavar="MODEL",
         help="folder or name; needed for adapters on the residual stream, and for gguf (default: none)",
     )
@@ -232,13 +241,18 @@ def _add_writers(add: Add) -> None:
         "lora-1 lora-2 lora-3 together --to 'adapter r, layer matrix r, in r, head out r'",
     )
     compressed.add_argument(
-        "--to", default="cp", metavar="D", help="a format or a line of legs (default: cp)"
+        "--to",
+        type=text,
+        default="cp",
+        metavar="D",
+        help="a format or a line of legs (default: cp)",
     )
     compressed.add_argument(
-        "--rank", type=int, default=32, metavar="R", help="size of every bond (default: 32)"
+        "--rank", type=count, default=32, metavar="R", help="size of every bond (default: 32)"
     )
     compressed.add_argument(
         "--model",
+        type=text,
         metavar="MODEL",
         help="folder or name (default: the folder that the first adapter names)",
     )
@@ -250,7 +264,7 @@ def _add_writers(add: Add) -> None:
     )
     compressed.add_argument(
         "--sweeps",
-        type=int,
+        type=count,
         default=100,
         metavar="N",
         help="largest number of sweeps of the fit (default: 100)",
@@ -286,26 +300,3 @@ class _Joined(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
         """Store the joined list."""
         setattr(namespace, self.dest, list(chain.from_iterable(values)))
-
-
-def _number(text: str) -> int:
-    """Read a number of parameters, such as ``50,000``."""
-    number = int(text.replace(",", "").replace("_", ""))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a budget is at least 1 parameter; found {text}")
-    return number
-
-
-def _ranks(text: str) -> list[int]:
-    return [int(each) for each in text.split(",") if each]
-
-
-def _names(text: str) -> list[str]:
-    """Split names with commas between them; a line of legs, which has blanks, stays whole."""
-    return [text] if " " in text.strip() else [each for each in text.split(",") if each]
-
-
-def _targets(text: str) -> str | Sequence[str]:
-    """Split names with commas between them to a list; return a regular expression unchanged."""
-    plain = all(each.isidentifier() for each in text.replace(",", ".").split("."))
-    return text.split(",") if "," in text and plain else text

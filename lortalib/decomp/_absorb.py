@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ._arguments import takes_network
 from ._einsum import Names, contract
 from ._legs import Legs
 from ._pieces import position_of
 from ._tensor_network import NetworkView, TensorNetwork
 
 
+@takes_network
 def absorb(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     """Contract one parameter into a neighbour; the tensor stays the same, with one parameter less.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._arguments import takes_network
 from ._tensor_network import NetworkView, TensorNetwork
 
 #: Rounds over all bonds: CP is even after at most three; a train whose parameters differ by 10^12 to 0.3 %
@@ -12,6 +13,7 @@ from ._tensor_network import NetworkView, TensorNetwork
 _ROUNDS = 20
 
 
+@takes_network
 def balance(net: TensorNetwork) -> TensorNetwork:
     """Give the parameters at each bond slices of equal size: the same root mean square for each position.
 

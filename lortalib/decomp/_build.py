@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Union
 
 import torch
+from torch import Tensor
 
 from .._stacklevel import outside
 from ._full import check_full
@@ -43,10 +44,44 @@ def build(
     check_full(legs, sizes, modes)
     hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
     tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
+    if callable(init):
+        _check_start(tensors, legs, sizes, device)
     tensors = start_vectors(hashes, legs.owners, tensors)
     target = torch.device(device) if device is not None else torch.get_default_device()
     made = [t.to(target, dtype).contiguous() for t in tensors]
     return Network(legs, [made[holder] for holder in legs.holders], modes, sizes=sizes)
+
+
+def _check_start(
+    found: Sequence[Tensor], legs: Legs, sizes: Mapping[str, int], device: object
+) -> None:
+    """Refuse what a start of the user returns, if it does not fit the line.
+
+    Raises:
+        TypeError: no list of tensors of real numbers.
+        ValueError: another number of tensors, other shapes, or values that are missing or not finite.
+    """
+    line = legs.line or str(legs)
+    if not isinstance(found, Sequence) or not all(isinstance(each, Tensor) for each in found):
+        kinds = [type(t).__name__ for t in found] if isinstance(found, Sequence) else None
+        raise TypeError(
+            "init= has to return a list of torch tensors, one for each parameter of the line; found "
+            f"{kinds or type(found).__name__}, in\n    {line}"
+        )
+    wanted = [tuple(sizes[leg] for leg in term.legs) for term in legs.terms]
+    shapes = [tuple(each.shape) for each in found]
+    if shapes != wanted:
+        raise ValueError(
+            f"init= has to return tensors of the shapes {wanted}; found {shapes}, in\n    {line}"
+        )
+    for term, each in zip(legs.terms, found):
+        if each.is_complex():
+            raise TypeError(f"init= has to return real numbers; found {each.dtype} for ({term})")
+        if str(device).startswith("meta"):
+            continue
+        if each.is_meta or not bool(each.isfinite().all()):
+            what = "one without values, on meta" if each.is_meta else "NaN or infinity"
+            raise ValueError(f"init= has to return finite numbers; found {what} for ({term})")
 
 
 def _randn(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import check_finite, takes_network
 from ._legs import Legs
 from ._network import Network
 from ._pieces import position_of
@@ -14,6 +15,7 @@ from ._tensor_network import TensorNetwork
 from ._tree import Edge, is_tree, orthonormalise, tree_edges
 
 
+@takes_network
 def canonical(net: TensorNetwork, root: str | int | None = None) -> Network:
     """Write the same tensor with parameters that are unique up to signs or order.
 
@@ -47,6 +49,7 @@ def canonical(net: TensorNetwork, root: str | int | None = None) -> Network:
         >>> torch.allclose(same.tensors[0].T @ same.tensors[0], torch.eye(2), atol=1e-6)
         True
     """
+    check_finite(net, "a canonical form")
     refuse_frozen(net.legs, "canonical form")
     top = net.legs.zero if root is None else position_of(net, root)
     tensors = wide_copies(net)

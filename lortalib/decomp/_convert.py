@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_finite, takes_network
 from ._build import Rank
 from ._canonical import canonical, joins_all
 from ._fit import fit
@@ -39,6 +40,7 @@ class Conversion:
     how: str
 
 
+@takes_network
 def convert(net: TensorNetwork, line: str, rank: Rank | None = None) -> Conversion:
     """Write a network in another line.
 
@@ -66,6 +68,7 @@ def convert(net: TensorNetwork, line: str, rank: Rank | None = None) -> Conversi
         >>> found.is_exact, found.network.ranks
         (True, {'a': 2, 'b': 2})
     """
+    check_finite(net, "a conversion")
     legs = get_format(line).legs(net.shape)
     legs.check(net.modes)
     exact = _exact(net, legs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_number
 from ._legs import Legs
 from ._lines import train_line
 from ._maxvol import maxvol
@@ -74,6 +75,7 @@ def cross(
     Raises:
         ValueError: fewer than two modes; a rank, tolerance or number of sweeps that is not positive; the
             function returns other than n finite, real numbers.
+        TypeError: a rank or number of sweeps that is no integer, a tolerance that is no number.
         LegsError: more than 26 modes.
 
     Example:
@@ -86,9 +88,9 @@ def cross(
     sizes = shape if isinstance(shape, Shape) else Shape(shape)
     if len(sizes) < 2:
         raise ValueError(f"a train joins at least two modes; found {', '.join(sizes)}")
-    for what, value in (("rank", rank), ("tolerance", tolerance), ("sweeps", sweeps)):
-        if not value > 0:
-            raise ValueError(f"{what} must be positive; found {value!r}")
+    check_number("rank", rank, least=1, is_integer=True)
+    check_number("sweeps", sweeps, least=1, is_integer=True)
+    check_number("tolerance", tolerance, least=0, above=True)
     legs = Legs.parse(train_line(list(sizes), sizes))
     source = generator or torch.Generator().manual_seed(0)
     tensor = _Entries(function, list(sizes.values()))

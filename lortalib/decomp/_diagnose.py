@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._als import condition
+from ._arguments import check_finite, takes_network
 from ._canonical import joins_all
 from ._environment import gram_parts
 from ._inner import check_modes
@@ -16,6 +17,7 @@ from ._refine import on_common_factors
 from ._tensor_network import TensorNetwork
 
 
+@takes_network
 def multilinear_ranks(net: TensorNetwork, *, tolerance: float = 1e-6) -> dict[str, int]:
     """Count, for each mode, the dimensions in which the tensor varies along it (the multilinear rank).
 
@@ -39,6 +41,7 @@ def multilinear_ranks(net: TensorNetwork, *, tolerance: float = 1e-6) -> dict[st
     return ranks
 
 
+@takes_network
 def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
     """Compute the singular values of the unfolding along each mode.
 
@@ -56,6 +59,7 @@ def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
         >>> values.shape, bool((values[2:] < 1e-7 * values[0]).all())
         (torch.Size([8]), True)
     """
+    check_finite(net, "a singular value")
     pieces = _wide(net)
     found = {}
     for mode in net.modes:
@@ -68,6 +72,7 @@ def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
     return found
 
 
+@takes_network
 def component_norms(net: TensorNetwork, bond: str | None = None) -> Tensor:
     """Compute the norm of each summand of the sum over a bond.
 
@@ -93,6 +98,7 @@ def component_norms(net: TensorNetwork, bond: str | None = None) -> Tensor:
     return squares.clamp(min=0).sqrt()
 
 
+@takes_network
 def congruence(
     net: TensorNetwork, other: TensorNetwork | None = None, bond: str | None = None
 ) -> Tensor:
@@ -129,6 +135,7 @@ def congruence(
     return products / torch.where(norms > 0, norms, 1.0)
 
 
+@takes_network
 def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> float:
     """Compute the core consistency of a CP: how far the target asks for interactions of components.
 
@@ -154,6 +161,7 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
         >>> f"{core_consistency(net, net):.3f}"
         '100.000'
     """
+    check_finite(net, "core consistency")
     bond = joins_all(net)
     if bond is None or any(len(term.legs) != 2 for term in net.legs.terms):
         raise ValueError(
@@ -183,6 +191,7 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
     return 100 * (1 - (core - ideal).square().sum().item() / rank)
 
 
+@takes_network
 def conditioning(net: TensorNetwork) -> dict[str, float]:
     """Compute the condition number of each parameter's least-squares problem.
 

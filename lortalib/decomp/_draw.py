@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
+from ._arguments import takes_network
 from ._layout import BOX, LEG, STEP, Box, Layout
 from ._notation import LegsError, Term
 from ._tensor_network import TensorNetwork
@@ -62,6 +63,7 @@ class Drawing:
         return self.svg
 
 
+@takes_network
 def draw(net: TensorNetwork) -> Drawing:
     """Draw a network.
 

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ._arguments import takes_network
 from ._einsum import Names
 from ._legs import Legs
 from ._pieces import Pieces, joined, pieces_of, position_of
 from ._tensor_network import NetworkView, TensorNetwork
 
 
+@takes_network
 def environment(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     """Take one parameter out of a network; the rest is a network over the parameter's bonds.
 
@@ -54,6 +56,7 @@ def environment(net: TensorNetwork, parameter: str | int) -> TensorNetwork:
     return NetworkView(Legs(terms), [net.tensors[j] for j in kept], modes)
 
 
+@takes_network
 def gram(net: TensorNetwork, parameter: str | int) -> Tensor:
     """Compute the Gram matrix of a parameter's environment over the parameter's bonds.
 

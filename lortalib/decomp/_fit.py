@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._stacklevel import outside
 from ._als import Progress, Sweeper
+from ._arguments import check_number
 from ._build import Rank
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
@@ -115,7 +116,7 @@ def fit(
             without known entries; a line whose parameters are all frozen, or hashed; a start of another
             line or shape; a mode that the line, the target or the weights split into factors without common
             ones; parameters too large for the dtype.
-        TypeError: a complex target.
+        TypeError: a complex target; an option that is no number.
 
     Warns:
         RuntimeWarning: the fit diverges: its terms grow and cancel each other.
@@ -300,11 +301,7 @@ def _check_line(net: Network) -> None:
 
 
 def _check_options(tolerance: float, ridge: float, restarts: int, sweeps: int) -> None:
-    for name, value, least in (
-        ("tolerance", tolerance, 0),
-        ("ridge", ridge, 0),
-        ("restarts", restarts, 0),
-        ("sweeps", sweeps, 1),
-    ):
-        if not (value >= least and math.isfinite(value)):
-            raise ValueError(f"{name} must be finite and at least {least}; found {value!r}")
+    check_number("tolerance", tolerance, least=0)
+    check_number("ridge", ridge, least=0)
+    check_number("restarts", restarts, least=0, is_integer=True)
+    check_number("sweeps", sweeps, least=1, is_integer=True)

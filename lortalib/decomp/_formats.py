@@ -195,6 +195,10 @@ def names_format(text: str) -> bool:
 
 
 def _key(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"a format is given as a text, its name or a line of legs; found {type(name).__name__}"
+        )
     return name.strip().lower().replace("-", "_")
 
 

@@ -38,6 +38,7 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
 
     Raises:
         ValueError: names that do not fit the axes, a tensor that is zero or not finite.
+        TypeError: no torch tensor.
 
     Example:
         >>> from lortalib.decomp import network
@@ -47,6 +48,8 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
         >>> net.dense().abs().max().item()
         0.0
     """
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"start_along takes a torch tensor; found {type(dense).__name__}")
     names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
     if len(names) != dense.ndim or len(set(names)) != len(names):
         raise ValueError(

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import takes_network
 from ._pieces import Pieces, joined, pieces_of
 from ._refine import on_common_factors
 from ._tensor_network import NetworkView, TensorNetwork
 
 
+@takes_network
 def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     """Compute the inner product of two networks: the sum of the products of their entries.
 
@@ -54,6 +56,7 @@ def pair(one: Pieces, other: Pieces, modes: Sequence[str], output: Sequence[str]
     return joined(one, other.renamed("'", modes)).contract(output)
 
 
+@takes_network
 def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     """Compute the Frobenius norm of a network: the root of the sum of its squared entries.
 
@@ -79,6 +82,7 @@ def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     return inner(wide, wide, over=over).clamp(min=0).sqrt().to(net.tensors[0].dtype)
 
 
+@takes_network
 def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     """Compute the Frobenius norm of the difference of two networks.
 

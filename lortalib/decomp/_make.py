@@ -56,6 +56,11 @@ def network(
         made = get_format(legs)
         return made(shape, rank, init=init, generator=generator, device=device, dtype=dtype)
     parsed = Legs.parse(legs) if isinstance(legs, str) else legs
+    if not isinstance(parsed, Legs):
+        raise TypeError(
+            "legs are a line such as 'in r, out r', the name of a format, or Legs; found "
+            f"{type(parsed).__name__}"
+        )
     return build(parsed, shape, rank, init=init, generator=generator, device=device, dtype=dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Union
 
 #: All reserved mode names, in the order of T. A leg with one of these names is never a bond.
@@ -48,6 +48,8 @@ class Shape(Mapping[str, int]):
         elif isinstance(sizes, Mapping):
             named = dict(sizes)
         else:
+            if not isinstance(sizes, Iterable):
+                raise TypeError(f"a shape is a tuple or a mapping; found {type(sizes).__name__}")
             listed = tuple(sizes)
             if len(listed) != len(LORTA_MODES):
                 raise ValueError(
@@ -56,6 +58,9 @@ class Shape(Mapping[str, int]):
                     "for instance {'layer': 12, 'in': 768, 'out': 768}."
                 )
             named = dict(zip(LORTA_MODES, listed))
+        unnamed = [mode for mode in named if not isinstance(mode, str)]
+        if unnamed:
+            raise TypeError(f"the modes of a shape have texts as names; found {unnamed[0]!r}")
         self._factors = {
             mode: tuple(_integer(mode, factor) for factor in size)
             for mode, size in named.items()

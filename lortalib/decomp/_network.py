@@ -40,6 +40,7 @@ class Network(TensorNetwork, nn.Module):
     Raises:
         LegsError: an ill-formed line, one that does not fit the modes, or sizes that disagree.
         ValueError: a tensor of a tied or hashed term that differs from the one that it shares.
+        TypeError: parameters that are no torch tensors of one floating-point dtype.
 
     Example:
         >>> import torch
@@ -60,6 +61,7 @@ class Network(TensorNetwork, nn.Module):
     ) -> None:
         super().__init__()
         tensors, modes = tuple(tensors), tuple(modes)
+        _check_tensors(tensors)
         legs = Legs.parse(legs) if isinstance(legs, str) else legs
         sizes = legs.sizes([tensor.shape for tensor in tensors], sizes)
         legs.check(modes)
@@ -187,6 +189,16 @@ class Network(TensorNetwork, nn.Module):
         return self.dense()
 
     __repr__ = TensorNetwork.__repr__
+
+
+def _check_tensors(tensors: Sequence[object]) -> None:
+    """Refuse parameters that are no tensors of real numbers of one dtype."""
+    kinds = [t.dtype if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
+    for kind in kinds:
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind != kinds[0]:
+            raise TypeError(
+                f"the parameters are torch tensors of one floating-point dtype; found {kinds}"
+            )
 
 
 def _index_names(one: Hash) -> tuple[str, str]:

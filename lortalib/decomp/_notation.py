@@ -160,6 +160,8 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
     Returns:
         The line with every blank replaced by a space, and its terms with their positions in it.
     """
+    if not isinstance(line, str):
+        raise TypeError(f"a line of legs is a text; found {type(line).__name__}")
     if len(line) > MAX_LINE:
         raise LegsError(
             f"a line of legs has at most {MAX_LINE:,} characters; found {len(line):,}, which "

@@ -72,7 +72,7 @@ def position_of(net: TensorNetwork, parameter: str | int) -> int:
     """
     if isinstance(parameter, str) and parameter in net.names:
         return net.names.index(parameter)
-    if not isinstance(parameter, str) and -len(net.names) <= parameter < len(net.names):
+    if isinstance(parameter, int) and -len(net.names) <= parameter < len(net.names):
         return parameter % len(net.names)
     raise KeyError(
         f"no parameter {parameter!r}: the parameters of this network are {', '.join(net.names)}, "

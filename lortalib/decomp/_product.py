@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 from torch import Tensor
 
+from ._arguments import takes_network
 from ._sum import weighted_parameter
 from ._tensor_network import NetworkView, TensorNetwork
 
 
+@takes_network
 def scale(net: TensorNetwork, factor: float | Tensor) -> TensorNetwork:
     """Multiply a network by a number; one parameter takes it.
 
@@ -20,6 +24,7 @@ def scale(net: TensorNetwork, factor: float | Tensor) -> TensorNetwork:
         all of them.
 
     Raises:
+        TypeError: no number.
         ValueError: every parameter is tied, or a tensor of more than one entry.
 
     Example:
@@ -34,6 +39,8 @@ def scale(net: TensorNetwork, factor: float | Tensor) -> TensorNetwork:
             f"a network is scaled by one number; found a tensor of shape {tuple(factor.shape)}. For a "
             "factor for each position of a mode, use net.mode_dot(torch.diag(factors), mode)"
         )
+    if not isinstance(factor, (Real, Tensor)):
+        raise TypeError(f"a network is scaled by a number; found {type(factor).__name__}")
     tensors = list(net.tensors)
     k = weighted_parameter(net)
     number = factor.reshape(()) if isinstance(factor, Tensor) else factor
@@ -41,6 +48,7 @@ def scale(net: TensorNetwork, factor: float | Tensor) -> TensorNetwork:
     return NetworkView(net.legs, tensors, net.modes)
 
 
+@takes_network
 def hadamard(one: TensorNetwork, other: TensorNetwork) -> TensorNetwork:
     """Multiply two networks of the same line entry by entry; their ranks multiply.
 

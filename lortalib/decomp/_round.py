@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_finite, check_number, check_ranks, takes_network
 from ._build import Rank
 from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
@@ -36,6 +37,7 @@ class Rounding:
     how: str
 
 
+@takes_network
 def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None = None) -> Rounding:
     """Give a network smaller ranks, either given ones or the smallest ones within an error.
 
@@ -66,8 +68,13 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
     """
     if (rank is None) == (error is None):
         raise ValueError("give either rank= or error=, what is to be reached")
-    if error is not None and not 0 <= error < 1:
+    if rank is not None:
+        check_ranks(rank)
+    if error is not None:
+        check_number("error", error, least=0)
+    if error is not None and not error < 1:
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
+    check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
     wanted = None if rank is None else _wanted(net, rank)
     if is_tree(net.legs, net.modes) and not any(term.tied for term in net.legs.terms):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._einsum import contract
 from ._factors import product
 from ._legs import Legs
 from ._notation import Term, check_bounds
@@ -43,9 +44,18 @@ class Slices(NamedTuple):
         terms = self._untied(fixed)
         return Legs(tuple(term.without(fixed) for term in terms)), tensors
 
-    def taken(self, mode: str, positions: Tensor) -> tuple[Legs, list[Tensor]]:
+    def taken(
+        self, mode: str, positions: Tensor, open_legs: Collection[str]
+    ) -> tuple[Legs, list[Tensor]]:
         """Keep some positions of a mode. A split mode is whole afterwards, on every parameter that had one of
-        its factors: an entry is the product of theirs at the digits of the position."""
+        its factors: an entry is the product of theirs at the digits of the position. The line can have ``in``
+        on one parameter only, so the product of those is formed.
+
+        Args:
+            mode: the mode.
+            positions: integers of shape (number,).
+            open_legs: the legs that are not summed over.
+        """
         _check_positions(mode, positions)
         own = self.legs.open_legs([mode])
         if own == (mode,):
@@ -78,12 +88,15 @@ class Slices(NamedTuple):
                 term = replace(left, legs=(mode, *left.legs))
             terms.append(term)
             tensors.append(tensor)
+        if mode == "in":
+            terms, tensors = _on_one(mode, terms, tensors, open_legs)
         return Legs(tuple(terms)), tensors
 
     def times(self, mode: str, matrix: Tensor) -> tuple[Legs, list[Tensor]]:
         """Multiply along a mode by a matrix (new size, size) or a vector (size), as one more parameter. Its
         factors become bonds, and the new mode is whole."""
         own = self.legs.open_legs([mode])
+        _check_matrix(mode, matrix, product([self.sizes[leg] for leg in own]), self.tensors[0])
         bonds: dict[str, str] = {}
         for leg in own:
             bond = leg.replace(".", "_")
@@ -114,6 +127,42 @@ class Slices(NamedTuple):
             replace(term, tied=False, spans=()) if term.tied and own[k] in uneven else term
             for k, term in enumerate(self.legs.terms)
         )
+
+
+def _on_one(
+    mode: str, terms: Sequence[Term], tensors: Sequence[Tensor], open_legs: Collection[str]
+) -> tuple[list[Term], list[Tensor]]:
+    """Contract the parameters that carry a mode into the first of them."""
+    here = [k for k, term in enumerate(terms) if mode in term.legs]
+    if len(here) == 1:
+        return list(terms), list(tensors)
+    others = [k for k in range(len(terms)) if k not in here]
+    needed = {mode, *open_legs, *(leg for k in others for leg in terms[k].legs)}
+    own = tuple(terms[k].legs for k in here)
+    legs = tuple(dict.fromkeys(leg for each in own for leg in each if leg in needed))
+    pairs = [pair for k in here for pair in zip(terms[k].legs, tensors[k].shape)]
+    one = contract(own, tuple(tensors[k] for k in here), legs, dict(pairs))
+    frozen = all(terms[k].frozen for k in here)
+    line = [(k, terms[k], tensors[k]) for k in others]
+    line = sorted([*line, (here[0], Term(legs, frozen=frozen), one)], key=lambda each: each[0])
+    return [term for _, term, _ in line], [tensor for _, _, tensor in line]
+
+
+def _check_matrix(mode: str, matrix: object, size: int, like: Tensor) -> None:
+    wanted = f"a matrix of shape (new size, {size}) or a vector"
+    found = type(matrix).__name__
+    if isinstance(matrix, Tensor):
+        if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
+            raise ValueError(
+                f"to multiply along {mode!r} of size {size}, {wanted} is needed; found {tuple(matrix.shape)}"
+            )
+        if (matrix.dtype, matrix.device) == (like.dtype, like.device):
+            return
+        found = f"one of {matrix.dtype} on {matrix.device}"
+    raise TypeError(
+        f"to multiply along {mode!r}, {wanted} is needed, as a tensor of {like.dtype} on {like.device} "
+        f"like the parameters; found {found}. Try torch.as_tensor(matrix).to(net.tensors[0])"
+    )
 
 
 def _check_positions(mode: str, positions: object) -> None:

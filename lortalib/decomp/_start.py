@@ -130,7 +130,7 @@ def get_start(init: StartLike) -> Start:
     """
     if callable(init):
         return init
-    if init not in STARTS:
+    if not isinstance(init, str) or init not in STARTS:
         raise ValueError(
             f"unknown init {init!r}; choose {', '.join(map(repr, STARTS))} or a callable"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,9 +41,15 @@ def direct_sum(
         >>> total.ranks, torch.allclose(total.dense(), one.dense() - 0.5 * two.dense(), atol=1e-6)
         ({'r': 8}, True)
     """
+    if isinstance(networks, TensorNetwork) or not all(
+        isinstance(each, TensorNetwork) for each in networks
+    ):
+        raise TypeError("direct_sum takes a list of networks; found something else among them")
     if not networks:
         raise ValueError("nothing to add: give at least one network")
     weights = [1.0] * len(networks) if weights is None else list(weights)
+    if not all(isinstance(each, (Real, Tensor)) for each in weights):
+        raise TypeError(f"weights are numbers; found {weights!r}")
     if len(weights) != len(networks):
         raise ValueError(f"{len(networks)} networks and {len(weights)} weights; give one for each")
     first = networks[0]

@@ -205,7 +205,7 @@ class TensorNetwork(ABC):
             raise KeyError(
                 f"cannot take from {mode!r}: the modes of this network are {', '.join(self.modes)}"
             )
-        legs, tensors = self._slices.taken(mode, positions)
+        legs, tensors = self._slices.taken(mode, positions, self.open_legs)
         return NetworkView(legs, tensors, self.modes)
 
     def mode_dot(self, matrix: Tensor, mode: str) -> TensorNetwork:
@@ -224,6 +224,7 @@ class TensorNetwork(ABC):
         Raises:
             KeyError: a name that is not a mode of this network.
             ValueError: a matrix or vector of another shape.
+            TypeError: no tensor, or one of another dtype or device than the parameters.
             LegsError: the network already has the largest number of legs or parameters.
 
         Example:
@@ -238,12 +239,6 @@ class TensorNetwork(ABC):
             raise KeyError(
                 f"cannot multiply along {mode!r}: the modes of this network are "
                 f"{', '.join(self.modes)}"
-            )
-        size = self._size_of(mode)
-        if matrix.ndim not in (1, 2) or matrix.shape[-1] != size:
-            raise ValueError(
-                f"to multiply along {mode!r} of size {size}, a matrix of shape (new size, {size}) or a "
-                f"vector is needed; found {tuple(matrix.shape)}"
             )
         legs, tensors = self._slices.times(mode, matrix)
         left = self.modes if matrix.ndim == 2 else tuple(m for m in self.modes if m != mode)

@@ -18,6 +18,7 @@ from tensorly.tt_tensor import TTTensor
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
+from ._arguments import takes_network
 from ._formats import get_format
 from ._legs import Legs
 from ._lines import train_line
@@ -34,6 +35,7 @@ Modes = Union[str, Sequence[str], Mapping[str, int]]
 Result = TypeVar("Result")
 
 
+@takes_network
 def to_tensorly(net: TensorNetwork) -> TensorLyObject:
     """Make a TensorLy object from the parameters of a network themselves, with live autograd.
 
@@ -180,9 +182,14 @@ def real(values: Any, what: str) -> Tensor:
         what: a noun for them, for the error message.
 
     Raises:
-        TypeError: the values are complex.
+        TypeError: the values are complex, or no numbers.
     """
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{what} is to be a tensor, an array or nested numbers; found {type(values).__name__}"
+        ) from error
     if tensor.is_complex():
         raise TypeError(
             f"networks hold real numbers; found {what} of {tensor.dtype}. Convert the real and the "

@@ -59,7 +59,8 @@ class AdapterModule(nn.Module):
         """
         if not self._host:
             raise RuntimeError(
-                f"adapter {self.name!r} was removed from its model; apply or load it again"
+                f"adapter {self.name!r} was removed from its model, or is a copy on no model; apply or load "
+                "it again"
             )
         return self._host[0]
 
@@ -121,6 +122,15 @@ class AdapterModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle keeps: the adapter on no model, with the values of the modules that train with
+        it. The pickle of a model keeps the rest in the model's host, which takes the adapter back."""
+        if not self._host:
+            return self.__dict__
+        values = self.trained_modules.values(self._host[0].model, copy=False)
+        trained = TrainedModules(self.trained_modules.paths, values)
+        return {**self.__dict__, "_host": [], "trained_modules": trained}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterModule:
         """Copy the adapter: onto the copy of its model if that is being copied too, else onto no model."""

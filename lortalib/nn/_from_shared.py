@@ -25,7 +25,8 @@ def on_shared(
         generator: the source of randomness of the start.
 
     Raises:
-        ValueError: the adapter has no shared parameters, or its networks have other lines or sizes.
+        ValueError: the adapter has no shared parameters, or they have another line or other sizes, or the
+            dtype of the plan would round them.
     """
     theirs = {group.name: source.network(group) for group in source.groups}
     if not any(term.shared for network in theirs.values() for term in network.legs.terms):
@@ -85,6 +86,14 @@ def _on_shared(
             raise ValueError(
                 f"a shared parameter of the network {group.name!r} has the shape {tuple(value.shape)}, and "
                 f"this adapter's is to have {tuple(tensor.shape)}: use the rank and layers of the other"
+            )
+        if value.dtype != like.dtype and not torch.equal(
+            value, value.to(like.dtype).to(value.dtype)
+        ):
+            raise ValueError(
+                f"dtype={like.dtype} would round the shared parameters of the network {group.name!r}, which "
+                f"are {value.dtype}, so the adapter could not go to a bank that has them: use "
+                f"dtype={value.dtype}, and bank(..., dtype={like.dtype}) for a small bank"
             )
         stored.append(value.detach().to(like.device, like.dtype).clone())
     first = [stored[holder] for holder in legs.holders]  # a tied parameter is one tensor

@@ -15,6 +15,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ._adapter import Adapter
+from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site, plain_name
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, attach, detach
@@ -24,7 +25,7 @@ from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
 
 
-class AdapterHost(nn.ModuleDict):
+class AdapterHost(AdapterDict):
     """The adapters of one model by name. The host is a submodule of the model (see `home_of`), so the
     adapters move with the model.
 
@@ -49,10 +50,6 @@ class AdapterHost(nn.ModuleDict):
     def model(self) -> nn.Module:
         """The model that carries the adapters."""
         return self._model[0]
-
-    def adapters(self) -> list[Adapter]:
-        """Return every adapter, in the order in which they were applied."""
-        return list(cast("Iterable[Adapter]", self.values()))
 
     def _others(self, adapter: Adapter) -> list[Adapter]:
         return [other for other in self.adapters() if other is not adapter]

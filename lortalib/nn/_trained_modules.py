@@ -31,10 +31,15 @@ class TrainedModules:
         self._inside = False
         self._other: Values = values or {}  # the base's values while inside, else the adapter's
 
-    def values(self, model: nn.Module | None) -> Values:
-        """Return the adapter's values by path of the module and name of the tensor."""
+    def values(self, model: nn.Module | None, copy: bool = True) -> Values:
+        """Return the adapter's values by path of the module and name of the tensor.
+
+        Args:
+            model: the model that the adapter is on.
+            copy: whether values that the model has are copied; else they are its own parameters.
+        """
         if model is not None and (self._inside or not self._other):
-            return _read(model, self.paths)
+            return _read(model, self.paths, copy)
         return self._other
 
     def conflict(self, others: Iterable[TrainedModules]) -> str | None:
@@ -124,13 +129,13 @@ def _bring_back(model: nn.Module, paths: Sequence[str]) -> None:
         bring_back(module)
 
 
-def _read(model: nn.Module, paths: Sequence[str]) -> Values:
+def _read(model: nn.Module, paths: Sequence[str], copy: bool = True) -> Values:
     divide_again(model)
     _bring_back(model, paths)
-    return {
-        path: {k: t.detach().clone() for k, t in module_at(model, path).state_dict().items()}
-        for path in paths
-    }
+    found = {path: module_at(model, path).state_dict(keep_vars=True) for path in paths}
+    if not copy:
+        return found
+    return {path: {k: t.detach().clone() for k, t in own.items()} for path, own in found.items()}
 
 
 def _write(model: nn.Module, values: Values) -> None:

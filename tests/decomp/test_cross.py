@@ -113,7 +113,7 @@ def test_what_a_function_may_not_return(function, message):
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"sweeps": 0}, {"tolerance": -1.0}])
 def test_numbers_that_are_not_positive(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be positive"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite and"):
         decomp.cross(reciprocal, {"a": 3, "b": 4}, **{"rank": 2, **wrong})
 
 

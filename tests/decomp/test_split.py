@@ -22,8 +22,10 @@ from lortalib.decomp import (
     LegsError,
     Network,
     Shape,
+    canonical,
     convert,
     core_consistency,
+    direct_sum,
     distance,
     fit,
     formats,
@@ -421,9 +423,31 @@ def test_positions_are_taken_from_a_split_mode(name, data):
     found = net.index_select(mode, at)
     assert (found.modes, mode in found.open_legs) == (net.modes, True)
     close(found.dense(), expected)
+    Network(
+        found.legs, [t.detach() for t in found.tensors], found.modes
+    )  # the line is one of a network
     for wrong in (size, -1):
         with pytest.raises((IndexError, RuntimeError)):  # torch raises either
             net.index_select(mode, torch.tensor([0, wrong]))
+
+
+def test_a_slice_of_a_split_in_has_one_parameter_for_it():
+    """So it is a network like others: a line has ``in`` on one parameter only."""
+    net = made(
+        "in.1 a, layer in.2 a b, in.3 b c, out c", {"layer": 2, "in": (2, 3, 2), "out": 4}, 2
+    )
+    found = net.index_select("in", torch.tensor([7, 0, 7]))
+    whole = found.dense().detach()
+    close(whole, reference.dense(net)[:, [7, 0, 7]])
+    assert [term.legs for term in found.legs.terms if "in" in term.legs] == [("in", "layer", "c")]
+    for same in (
+        canonical(found),
+        direct_sum([found, found], [0.5, 0.5]),
+        round(found, error=0).network,
+    ):
+        close(same.dense(), whole.numpy())
+    found.dense().sum().backward()
+    assert all(tensor.grad is not None for tensor in net.tensors)
 
 
 @pytest.mark.parametrize("name", ["tt_lora", "loretta", "folded_cp"])

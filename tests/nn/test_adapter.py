@@ -7,11 +7,11 @@ from itertools import combinations
 import pytest
 import torch
 from adapted import changes, close, output, picture, put, same_bits, unchanged
-from models import each_family
+from models import FAMILIES, each_family
 from torch.utils.hooks import RemovableHandle
 
 import lortalib
-from lortalib.nn import adapters, set_active, sites
+from lortalib.nn import adapters, load, set_active, sites
 
 
 @each_family
@@ -157,7 +157,7 @@ def test_a_removed_adapter_says_so(llama):
             act()
     assert adapter.delta(site).shape == site.weight_shape
     assert adapter.count() > 0
-    assert "removed from its model" in repr(adapter)
+    assert "on no model" in repr(adapter)
 
 
 # Copies
@@ -183,6 +183,56 @@ def test_a_pickled_model_takes_another_adapter_in_a_fresh_process(llama, inputs,
     twin = pickle.loads(pickled)
     put(twin, name="second", seed=1)
     assert close(output(twin, inputs), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"train_also": ["lm_head"]}, {"merged": True}])
+def test_an_adapter_that_is_pickled_alone_is_on_no_model(options, llama, inputs, tmp_path):
+    options, merged = dict(options), options == {"merged": True}
+    options.pop("merged", None)
+    adapter = put(llama, name="a", **options)
+    with torch.no_grad():
+        for path in adapter.trained_modules.paths:
+            llama.get_submodule(path).weight.add_(1)
+    wanted = output(llama, inputs)
+    if merged:
+        adapter.merge()
+    for _ in range(2):  # a copy of a copy is one too
+        adapter = pickle.loads(pickle.dumps(adapter))
+        assert not adapter.is_on_model
+    assert len(pickle.dumps(adapter)) < len(pickle.dumps(llama)) / 3
+    fresh = FAMILIES["Llama"].model("ForCausalLM")
+    load(fresh, adapter.save(tmp_path, model=fresh))
+    assert close(output(fresh, inputs), wanted)
+    with pytest.raises(RuntimeError, match="is a copy on no model"):
+        adapter.merge()
+
+
+@pytest.mark.parametrize("first", ["model", "adapter", "part"])
+def test_an_adapter_that_is_pickled_with_its_model_is_on_it(first, llama, inputs):
+    base = output(llama, inputs)
+    adapter = put(llama, train_also=["lm_head"])
+    with torch.no_grad():
+        llama.lm_head.weight.add_(1)
+    wanted = output(llama, inputs)
+    pair = {"model": llama, "adapter": adapter}
+    parts = [llama.model.layers[0], *(pair[k] for k in sorted(pair))]
+    order = {"model": parts[::-1], "adapter": parts[1:] + parts[:1], "part": parts}[first]
+    copies = pickle.loads(pickle.dumps(order))
+    twin = copies[order.index(llama)]
+    own = copies[order.index(adapter)]
+    assert adapters(twin)["default"] is own
+    assert own.model is twin
+    assert same_bits(output(twin, inputs), wanted)
+    own.remove()
+    assert same_bits(output(twin, inputs), base)
+
+
+def test_a_layer_that_is_pickled_alone_computes_what_it_did(llama):
+    put(llama)
+    layer = llama.model.layers[0].self_attn.q_proj
+    twin = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(2, 3, layer.in_features)
+    assert same_bits(twin(x), layer(x))
 
 
 # What it says of itself

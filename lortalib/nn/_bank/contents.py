@@ -150,7 +150,6 @@ class BankContents:
 
         Raises:
             ValueError, TypeError, FileNotFoundError, AdapterFileError: as for `add`.
-            KeyError: another thread removed an adapter from the other bank meanwhile.
 
         Example:
             >>> import lortalib
@@ -167,11 +166,12 @@ class BankContents:
         if isinstance(sources, BankContents):
             self._reader.check_alike("the other bank", sources.groups, sources._reader.legs)
             check_same_marks("the other bank", sources._reader.legs, self._reader.legs)
-            names = list(sources)
-            own = self._reader.scaled(sources._store.gather(names), sources.alpha)
-            stacked, shared = self._reader.read_stacked(names, own), sources._shared.parameters
+            theirs = sources._store.moment()
+            own = self._reader.scaled(theirs.own, sources.alpha)
+            stacked = self._reader.read_stacked(theirs.names, own)
+            shared = {group: self._shared.shared(group, ts) for group, ts in theirs.base.items()}
             self._shared.check_fits(shared, "the other bank")
-            self._store.put(names, stacked, shared=shared if self._shared else None)
+            self._store.put(theirs.names, stacked, shared=shared if self._shared else None)
             return
         read = self._reader.read_all(sources)
         self._store.put(list(sources), read.own, shared=read.shared)
@@ -242,12 +242,15 @@ class BankContents:
             >>> adapter.name, adapter.is_on_model, adapter.count()
             ('ann', False, 100)
         """
-        found, networks = self._store.snapshot([name]), {}
+        return self._adapter(name, self._store.snapshot([name]))
+
+    def _adapter(self, name: Hashable, found: Mapping[str, Sequence[Tensor]]) -> Adapter:
+        """Make an adapter on no model of a snapshot of one adapter."""
         tensors = {
             group: [t if mark.shared else t[0] for t, mark in zip(ts, self.legs[group].terms)]
             for group, ts in found.items()
         }
-        wide = self._shared.dtype
+        networks, wide = {}, self._shared.dtype
         for group in self.groups:
             like = self._plan.networks[group.name]
             # Copies, so that no adapter has a parameter of the bank.
@@ -271,9 +274,8 @@ class BankContents:
             ValueError: a name that is neither a text nor an integer, or a float8 bank.
             OSError: the folder cannot be written.
         """
-        names = list(self)
-        own = self._store.gather(names)
-        return write_bank(folder, self._model, self.adapter(None), names, own)
+        now = self._store.moment()
+        return write_bank(folder, self._model, self._adapter(None, now.base), now.names, now.own)
 
     def load(self, folder: str | PathLike[str]) -> None:
         """Store the adapters that a bank of this shape saved, replacing adapters of the same names.

@@ -71,8 +71,10 @@ def write_bank(
         raise ValueError(f"names in a file are texts or integers; found {odd!r}")
     text = json.dumps(list(names)).encode()
     tensors = {_NAMES: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-    for group, stacks in own.items():
-        tensors |= {f"{group}.{k}": plain(stack) for k, stack in enumerate(stacks)}
+    for group, keys in _keys(base).items():
+        for key, stack in zip(keys, own[group]):
+            if key not in tensors:
+                tensors[key] = plain(stack)
     described = _digest_of(base)
     metadata = {"format": _FORMAT, "adapter": described, "sha256": digest(described, tensors)}
     own_file = {BANK: lambda file: write_tensors(file, tensors, metadata)}
@@ -111,11 +113,27 @@ def read_bank(
     if metadata.get("sha256") != digest(metadata["adapter"], tensors):
         raise AdapterFileError(f"{path} is damaged: its SHA-256 is another than the one it has")
     names = _read_names(tensors.pop(_NAMES, None), path)
-    own: dict[str, list[Tensor]] = {group.name: [] for group in base.groups}
-    for group, stacks in own.items():
-        while f"{group}.{len(stacks)}" in tensors:
-            stacks.append(tensors[f"{group}.{len(stacks)}"])
+    keys = _keys(base)
+    lost = next((key for each in keys.values() for key in each if key not in tensors), None)
+    if lost is not None:
+        raise AdapterFileError(f"{path} is damaged: it lacks the tensor {lost!r}")
+    own = {group: [tensors[key] for key in each] for group, each in keys.items()}
     return SavedBank(base, names, own)
+
+
+def _keys(base: Adapter) -> dict[str, list[str]]:
+    """Name the stack of each own parameter in the file, by the name of the group and in the order of the
+    line. A parameter of several terms or networks is there once, under its first name."""
+    first: dict[int, str] = {}
+    keys: dict[str, list[str]] = {}
+    for group in base.groups:
+        network = base.network(group)
+        pairs = zip(network.legs.terms, network.stored)
+        own = [tensor for term, tensor in pairs if not term.shared]
+        keys[group.name] = [
+            first.setdefault(id(tensor), f"{group.name}.{k}") for k, tensor in enumerate(own)
+        ]
+    return keys
 
 
 def _read_names(stored: Tensor | None, path: Path) -> list[Hashable]:

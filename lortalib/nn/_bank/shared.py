@@ -122,12 +122,18 @@ class SharedParameters:
         """
         for group, given in values.items():
             for parameter, value in zip(self.parameters[group], given):
-                if not torch.equal(parameter, value.to(parameter)):
+                if torch.equal(parameter, value.to(parameter)):
+                    continue
+                if torch.equal(parameter.to(value), value):
                     raise ValueError(
-                        f"{label} has other shared parameters in group {group!r} than the adapters of the "
-                        "bank. Train it on those of the bank, as by apply(..., shared=bank), or put it into "
-                        "a bank of its own"
+                        f"{label} has the bank's shared parameters in group {group!r} rounded to "
+                        f"{value.dtype}; the bank has them in {parameter.dtype}. Train it in that dtype"
                     )
+                raise ValueError(
+                    f"{label} has other shared parameters in group {group!r} than the adapters of the "
+                    "bank. Train it on those of the bank, as by apply(..., shared=bank), or put it into "
+                    "a bank of its own"
+                )
 
     @contextmanager
     def changed(self, values: Tensors) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,21 @@ _DTYPES = (
     torch.float8_e5m2,
     torch.float8_e4m3fn,
 )
+
+
+class Moment(NamedTuple):
+    """Copies of all that a store has at one moment.
+
+    Attributes:
+        names: the names of the adapters.
+        own: a mapping from the name of each group to the adapters' own tensors, with a leading axis of
+            adapters.
+        base: all tensors of the adapter that changes nothing, as `Store.snapshot` of None returns them.
+    """
+
+    names: list[Hashable]
+    own: dict[str, list[Tensor]]
+    base: dict[str, list[Tensor]]
 
 
 class Store:
@@ -124,6 +139,12 @@ class Store:
         """
         with self._lock:
             return self.joined(self.gather(names))
+
+    def moment(self) -> Moment:
+        """Copy all adapters together with the shared parameters of the same moment."""
+        with self._lock:
+            names = list(self._places)
+            return Moment(names, self.gather(names), self.snapshot([None]))
 
     def joined(self, own: Tensors) -> dict[str, list[Tensor]]:
         """Put own tensors and the present shared parameters together, as `snapshot` does."""

@@ -7,9 +7,11 @@ module becomes a subclass of the same name, with a property that returns weight 
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .._anatomy import Site
@@ -94,9 +96,22 @@ def _restore(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return module
 
 
+#: Looks a parameter up by its path, and refuses what is none, such as a weight plus updates.
+_LOOKUP = nn.Module.get_parameter.__code__
+
+
+def _is_asked_for_by_name() -> bool:
+    """Return True if the weight is read by ``get_parameter``, which wants the base's parameter itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return sys._getframe(2).f_code is _LOOKUP
+
+
 def _reader(name: str) -> Any:
     def read(module: nn.Module) -> Tensor | None:
         weight: Tensor | None = module._parameters[name]
+        if _is_asked_for_by_name():
+            return weight
         for adapter, site in module.__dict__.get(_UPDATES, ()):
             if site.parameter == name and adapter.adds_update:
                 assert weight is not None

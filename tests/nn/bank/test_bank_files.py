@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from banks import equal_tensors, prompts, random_stack, rows_of, small_llama
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lortalib
 from lortalib.nn import AdapterFileError
+from lortalib.nn._files import digest
 
 SHARED = {"own sides": (), "shared sides": ("in", "out")}
 each_sharing = pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
@@ -173,3 +176,52 @@ def test_odd_names_in_a_file_are_refused(tmp_path, monkeypatch, names):
     bank.save(tmp_path)
     with pytest.raises(AdapterFileError, match="a list of distinct texts or integers; found"):
         bank.load(tmp_path)
+
+
+@pytest.mark.parametrize("share_residual", [False, True])
+@pytest.mark.parametrize("decomposition", ["indscal", "cp", "uni_lora"])
+def test_a_parameter_of_several_places_is_written_once(tmp_path, decomposition, share_residual):
+    options = {"targets": "all", "share_residual": share_residual}
+    bank = lortalib.nn.bank(small_llama(), decomposition, 2, **options)
+    source = lortalib.nn.apply(small_llama(), decomposition, 2, init="normal", **options)
+    bank.update({"ann": source, "eve": source})
+    file = bank.save(tmp_path) / "bank.safetensors"
+    with safe_open(file, "pt") as opened:
+        written = [opened.get_tensor(name) for name in opened.keys() if name != "names"]  # noqa: SIM118
+    assert sum(tensor.numel() for tensor in written) == 2 * bank.count()
+    again = lortalib.nn.bank(small_llama(), decomposition, 2, **options)
+    again.load(tmp_path)
+    assert all(equal_tensors(bank[name], again[name]) for name in ("ann", "eve"))
+
+
+def test_a_file_that_has_a_parameter_twice_is_read(tmp_path):
+    """Earlier versions wrote a tied parameter for each of its places."""
+    bank = full_of_one(small_llama(), "indscal")
+    path = bank.save(tmp_path) / "bank.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["layers.1"] = tensors["layers.0"].clone()
+    metadata["sha256"] = digest(metadata["adapter"], tensors)
+    save_file(tensors, path, metadata)
+    again = lortalib.nn.bank(small_llama(), "indscal", 2)
+    again.load(tmp_path)
+    assert equal_tensors(bank["ann"], again["ann"])
+
+
+def full_of_one(model, decomposition):
+    bank = lortalib.nn.bank(model, decomposition, 2)
+    bank["ann"] = lortalib.nn.apply(small_llama(), decomposition, 2, init="normal")
+    return bank
+
+
+def test_a_file_without_one_of_its_tensors_is_refused(tmp_path):
+    path = full(small_llama(), ()).save(tmp_path) / "bank.safetensors"
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del tensors["layers.1"]
+    metadata["sha256"] = digest(metadata["adapter"], tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(AdapterFileError, match=r"lacks the tensor 'layers\.1'"):
+        full(small_llama(), ()).load(tmp_path)

@@ -342,3 +342,20 @@ def test_a_running_context_keeps_its_shared_sides_when_the_bank_gets_others():
         del bank["a"]
         bank["c"] = other
         assert torch.equal(output(model, inputs), wanted)
+
+
+@pytest.mark.parametrize("of", ["bank", "adapter"])
+def test_shared_parameters_are_not_rounded(of):
+    model = small_llama()
+    base = shared_bank(model) if of == "bank" else put(small_llama(), shared=SIDES)
+    with pytest.raises(
+        ValueError, match=r"dtype=torch.bfloat16 would round .* use dtype=torch.float32"
+    ):
+        lortalib.nn.apply(model, "cp", 2, shared=base, dtype=torch.bfloat16)
+    assert not lortalib.nn.adapters(model)
+    wide = lortalib.nn.apply(model, "cp", 2, shared=base, dtype=torch.float64)
+    bank = shared_bank(small_llama())
+    bank.update({"ann": base if of == "adapter" else wide})
+    bank["eve"] = wide
+    with pytest.raises(ValueError, match=r"in group 'layers' rounded to torch.bfloat16"):
+        bank["bob"] = wide.bfloat16()

@@ -5,6 +5,8 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
+import pytest
+from adapted import put
 from banks import constant, equal_tensors, is_in, small_llama
 
 import lortalib
@@ -91,3 +93,37 @@ def test_what_is_gathered_is_one_adapter_and_not_two():
 
     assert together(write, read, read) == []
     assert not mixed
+
+
+@pytest.mark.parametrize("reading", ["save", "update"])
+def test_own_and_shared_parameters_are_those_of_one_moment(reading, tmp_path, monkeypatch):
+    """Another thread empties the bank, and gives it other shared parameters, as soon as it gets the lock."""
+    model, sides = small_llama(), ("in", "out")
+    sources = [put(small_llama(), seed=seed, shared=sides) for seed in range(2)]
+    bank = lortalib.nn.bank(model, "cp", 2, shared=sides)
+    bank["x"] = sources[0]
+    gather, threads = bank._store.gather, []
+
+    def change():
+        del bank["x"]
+        bank["x"] = sources[1]
+
+    def gathered(names):
+        found = gather(names)
+        if not threads:
+            threads.append(threading.Thread(target=change))
+            threads[0].start()
+            threads[0].join(0.2)
+        return found
+
+    monkeypatch.setattr(bank._store, "gather", gathered)
+    other = lortalib.nn.bank(small_llama(), "cp", 2, shared=sides)
+    if reading == "save":
+        other.load(bank.save(tmp_path))
+    else:
+        other.update(bank)
+    threads[0].join()
+    wanted = lortalib.nn.bank(small_llama(), "cp", 2, shared=sides)
+    wanted["x"] = sources[0]
+    assert equal_tensors(other["x"], wanted["x"])
+    assert equal_tensors(other.shared, wanted.shared)
