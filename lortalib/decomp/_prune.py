@@ -138,6 +138,7 @@ def _error(net: Network, tensors: list[Tensor], is_plain_tree: bool) -> float:
     new = NetworkView(net.legs, tensors, net.modes)
     if is_plain_tree:
         difference = canonical(direct_sum([old, new], [1.0, -1.0])).tensors[net.legs.zero].norm()
+        difference = difference.detach()
     else:
         difference = distance(old, new)
     return float(difference) / (float(norm(old)) or 1.0)

@@ -51,8 +51,8 @@ class RankChange:
 
     Adam's average of squared gradients is the diagonal of an uncentred covariance. The transpose of E maps
     that matrix exactly, but the diagonal alone only if the entries off the diagonal vanish: `square` assumes
-    this, as Adam does, and multiplies by the squared entries. LDAdam (Robert et al. 2024, arXiv 2410.16103,
-    section 3) makes the same assumption about the covariance around the mean.
+    this, as Adam does, and multiplies by the squared entries. LDAdam (Robert et al. 2025, arXiv 2410.16103)
+    makes the same assumption about the covariance around the mean.
 
     Attributes:
         network: the network with the new ranks; it has parameters of its own.

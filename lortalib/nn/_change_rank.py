@@ -57,7 +57,7 @@ def change_rank(
         >>> adapter = lortalib.nn.apply(model, "cp", rank=4)
         >>> optimizer = torch.optim.AdamW(lortalib.nn.parameter_groups(adapter, 1e-2))
         >>> change_rank(adapter, optimizer, 6)
-        {'stack': 0.0}
+        {'encoder': 0.0}
         >>> adapter.count()
         300
     """
