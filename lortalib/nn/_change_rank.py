@@ -70,7 +70,7 @@ def change_rank(
         network = adapter.network(group)
         changes = changes_of(network, rank, generator)
         errors[group.name] = changes[0].error
-        if not any(any(change.maps) for change in changes):
+        if not [bond for change in changes for maps in change.maps for bond in maps]:
             continue
         other = changes[-1].network
         for position, old in enumerate(network.stored):
