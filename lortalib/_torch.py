@@ -104,3 +104,8 @@ def has_saved_tensor_hooks() -> bool:
 def is_capturing() -> bool:
     """Return True while a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Return True if hooks wait for the gradient of a tensor."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)

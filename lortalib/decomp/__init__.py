@@ -48,6 +48,7 @@ from ._formats import (
     uni_lora,
     vera,
 )
+from ._grow import grow
 from ._hosvd import start_along
 from ._inner import distance, inner, norm
 from ._legs import Legs
@@ -56,6 +57,8 @@ from ._modes import LORTA_MODES, MODES, Shape, ShapeLike
 from ._network import Network
 from ._notation import LegsError, Term
 from ._product import hadamard, scale
+from ._prune import prune
+from ._rank_change import BondMap, RankChange
 from ._rank_table import RankRow, RankTable
 from ._shared import mark_shared
 from ._start import Start, StartLike, get_start
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LORTA_MODES",
     "MODES",
+    "BondMap",
     "Conversion",
     "Cross",
     "Cut",
@@ -85,6 +89,7 @@ __all__ = [
     "Network",
     "NetworkView",
     "Rank",
+    "RankChange",
     "RankRow",
     "RankTable",
     "Rounding",
@@ -122,6 +127,7 @@ __all__ = [
     "get_format",
     "get_start",
     "gram",
+    "grow",
     "hadamard",
     "indscal",
     "inner",
@@ -135,6 +141,7 @@ __all__ = [
     "multilinear_ranks",
     "network",
     "norm",
+    "prune",
     "register_format",
     "rescal",
     "ring",

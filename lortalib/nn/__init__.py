@@ -14,6 +14,7 @@ from ._anatomy import (
 )
 from ._apply import apply
 from ._bank import Bank, bank
+from ._change_rank import change_rank
 from ._compress import Compression, SiteError, compress
 from ._config import AdapterConfig
 from ._files import (
@@ -30,6 +31,7 @@ from ._group import Group
 from ._parameter_groups import parameter_groups
 from ._plan import Plan
 from ._plan_model import plan
+from ._rank_schedule import RankSchedule
 from ._trainer import AdapterTrainerMixin
 from ._verify import Report, check_effect, verify
 
@@ -45,6 +47,7 @@ __all__ = [
     "Group",
     "NoAttentionError",
     "Plan",
+    "RankSchedule",
     "Report",
     "Site",
     "SiteError",
@@ -53,6 +56,7 @@ __all__ = [
     "align_to_gradient",
     "apply",
     "bank",
+    "change_rank",
     "check_effect",
     "compress",
     "convert",

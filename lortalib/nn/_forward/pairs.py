@@ -92,6 +92,11 @@ class PairSource:
             for over_layers in (False, True):
                 self._recipe(heads, over_layers, self.network.stored[0])
 
+    def plan_again(self) -> None:
+        """Plan all contractions anew, after the ranks of the network were changed."""
+        self._recipes.clear()
+        self.prepare()
+
     def users(self, number: int) -> int:
         """Count the modules of a layer that have the same first map as this one, including itself."""
         return self._users[number] if self._users else 1

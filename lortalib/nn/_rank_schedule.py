@@ -1,0 +1,105 @@
+"""Changes the ranks of an adapter at given steps of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..decomp import Rank
+from ._adapter import Adapter
+from ._change_rank import change_rank, changes_of, check_changeable
+
+
+class RankSchedule:
+    """A schedule of ranks: call `step` after every ``optimizer.step()``.
+
+    Args:
+        adapter: an adapter on a model.
+        optimizer: its optimiser; see `change_rank`.
+        ranks: the ranks from a step on, by the number of steps that were taken before. Each is as for
+            `change_rank`.
+        generator: the source of randomness for new directions; by default torch's global one.
+
+    Attributes:
+        steps: the number of steps that were taken. To go on from a checkpoint, load an adapter, make the
+            optimiser and the schedule, and set it.
+        errors: for each change so far, by its step: the relative error of each network's tensor.
+
+    Raises:
+        ValueError: no ranks; a step that is not a positive integer; all that `change_rank` refuses. Every
+            change is tried on the present networks, so that a training does not end at a later step.
+        RuntimeError: as for `change_rank`.
+
+    Example:
+        >>> import lortalib, torch
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=8)
+        >>> optimizer = torch.optim.AdamW(lortalib.nn.parameter_groups(adapter, 1e-2))
+        >>> schedule = RankSchedule(adapter, optimizer, {1: 4, 2: 2})
+        >>> for _ in range(3):
+        ...     loss = model(torch.tensor([[1, 2]])).last_hidden_state.square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     _ = schedule.step()
+        ...     optimizer.zero_grad()
+        >>> adapter.count(), sorted(schedule.errors)
+        (100, [1, 2])
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        ranks: Mapping[int, Rank],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(ranks, Mapping) or not ranks:
+            raise ValueError(
+                f"ranks must map steps to ranks, such as {{100: 8, 200: 4}}; found {ranks!r}"
+            )
+        wrong = [
+            step
+            for step in ranks
+            if isinstance(step, bool) or not isinstance(step, int) or step < 1
+        ]
+        if wrong:
+            raise ValueError(
+                f"a rank changes after a step, counted from 1; found the step {wrong[0]!r}"
+            )
+        check_changeable(adapter, optimizer)
+        for rank in ranks.values():
+            for group in adapter.groups:
+                changes_of(adapter.network(group), rank, _aside(adapter))
+        self.adapter, self.optimizer = adapter, optimizer
+        self.ranks, self.generator = dict(ranks), generator
+        self.steps = 0
+        self.errors: dict[int, dict[str, float]] = {}
+
+    def step(self) -> bool:
+        """Count a step, and change the ranks if the schedule says so.
+
+        If the change fails, the step is not counted, and adapter and optimiser are unchanged.
+
+        Returns:
+            True if the ranks were changed.
+
+        Raises:
+            ValueError, RuntimeError: as for `change_rank`.
+        """
+        now = self.steps + 1
+        if now in self.ranks:
+            found = change_rank(
+                self.adapter, self.optimizer, self.ranks[now], generator=self.generator
+            )
+            self.errors[now] = found
+        self.steps = now
+        return now in self.ranks
+
+
+def _aside(adapter: Adapter) -> torch.Generator:
+    """Make a source of randomness for trials, so that they take nothing from the user's."""
+    return torch.Generator(next(adapter.networks.parameters()).device)
