@@ -32,6 +32,9 @@ from ._tree import is_tree
 #: still grow at the end. A fit with a smaller error than EXACT has nothing to diverge to.
 CANCELLING, GROWING, EXACT = 30.0, 2.0, 1e-6
 
+#: What a relative error may change by though the network is the same up to rounding.
+ROUNDING = 8 * torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -193,13 +196,12 @@ def _best_run(
         errors, growth = list[float](), list[float]()
         before, converged = math.inf, False
         for number in range(1, sweeps + 1):
-            sweeper.sweep()
-            errors.append(objective.relative_error(sweeper.pieces))
+            errors.append(sweeper.sweep())
             growth.append(Sweeper.growth(legs, sweeper.tensors))
             if progress is not None:
                 progress(number, errors[-1])
             now = math.sqrt(sweeper.penalised(errors[-1]))
-            converged = before - now <= tolerance or now <= objective.precision
+            converged = before - now <= max(tolerance, ROUNDING) or now <= objective.precision
             if converged or not math.isfinite(now):
                 break
             before = now

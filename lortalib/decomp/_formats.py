@@ -17,6 +17,8 @@ from ._lines import (
     cp_matrix_line,
     folded_cp_line,
     indscal_line,
+    jd_diag_line,
+    jd_line,
     loretta_line,
     rescal_line,
     ring_line,
@@ -125,6 +127,7 @@ _ALIASES = {
     "unilora": "uni_lora",
     "ttlora": "tt_lora",
     "loretta_rep": "loretta",
+    "jd_full": "jd",
 }
 
 
@@ -286,6 +289,18 @@ loretta = register_format(
     "loretta",
     loretta_line,
     "LoRETTA_rep, arXiv 2402.11417: a train over each of the two folded matrices of a LoRA",
+)
+
+
+jd = register_format(
+    "jd",
+    jd_line,
+    "joint diagonalisation with full cores (JD-Full, arXiv 2407.00066): adapters share the two sides of a weight",
+)
+
+
+jd_diag = register_format(
+    "jd_diag", jd_diag_line, "joint diagonalisation with diagonal cores (JD-Diag, arXiv 2407.00066)"
 )
 
 

@@ -124,9 +124,16 @@ def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
         The vectors as (..., rows, rank), ordered by singular value.
     """
     rows, columns = matrix.shape[-2:]
-    guess = randn([columns, min(rows, rank + OVERSAMPLING)]).to(matrix)
-    q = torch.linalg.qr(matrix @ guess).Q
-    for _ in range(ROUNDS):
+    width = min(rows, rank + OVERSAMPLING)
+    if (
+        rows <= 2 * ROUNDS * width
+    ):  # then the Gram matrix takes fewer multiplications than the rounds
+        guess = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[..., -width:]
+        rounds = 1
+    else:
+        guess, rounds = matrix @ randn([columns, width]).to(matrix), ROUNDS
+    q = torch.linalg.qr(guess).Q
+    for _ in range(rounds):
         q = torch.linalg.qr(matrix @ (matrix.mT @ q)).Q
     small = q.mT @ matrix
     turn = torch.linalg.eigh(small @ small.mT).eigenvectors.flip(-1)[..., :rank]

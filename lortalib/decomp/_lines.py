@@ -112,6 +112,28 @@ def cara_line(shape: Shape) -> str:
     return ", ".join(f"{legs} {bond}" for legs in factors if legs)
 
 
+def jd_line(shape: Shape) -> str:
+    """Write the line of joint diagonalisation: two sides for each weight, and a core for each adapter."""
+    p, q = _fresh(shape, "p"), _fresh(shape, "q")
+    return _between_sides(shape, p, q)
+
+
+def jd_diag_line(shape: Shape) -> str:
+    """Write the line of joint diagonalisation with diagonal cores."""
+    bond = _fresh(shape, "r")
+    return _between_sides(shape, bond, bond)
+
+
+def _between_sides(shape: Shape, left: str, right: str) -> str:
+    """Write sides that all but ``layer``, ``matrix`` and ``expert`` share, with a core that has all slices."""
+    inputs, rest = _sides(shape, ("in",))
+    outputs, slices = _sides(Shape({leg: shape[leg] for leg in rest}), ("head", "out"))
+    weights, own = _sides(Shape({leg: shape[leg] for leg in slices}), ("layer", "matrix", "expert"))
+    core = [*own, *weights, *dict.fromkeys((left, right))]
+    terms = [*weights, *inputs, left], core, [*weights, *outputs, right]
+    return ", ".join(" ".join(legs) for legs in terms)
+
+
 def block_term_line(shape: Shape) -> str:
     """Write the line of a block-term decomposition: Tucker with one more bond on every parameter."""
     block = _fresh(shape, "n")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._einsum import Names
+from ._kept_product import KeptProduct
 from ._pieces import Pieces, joined
 
 
@@ -33,6 +34,7 @@ class Objective:
         self.squared_norm = sum(
             self._pair(one, other).item() for one in self.summands for other in self.summands
         )
+        self._kept: KeptProduct | None = None
 
     def scaled(self, factor: float) -> Objective:
         """Multiply the target by a number."""
@@ -42,6 +44,15 @@ class Objective:
         ]
         return Objective(summands, self.modes, self.weight)
 
+    def target_side(self, net: Pieces, position: int) -> Tensor:
+        """Contract a dense target, the weights and all tensors but one to the legs of that one.
+
+        It is the right-hand side of the normal equations of the parameter.
+        """
+        rest = net.without(position)
+        rest = rest if self._is_whole else joined(self._weight, rest)
+        return self._target().contract(rest, net.terms[position])
+
     def residual_side(self, net: Pieces, position: int) -> Tensor:
         """Contract the residual, the weights and all tensors but one to the legs of that one.
 
@@ -50,13 +61,29 @@ class Objective:
         """
         rest, legs = net.without(position), net.terms[position]
         if self.is_dense:
-            gap = Pieces((self.modes,), (self.summands[0].tensors[0] - net.contract(self.modes),))
+            gap = Pieces((self.modes,), (self._gap(net),))
             return joined(gap, self._weight, rest).contract(legs)
         total = -joined(net.renamed("*", self.modes), self._weight, rest).contract(legs)
         for summand in self.summands:
             part = joined(summand.renamed("*", self.modes), self._weight, rest)
             total = total + part.contract(legs)
         return total
+
+    def _gap(self, net: Pieces) -> Tensor:
+        return self.summands[0].tensors[0] - net.contract(self.modes)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the weights are one tensor over all modes, as those of a mask are."""
+        return self._weight.terms == (self.modes,)
+
+    def _target(self) -> KeptProduct:
+        """Return the dense target, multiplied by weights that are one tensor."""
+        if self._kept is None:
+            dense = self.summands[0].tensors[0]
+            dense = dense * self._weight.tensors[0] if self._is_whole else dense
+            self._kept = KeptProduct(dense, self.modes)
+        return self._kept
 
     @property
     def precision(self) -> float:
@@ -70,10 +97,11 @@ class Objective:
         which numbers below the machine precision times ``|T|^2`` are lost.
         """
         if self.is_dense:
-            squares = (self.summands[0].tensors[0] - net.contract(self.modes)).square()
+            gap = self._gap(net)
             if self.weight is None:
-                return squares.sum()
-            return joined(Pieces((self.modes,), (squares,)), self.weight).contract(())
+                norm: Tensor = torch.linalg.vector_norm(gap)
+                return norm.square()
+            return joined(Pieces((self.modes,), (gap.square(),)), self.weight).contract(())
         cross = torch.stack([self._pair(summand, net) for summand in self.summands]).sum()
         return (self.squared_norm + self._pair(net, net) - 2 * cross).clamp(min=0)
 

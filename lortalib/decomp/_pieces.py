@@ -41,14 +41,18 @@ class Pieces(NamedTuple):
         chosen = tuple(positions)
         return Pieces(tuple(self.terms[k] for k in chosen), tuple(self.tensors[k] for k in chosen))
 
-    def contract(self, output: Sequence[str]) -> Tensor:
-        """Sum over every leg that is not in ``output``, the axes of the result."""
-        sizes = {
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every leg."""
+        return {
             leg: size
             for term, tensor in zip(self.terms, self.tensors)
             for leg, size in zip(term, tensor.shape)
         }
-        return contract(self.terms, self.tensors, tuple(output), sizes)
+
+    def contract(self, output: Sequence[str]) -> Tensor:
+        """Sum over every leg that is not in ``output``, the axes of the result."""
+        return contract(self.terms, self.tensors, tuple(output), self.sizes)
 
 
 def pieces_of(net: TensorNetwork) -> Pieces:

@@ -13,7 +13,17 @@ from lortalib.decomp import Legs, formats, network, start_along
 from lortalib.decomp._hosvd import leading_left_vectors
 
 #: Their bonds make a loop, or join more than two parameters.
-NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term", "indscal", "folded_cp"}
+NO_TREE = {
+    "cp",
+    "jd_diag",
+    "cp_matrix",
+    "cara",
+    "vera",
+    "ring",
+    "block_term",
+    "indscal",
+    "folded_cp",
+}
 #: Few entries of a hashed parameter are free, and a tied one cannot follow two sides.
 HASHED = {"uni_lora"}
 TREES = [name for name in FORMATS if name not in NO_TREE | HASHED and not formats[name].symmetric]

@@ -11,7 +11,7 @@ from lortalib.nn import align_to_gradient
 from lortalib.nn._align import _gradients
 
 #: Formats whose bonds make no tree.
-NO_TREE = {"cp", "cp_matrix", "cara", "vera", "ring", "block_term", "folded_cp"}
+NO_TREE = {"cp", "jd_diag", "cp_matrix", "cara", "vera", "ring", "block_term", "folded_cp"}
 #: Formats whose parameters have few free entries.
 HASHED = {"uni_lora"}
 over_trees = pytest.mark.parametrize(
