@@ -80,16 +80,15 @@ def check_number(
 
 
 def check_ranks(rank: Any) -> None:
-    """Refuse ranks that are not integers of at least 1: one, several, or by bond.
+    """Refuse ranks that are not integers: one, several, or by bond.
 
     Raises:
         TypeError: a rank that is no integer.
-        ValueError: a rank below 1.
     """
     named = rank.items() if isinstance(rank, Mapping) else [("", rank)]
     if isinstance(rank, Sequence) and not isinstance(rank, str):
         named = [("", each) for each in rank]
     for bond, size in named:
-        check_number(
-            f"the rank of bond {bond!r}" if bond else "rank", size, least=1, is_integer=True
-        )
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            what = f"the rank of bond {bond!r}" if bond else "rank"
+            raise TypeError(f"{what} must be an integer; found {size!r}")

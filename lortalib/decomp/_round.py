@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ._arguments import check_finite, check_number, check_ranks, takes_network
+from ._arguments import check_finite, check_ranks, takes_network
 from ._build import Rank
 from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
@@ -70,9 +71,7 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
         raise ValueError("give either rank= or error=, what is to be reached")
     if rank is not None:
         check_ranks(rank)
-    if error is not None:
-        check_number("error", error, least=0)
-    if error is not None and not error < 1:
+    if error is not None and not (isinstance(error, Real) and 0 <= error < 1):
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
     check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
