@@ -29,10 +29,12 @@ ROOT = Path(__file__).parents[2] / "lortalib"
 FILLED = "…"
 #: Words by which a message says what to try, or what would have been right.
 ADVICE = re.compile(
-    r"\b(add|ask|begin|call|change|choose|close|copy|del|divide|do|download|draw|exclude|export|fit|gather|give|go|have|"
-    r"install|leave|list|load|log in|look|lower|make|merge|move|name|pass|pick|put|read|remove|rename|run|save|say|"
-    r"see|select|set|start|stop|take|train|try|turn|unmerge|unset|update|upgrade|use|wait|write|"
-    r"must|needs?|only|known|there (is|are)|the names are|at least|or more|expected|instead|did you mean|first|by itself)\b",
+    r"\b(add|align|apply|ask|begin|call|change|check|choose|close|convert|copy|del|divide|do|download|draw"
+    r"|exclude|export|fit|gather|join"
+    r"|give|go|have|install|leave|list|load|log in|look|lower|make|merge|move|name|pass|pick|put|read|remove"
+    r"|rename|run|save|say|see|select|set|start|stop|take|train|try|turn|unmerge|unset|update|upgrade|use|wait"
+    r"|write|must|needs?|only|known|there (is|are)|the names are|at least|or more|expected|instead"
+    r"|did you mean|first|by itself)\b",
     re.IGNORECASE,
 )
 
@@ -45,7 +47,7 @@ class MessageError(SphinxError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message: its words, the error or warning, the function that it is in, and its file below ``lortalib``."""
+    """One message: its words, the kind of error or warning, its function, its file below ``lortalib``."""
 
     text: str
     kind: str
@@ -131,7 +133,8 @@ def remedies_of(lines: Iterable[str], found: list[Message]) -> dict[Message, str
     remedies = {}
     for line in filter(None, lines):
         piece, _, remedy = line.partition(" => ")
-        fitting = [message for message in found if piece in message.text]
+        exactly = [message for message in found if piece == message.text]
+        fitting = exactly or [message for message in found if piece in message.text]
         if not fitting or not remedy:
             raise MessageError(
                 f"no message has the words {piece!r}, or no remedy stands behind them"
