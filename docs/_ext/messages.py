@@ -170,7 +170,7 @@ class Messages(SphinxDirective):
                     raise MessageError(f"docs/{self.env.docname}.md has no remedy for {message}")
             raised = f"`{message.kind}` in `{message.file}`"
             lines.append(f"| {cell(message.text)} | {raised} | {remedy} |")
-        parent = nodes.container(classes=["wide", "filter"])
+        parent = nodes.container(classes=["wide", "filter", "messages"])
         self.state.nested_parse(StringList(lines, self.arguments[0]), 0, parent)
         return [parent]
 
