@@ -76,4 +76,4 @@ coverage: .venv/.test  ## every model type of transformers: writes docs/models-t
 	touch $@
 
 clean:  ## remove the environments and everything that was built
-	rm -rf .venv .venv-wheel .wheel-tests build dist docs/_build runs
+	rm -rf .venv .venv-wheel .wheel-tests build dist docs/_build docs/gallery runs

@@ -1,11 +1,18 @@
 """Sphinx configuration: `make docs`."""
 
+import os
 import sys
 from pathlib import Path
 
 import lortalib
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+DOCS = Path(__file__).parent
+sys.path[:0] = [
+    str(DOCS / "_ext"),
+    str(DOCS.parent / "examples"),
+]  # notebooks use examples/assets.py
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 project = "lortalib"
 copyright = "2026, the lortalib authors"
@@ -18,8 +25,10 @@ extensions = [
     "complete",
     "legs",
     "mathml",
+    "messages",
     "pictures",
     "rooms",
+    "sphinx_gallery.gen_gallery",
 ]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -33,5 +42,21 @@ html_title = f"lortalib {release}"
 html_static_path = ["_static"]
 html_css_files = ["lortalib.css"]
 html_js_files = ["filter.js"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "notebooks"]
+# A notebook runs where its page is missing or older than its text: in every fresh checkout.
+sphinx_gallery_conf = {
+    "examples_dirs": "notebooks",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "reading_order.position",
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "show_memory": False,
+    "min_reported_time": 1000,
+    "plot_gallery": "True",
+    "remove_config_comments": True,
+    "download_all_examples": False,
+    "thumbnail_size": (400, 280),
+    "image_srcset": ["2x"],
+}
 suppress_warnings = ["ref.any", "ref.python"]

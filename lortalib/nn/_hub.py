@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def is_repository(name: object) -> bool:
@@ -38,23 +38,33 @@ def local_folder(
     files: Sequence[str],
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Path:
     """Return the folder of a name: the local path, or the downloaded files of a repository.
 
-    A local path goes before the hub. The hub is asked only for a name of the form ``user/name`` that is no
-    local path, and only for the files that are named. They are kept in the cache of huggingface_hub.
+    A local path goes before the hub, where ``subfolder`` is a folder in it likewise. The hub is asked only
+    for a name of the form ``user/name`` that is no local path, and only for the files that are named. They
+    are kept in the cache of huggingface_hub.
 
     Args:
         name: a path, or the name of a repository.
         files: the names of the files to download; no others are.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository that has the files; by default its top.
 
     Raises:
-        ValueError: a revision is given, and the name is no repository's or that of a local path.
+        ValueError: a revision is given, and the name is no repository's or that of a local path; or
+            the subfolder is no relative path below the folder.
         FileNotFoundError: the hub has no such repository or revision, or it has none of the files.
         ConnectionError: the hub cannot be reached, and the repository is not in the cache.
     """
+    inside = PurePosixPath(subfolder or "")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ValueError(
+            f"subfolder={subfolder!r} is a path below the folder or repository, such as 'lora'; give the "
+            "path of a folder elsewhere as the folder itself"
+        )
     path = Path(name)
     if path.exists() or not is_repository(name):
         if revision is not None:
@@ -63,19 +73,24 @@ def local_folder(
                 f"revision={revision!r} goes with a repository of the hub, user/name, but {str(name)!r} "
                 f"{found}"
             )
-        return path
+        return path / inside if subfolder else path
     import huggingface_hub
 
     with _explained(f"there is no folder {name!r} here", str(name), revision):
         folder = huggingface_hub.snapshot_download(
-            str(name), revision=revision, token=token, allow_patterns=list(files)
+            str(name),
+            revision=revision,
+            token=token,
+            allow_patterns=[str(inside / file) for file in files],
         )
-    if not any(Path(folder, file).is_file() for file in files):
+    place = Path(folder) / inside
+    if not any((place / file).is_file() for file in files):
+        where = f"in its folder {str(inside)!r}" if subfolder else "at its top"
         raise FileNotFoundError(
-            f"the repository {name!r} has none of {', '.join(files)} at its top. If its adapters are in "
-            "folders, download it with huggingface_hub.snapshot_download and give the path of one"
+            f"the repository {name!r} has none of {', '.join(files)} {where}. If its adapters are in "
+            "folders, give the name of one as subfolder="
         )
-    return Path(folder)
+    return place
 
 
 def upload(

@@ -84,6 +84,14 @@ def test_inputs_can_be_positional():
     )
 
 
+def test_inputs_with_labels_whose_loss_is_a_single_number():
+    family = FAMILIES["Llama"]
+    model = family.model("ForCausalLM").eval()
+    ids = torch.tensor([[3, 14, 15, 9]])
+    inputs = {"input_ids": ids, "labels": ids}
+    assert check_effect(apply(model, "cp", 2), inputs) == {"layers": True}
+
+
 def test_random_models_are_compared_under_the_same_random_numbers():
     model = FAMILIES["Bert"].model()
     model.embeddings.register_forward_hook(lambda _, args, out: out + torch.randn_like(out))

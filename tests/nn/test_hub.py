@@ -213,6 +213,62 @@ def test_what_cannot_be_saved_is_not_pushed(hub):
     assert hub.requests == []
 
 
+def within(hub, folder, name="user/name"):
+    """Move all files of a repository into a folder of it."""
+    branch = hub.repositories[name]
+    branch["main"] = {f"{folder}/{path}": data for path, data in branch["main"].items()}
+
+
+@pytest.mark.parametrize("folder", ["one", "runs/one"])
+def test_a_folder_of_a_repository(hub, folder, inputs):
+    model, adapter = trained()
+    push(adapter, hub)
+    within(hub, folder)
+    again = fresh()
+    lortalib.nn.load(again, "user/name", subfolder=folder)
+    assert same_bits(output(again, inputs), output(model, inputs))
+    assert lortalib.nn.read("user/name", subfolder=folder).count() == adapter.count()
+    assert lortalib.nn.read_description("user/name", subfolder=folder)["name"] == "default"
+    assert lortalib.nn.convert("user/name", "theirs", subfolder=folder).exists()
+    with pytest.raises(FileNotFoundError, match=r"at its top.*subfolder="):
+        lortalib.nn.read("user/name")
+    with pytest.raises(FileNotFoundError, match="in its folder 'two'"):
+        lortalib.nn.read("user/name", subfolder="two")
+
+
+def test_the_lora_beside_an_adapter(hub):
+    _, adapter = trained()
+    push(adapter, hub, lora=True)
+    loaded = lortalib.nn.load_lora(fresh(), "user/name", subfolder="lora")
+    assert len(loaded.sites) == len(adapter.sites)
+
+
+def test_a_folder_of_a_local_folder(hub):
+    _, adapter = trained()
+    adapter.save("here/one")
+    assert lortalib.nn.read("here", subfolder="one").count() == adapter.count()
+    for outside in ("../here/one", "/tmp", "one/../../here"):
+        with pytest.raises(ValueError, match="is a path below the folder"):
+            lortalib.nn.read("here", subfolder=outside)
+    assert hub.requests == []
+
+
+def test_a_bank_in_a_repository_is_no_adapter(hub, tmp_path):
+    model, adapter = trained()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    bank["ann"] = adapter
+    folder = bank.save(tmp_path / "bank")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["user/bank"] = {"main": files}
+    with pytest.raises(lortalib.nn.AdapterFileError, match="is the folder of a bank"):
+        lortalib.nn.read("user/bank")
+    again = lortalib.nn.bank(fresh(), "cp", 2)
+    again.load("user/bank")
+    assert list(again) == ["ann"]
+    for one, other in zip(again["ann"]["layers"], bank["ann"]["layers"]):
+        assert same_bits(one, other)
+
+
 # The card
 
 

@@ -281,10 +281,11 @@ class BankContents:
         """Store the adapters that a bank of this shape saved, replacing adapters of the same names.
 
         Args:
-            folder: a folder that `save` wrote.
+            folder: a folder that `save` wrote, or a repository of the Hugging Face hub with its files.
 
         Raises:
             FileNotFoundError: a file of the folder is missing.
+            ConnectionError: the hub cannot be reached, and the repository was not downloaded before.
             AdapterFileError: a file is damaged, or its adapters do not fit the model.
             ValueError: they have other groups, legs, shapes or shared parameters than this bank.
 

@@ -20,6 +20,7 @@ from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._files import (
     BANK,
+    FILES,
     AdapterFileError,
     adapter_file,
     digest,
@@ -29,6 +30,7 @@ from .._files import (
     save,
     write_tensors,
 )
+from .._hub import local_folder
 
 _FORMAT = "lortalib bank, version 1"
 _NAMES = "names"
@@ -87,7 +89,7 @@ def read_bank(
     """Read what `write_bank` wrote.
 
     Args:
-        folder: the folder.
+        folder: the folder, or a repository of the hub.
         model: the model, to which the adapters are fitted.
         rules: as for `bank`.
 
@@ -96,7 +98,8 @@ def read_bank(
         AdapterFileError: a file is damaged, the files were not written together, or the adapters do not fit
             the model.
     """
-    path = Path(folder) / BANK
+    folder = local_folder(folder, FILES)
+    path = folder / BANK
     if not path.is_file() and adapter_file(folder).is_file():
         raise FileNotFoundError(
             f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder"

@@ -5,7 +5,7 @@ from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
 from .fit import Rules
-from .folder import BANK, AdapterFileError, adapter_file
+from .folder import BANK, FILES, AdapterFileError, adapter_file
 from .gguf_lora import export_gguf
 from .import_lora import Lora, load_lora
 from .lora_config import lora_config
@@ -18,6 +18,7 @@ from .tensors import digest, open_tensors, plain, write_tensors
 
 __all__ = [
     "BANK",
+    "FILES",
     "AdapterFileError",
     "Difference",
     "Lora",

@@ -142,6 +142,7 @@ def load(
     rules: Rules = (),
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Adapter:
     """Put a saved adapter on a model.
 
@@ -155,6 +156,7 @@ def load(
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The `Adapter`.
@@ -179,7 +181,9 @@ def load(
     """
     if name is not None:
         check_name(model, name)
-    adapter = read_adapter(model, folder, name=name, rules=rules, revision=revision, token=token)
+    adapter = read_adapter(
+        model, folder, name=name, rules=rules, revision=revision, token=token, subfolder=subfolder
+    )
     if name is None:
         check_name(model, adapter.name)
     install(adapter, model, active=active, freeze=freeze)
@@ -194,12 +198,13 @@ def read_adapter(
     rules: Rules = (),
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
     of_bank: bool = False,
 ) -> Adapter:
     """Read the adapter of a folder and fit it to a model, without putting it on; see `load`.
 
     Args:
-        model, folder, name, rules, revision, token: as for `load`.
+        model, folder, name, rules, revision, token, subfolder: as for `load`.
         of_bank: whether the folder may be that of a bank.
 
     Raises:
@@ -209,7 +214,7 @@ def read_adapter(
         ValueError: a revision is given for a local path.
     """
     model = check_model(model)
-    with open_saved(folder, revision, token, of_bank=of_bank) as saved:
+    with open_saved(folder, revision, token, subfolder, of_bank=of_bank) as saved:
         groups = fit_groups(model, saved, rules)
         tensors = saved.read()
     networks = make_networks(saved.description, tensors)
@@ -229,6 +234,7 @@ def read(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Adapter:
     """Read the adapter of a folder as it was saved, without a model.
 
@@ -240,6 +246,7 @@ def read(
             repository of the Hugging Face hub, ``user/name``. A local path goes before the hub.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The `Adapter`, on the CPU.
@@ -259,7 +266,7 @@ def read(
         >>> adapter.is_on_model, adapter.count()
         (False, 100)
     """
-    with open_saved(folder, revision, token) as saved:
+    with open_saved(folder, revision, token, subfolder) as saved:
         tensors = saved.read()
     description = saved.description
     modules = SavedModules(values_in(description, tensors), description.shared_weights)
@@ -273,6 +280,7 @@ def read_description(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> dict[str, Any]:
     """Read the description of a saved adapter, after its whole file was checked.
 
@@ -281,6 +289,7 @@ def read_description(
             repository of the Hugging Face hub, ``user/name``. A local path goes before the hub.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The fields that docs/files.md lists, under their names in the present format version.
@@ -299,6 +308,6 @@ def read_description(
         >>> read_description(folder)["config"]["alpha"]
         0.5
     """
-    with open_saved(folder, revision, token) as saved:
+    with open_saved(folder, revision, token, subfolder) as saved:
         saved.read()
     return saved.value

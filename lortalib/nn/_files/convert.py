@@ -16,6 +16,7 @@ def convert(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Path:
     """Write an adapter in the other kind of folder; every number keeps its bits.
 
@@ -27,6 +28,7 @@ def convert(
         out: the folder to write; it is made if it does not exist.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The folder that was written.
@@ -55,7 +57,7 @@ def convert(
     for name in (TENSORS, TENSORS_OF_PEFT):
         if (out / name).exists():
             raise FileExistsError(f"{out} holds {name} already; give another folder")
-    with open_saved(folder, revision, token) as saved:
+    with open_saved(folder, revision, token, subfolder) as saved:
         tensors = saved.read()
     description = saved.description
     if saved.file.path.name == TENSORS_OF_PEFT:

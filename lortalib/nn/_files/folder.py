@@ -23,8 +23,8 @@ TENSORS_OF_PEFT = "adapter_model.safetensors"
 CONFIG_OF_PEFT = "adapter_config.json"
 #: What PEFT calls the method of lortalib.
 METHOD = "LORTA"
-#: The files of an adapter, of either kind.
-FILES = (TENSORS, DESCRIPTION, TENSORS_OF_PEFT, CONFIG_OF_PEFT)
+#: The files of an adapter, of either kind, and that by which the folder of a bank is known.
+FILES = (TENSORS, DESCRIPTION, TENSORS_OF_PEFT, CONFIG_OF_PEFT, BANK)
 #: The largest size of a text that describes an adapter, in bytes.
 LONGEST_TEXT = 16 * 2**20
 

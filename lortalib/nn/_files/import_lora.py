@@ -32,6 +32,7 @@ def load_lora(
     rules: Rules = (),
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> Adapter:
     """Put an existing LoRA of PEFT on a model, exactly, as an adapter of the format ``lora``.
 
@@ -49,6 +50,7 @@ def load_lora(
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The `Adapter`.
@@ -71,7 +73,7 @@ def load_lora(
         'layer matrix in r, layer matrix head out r'
     """
     model = check_name(model, name)
-    lora = read_lora(model, local_folder(folder, (CONFIG, WEIGHTS), revision, token))
+    lora = read_lora(model, local_folder(folder, (CONFIG, WEIGHTS), revision, token, subfolder))
     chosen = lora_sites(model, lora.shapes, rules)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     groups = group_sites(chosen, gqa="split")

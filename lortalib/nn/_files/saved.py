@@ -71,6 +71,7 @@ def open_saved(
     folder: str | PathLike[str],
     revision: str | None = None,
     token: str | bool | None = None,
+    subfolder: str | None = None,
     *,
     of_bank: bool = False,
 ) -> Iterator[SavedAdapter]:
@@ -78,7 +79,7 @@ def open_saved(
 
     Args:
         folder: a folder that `Adapter.save` wrote, the path of the file in it, or a repository of the hub.
-        revision, token: as for `local_folder`.
+        revision, token, subfolder: as for `local_folder`.
         of_bank: whether the folder may be that of a bank.
 
     Raises:
@@ -87,7 +88,7 @@ def open_saved(
         AdapterFileError: the file is damaged, or of a newer format version; or the folder is a bank's.
         ValueError: a revision is given for a local path.
     """
-    path = adapter_file(local_folder(folder, FILES, revision, token))
+    path = adapter_file(local_folder(folder, FILES, revision, token, subfolder))
     if not of_bank:
         refuse_bank(path.parent)
     with open_tensors(path) as file:

@@ -123,6 +123,5 @@ def _distance(one: Tensor, other: Tensor) -> float:
     one, other = one.to(wide), other.to(wide)
     same = (one == other) | (one.isnan() & other.isnan())
     difference = (one - other).abs().masked_fill(same, 0)
-    return (
-        difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if len(one) else 0
-    )
+    difference = difference.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return difference.max().item() if difference.numel() else 0.0
