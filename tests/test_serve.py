@@ -45,11 +45,11 @@ def tiny():
 class Running:
     """A server in a thread, and a client."""
 
-    def __init__(self, shared=("in", "out"), width=1024):
+    def __init__(self, shared=("in", "out"), room=4096, width=1024):
         self.model = tiny()
         options = {"shared": shared, "dtype": torch.float64}
         self.bank = lortalib.nn.bank(self.model, "indscal", 4, **options)
-        self.engine = Engine(self.model, self.bank, [0], room=4096, width=width)
+        self.engine = Engine(self.model, self.bank, [0], room=room, width=width)
         self.adapters = self.engine.adapters
         self.server = Server(self.engine, Letters())
         self.thread = threading.Thread(target=self.server.serve_forever)
@@ -255,6 +255,15 @@ def test_a_seed_gives_one_answer_in_any_company():
         assert len({*map(tuple, wanted)}) == 4
         again = [tuple(running.complete("base", prompt, **options)) for _ in range(4)]
         assert len({*again}) == 4
+
+
+def test_requests_that_do_not_fit_together_are_all_answered():
+    with Running(room=160, width=64) as running, ThreadPoolExecutor(12) as pool:
+        for k in range(3):
+            running.adapters.put(f"u{k}", random_tensors(running.bank, k))
+        wanted = [alone(running, running.adapters.adapter(f"u{k}"), [5, 6], 50) for k in range(3)]
+        asked = [pool.submit(running.complete, f"base:u{k % 3}", [5, 6], 50) for k in range(12)]
+        assert [each.result() for each in asked] == wanted * 4
 
 
 @given(

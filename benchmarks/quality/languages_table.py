@@ -83,11 +83,11 @@ def page(study: Study) -> str:
 
 Written by `languages_table.py`. SmolLM2-135M-Instruct in bfloat16 translates messages of Sphinx into {USERS}
 languages: {", ".join(study.languages)}.
-Adapters on q, k, v, o, {STEPS} steps of {BATCH} messages each. *Loss*: nats of a token of the translation, over up
-to {TESTED} messages that nobody trained on, mean over the languages. Differences are paired by language, ± the
-standard error of their mean. *First half*: every second language, those that the sides were trained on, for
-{SIDE_STEPS} steps together; *second half*: the others. In a bank, own numbers are in bfloat16 and shared
-ones in float32.
+Adapters on q, k, v, o, {STEPS} steps of {BATCH} messages each. *Loss*: nats of a token of the translation,
+over up to {TESTED} messages that nobody trained on, mean over the languages. Differences are paired by
+language, ± the standard error of their mean. *First half*: every second language, those that the sides were
+trained on, for {SIDE_STEPS} steps together; *second half*: the others. In a bank, own numbers are in bfloat16
+and shared ones in float32.
 
 {table(study)}
 

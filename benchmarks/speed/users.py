@@ -80,6 +80,8 @@ CELLS = (
     Cell("SmolLM2-135M", 64, 1, "indscal"),
     Cell("SmolLM2-135M", 64, 1, JOINT),
 )
+#: 1,000 adapters with sides of their own are 7 GiB here, as LoRAs are.
+TOO_LARGE = CELLS[-1]
 QUICK = (Cell("MiniLM", 64, 4, "cp"),)
 
 
@@ -96,6 +98,8 @@ def measure_cell(cell: Cell, rounds: int) -> dict[str, Any]:
     }
     errors = {}
     for sides, shared in (("shared", SHARED), ("own", ())):
+        if cell == TOO_LARGE and sides == "own":
+            continue
         model = subjects.twin(base)
         bank = lortalib.nn.bank(model, cell.decomposition, 16, shared=shared, capacity=ADAPTERS)
         fill(bank, range(ADAPTERS))
@@ -231,7 +235,7 @@ def rows_table(found: list[dict[str, Any]]) -> str:
     rows = []
     for entry in found:
         cell, times = entry["cell"], entry["times"]
-        for sides in DISTINCT:
+        for sides in entry["errors"]:
             one = "one LoRA" if sides == "PEFT LoRA" else "one adapter"
             error = entry["errors"][sides]
             rows.append(
