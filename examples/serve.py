@@ -3,34 +3,34 @@
     python examples/serve.py MODEL --decomposition cp --rank 16 --shared in out --adapters ann=FOLDER
 
     curl localhost:8000/v1/completions -d '{"model": "base:ann", "prompt": "Once", "max_tokens": 16}'
+    curl localhost:8000/v1/chat/completions -d '{"model": "base:ann", "stream": true,
+                                                 "messages": [{"role": "user", "content": "Hello"}]}'
     curl localhost:8000/v1/adapters -d '{"name": "eve", "path": "FOLDER"}'    adds or replaces an adapter
     curl -X DELETE localhost:8000/v1/adapters/eve
     curl localhost:8000/v1/models
 
-Requests that wait together are decoded in one batch, whatever adapters they name; the model ``base`` is
-the one without an adapter. Decoding is greedy. A prompt is a text, or a list of token ids. The server listens
-on the loopback, and whoever reaches it can let it load folders: keep it behind a server that knows its users.
+Requests join the running batch of transformers' continuous batching when they come, whatever adapters they
+name (serve_engine.py); the model ``base`` is the one without an adapter. Of OpenAI's options there are
+max_tokens, temperature, top_p, seed, stop and stream; a prompt is a text, or a list of token ids. The server
+listens on the loopback, and whoever reaches it can let it load folders: keep it behind one that knows users.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import queue
-import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Any
 from urllib.parse import unquote
 
-import torch
+from serve_engine import Engine, Request
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lortalib
-from lortalib.nn import Bank
 
 BASE = "base"
 
@@ -44,127 +44,12 @@ class HttpError(Exception):
 
 
 @dataclass
-class Request:
-    """A completion that somebody waits for.
+class Piece:
+    """A part of an answer: new text, all tokens so far, and in the last piece why it ended."""
 
-    Attributes:
-        ids: the token ids of the prompt.
-        adapter: the name of the adapter; None for the base.
-        length: the largest number of new tokens.
-        answer: the new tokens, once they are there.
-    """
-
-    ids: list[int]
-    adapter: str | None
-    length: int
-    answer: Future[list[int]] = field(default_factory=Future)
-
-
-class Engine:
-    """Decodes the requests that wait, in batches whose rows have adapters of their own.
-
-    Args:
-        model: the model, with a bank on it.
-        bank: the bank; adapters may be added, replaced and deleted at any time.
-        ends: the token ids that end a completion; the first also pads.
-        largest: the largest number of rows of a batch.
-    """
-
-    def __init__(self, model: Any, bank: Bank, ends: Sequence[int], largest: int = 64) -> None:
-        self.model, self.bank, self.ends, self.largest = model, bank, list(ends), largest
-        self._waiting: queue.Queue[Request | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Request) -> Future[list[int]]:
-        """Let a request wait for its batch."""
-        self._waiting.put(request)
-        return request.answer
-
-    def close(self) -> None:
-        """Answer what waits, then stop."""
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while True:
-            batch = [self._waiting.get()]
-            while len(batch) < self.largest and not self._waiting.empty():
-                batch.append(self._waiting.get())
-            requests = [request for request in batch if request is not None]
-            for part in self._parts(requests):
-                try:
-                    self._answer(part)
-                except Exception as error:  # those who wait get the error, and the engine goes on
-                    for request in part:
-                        if not request.answer.done():
-                            request.answer.set_exception(error)
-            if None in batch:
-                return
-
-    def _parts(self, requests: Iterable[Request]) -> list[list[Request]]:
-        """Divide requests such that the longest prompt and answer of each part fit the model's positions."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        parts: list[list[Request]] = []
-        for request in requests:
-            for part in parts:
-                together = [*part, request]
-                needed = max(len(r.ids) for r in together) + max(r.length for r in together)
-                if positions is None or needed <= positions:
-                    part.append(request)
-                    break
-            else:
-                parts.append([request])
-        return parts
-
-    def _answer(self, requests: list[Request]) -> None:
-        """Decode requests in one batch; those whose adapter was deleted meanwhile get an error."""
-        while requests:
-            known = [r for r in requests if r.adapter is None or r.adapter in self.bank]
-            for request in requests:
-                if request not in known:
-                    request.answer.set_exception(unknown(request.adapter))
-            requests = known
-            if not requests:
-                return
-            try:
-                context = self.bank.using([request.adapter for request in requests])
-                with context:
-                    found = self._decode(requests)
-            except KeyError:  # deleted between the look and the gathering
-                continue
-            for request, tokens in zip(requests, found):
-                request.answer.set_result(tokens)
-            return
-
-    @torch.inference_mode()
-    def _decode(self, requests: Sequence[Request]) -> list[list[int]]:
-        width = max(len(request.ids) for request in requests)
-        pad, device = self.ends[0], self.model.device
-        ids = torch.tensor([[pad] * (width - len(r.ids)) + r.ids for r in requests], device=device)
-        mask = torch.tensor(
-            [[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=device
-        )
-        out = self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max(request.length for request in requests),
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=self.ends,
-        )
-        return [
-            self._until_end(row[: r.length]) for r, row in zip(requests, out[:, width:].tolist())
-        ]
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        ends = [k for k, token in enumerate(tokens) if token in self.ends]
-        return tokens[: ends[0]] if ends else tokens
-
-
-def unknown(adapter: str | None) -> HttpError:
-    """Make the error of an adapter that is not in the bank."""
-    return HttpError(404, f"the model {BASE}:{adapter} does not exist; GET /v1/models lists all")
+    text: str
+    tokens: list[int]
+    reason: str | None = None
 
 
 class Server(ThreadingHTTPServer):
@@ -183,39 +68,87 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.engine, self.tokenizer, self.numbers = engine, tokenizer, count()
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any]) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer POST /v1/completions."""
+        return self._answer(body, self.token_ids(body.get("prompt")), Completions())
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Answer POST /v1/chat/completions."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise HttpError(400, "the tokenizer has no chat template; use /v1/completions")
+        messages = take(body, "messages", list)
+        options = {"add_generation_prompt": True, "tokenize": False}
+        try:
+            text = self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # templates raise what they like
+            raise HttpError(400, f"the messages do not fit the chat template: {error}") from error
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._answer(body, ids, ChatCompletions())
+
+    def _answer(
+        self, body: dict[str, Any], ids: list[int], form: Completions
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        if take(body, "n", int, 1) != 1:
+            raise HttpError(400, "this server gives one answer: n must be 1")
+        request, stop = self._request(body, ids), stop_texts(body)
+        head = {"id": f"cmpl-{next(self.numbers)}", "model": take(body, "model", str, BASE)}
+        try:
+            pieces = self._pieces(request, self.engine.answer(request), stop)
+        except KeyError:
+            raise HttpError(404, unknown(head["model"])) from None
+        if take(body, "stream", bool, False):
+            return ({**head, **form.chunk(piece)} for piece in pieces)
+        *parts, last = pieces
+        text = "".join(piece.text for piece in (*parts, last))
+        given, new = len(ids), len(last.tokens)
+        usage = {
+            "prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new,
+        }  # fmt: skip
+        return {**head, **form.whole(Piece(text, last.tokens, last.reason)), "usage": usage}
+
+    def _request(self, body: dict[str, Any], ids: list[int]) -> Request:
+        """Read a request's options."""
         name = take(body, "model", str, BASE)
         base, colon, adapter = name.partition(":")
-        if base != BASE or (colon and adapter not in self.engine.bank):
-            raise HttpError(404, f"the model {name} does not exist; GET /v1/models lists all")
-        length = take(body, "max_tokens", int, 16)
-        if length < 1:
-            raise HttpError(400, f"max_tokens must be positive; found {length}")
-        if body.get("temperature") or body.get("stream") or body.get("n", 1) != 1:
-            raise HttpError(
-                400, "this server decodes greedily: one answer, temperature 0, no stream"
-            )
-        request = Request(self.token_ids(body.get("prompt")), adapter if colon else None, length)
-        tokens = self.engine.submit(request).result()
-        return {
-            "id": f"cmpl-{next(self.numbers)}",
-            "object": "text_completion",
-            "model": name,
-            "choices": [
-                {
-                    "index": 0,
-                    "text": self.tokenizer.decode(tokens),
-                    "token_ids": tokens,
-                    "finish_reason": "length" if len(tokens) == length else "stop",
-                }
-            ],
-            "usage": {
-                "prompt_tokens": len(request.ids),
-                "completion_tokens": len(tokens),
-                "total_tokens": len(request.ids) + len(tokens),
-            },
-        }
+        if base != BASE:
+            raise HttpError(404, unknown(name))
+        length = take(body, "max_tokens", int, take(body, "max_completion_tokens", int, 16))
+        request = Request(
+            ids,
+            adapter if colon else None,
+            length,
+            float(take(body, "temperature", (int, float), 1.0)),
+            float(take(body, "top_p", (int, float), 1.0)),
+            take(body, "seed", int, None),
+        )
+        positions = getattr(self.engine.model.config, "max_position_embeddings", None)
+        if request.length < 1:
+            raise HttpError(400, f"max_tokens must be positive; found {request.length}")
+        if positions is not None and len(ids) + request.length > positions:
+            needed = f"{len(ids)} tokens of the prompt and max_tokens {request.length}"
+            raise HttpError(400, f"{needed} are more than the model's {positions} positions")
+        if not 0 <= request.temperature < float("inf") or not 0 < request.top_p <= 1:
+            raise HttpError(400, "temperature must be 0 or more, and top_p above 0 and at most 1")
+        return request
+
+    def _pieces(self, request: Request, updates: Any, stop: Sequence[str]) -> Iterator[Piece]:
+        """Divide an answer into pieces of text, up to where a stop text begins."""
+        sent = 0
+        with closing(updates):
+            for tokens, done in updates:
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                found = [text.find(each) for each in stop if each in text]
+                if found:
+                    yield Piece(text[sent : min(found)], tokens, "stop")
+                    return
+                if done:
+                    full = len(tokens) == request.length
+                    yield Piece(text[sent:], tokens, "length" if full else "stop")
+                    return
+                safe = len(text) - unsafe(text, stop)
+                if safe > sent:
+                    yield Piece(text[sent:safe], tokens)
+                    sent = safe
 
     def token_ids(self, prompt: Any) -> list[int]:
         """Return the token ids of a prompt, a text or a list of ids."""
@@ -232,7 +165,7 @@ class Server(ThreadingHTTPServer):
         """Answer POST /v1/adapters."""
         name, path = take(body, "name", str), take(body, "path", str)
         try:
-            self.engine.bank.add(name, path)
+            self.engine.adapters.put(name, path)
         except (OSError, ValueError) as error:
             raise HttpError(400, str(error)) from error
         return {"id": f"{BASE}:{name}", "object": "model"}
@@ -240,27 +173,81 @@ class Server(ThreadingHTTPServer):
     def delete(self, name: str) -> dict[str, Any]:
         """Answer DELETE /v1/adapters/NAME."""
         try:
-            del self.engine.bank[name]
+            self.engine.adapters.delete(name)
         except KeyError:
-            raise unknown(name) from None
+            raise HttpError(404, unknown(f"{BASE}:{name}")) from None
         return {"id": f"{BASE}:{name}", "object": "model", "deleted": True}
 
     def models(self) -> dict[str, Any]:
         """Answer GET /v1/models."""
-        names = [BASE, *(f"{BASE}:{name}" for name in self.engine.bank)]
+        names = [BASE, *(f"{BASE}:{name}" for name in self.engine.adapters)]
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
 
 
-def take(body: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """Return a field of a request; an error says which field is missing or of another type."""
-    value = body.get(key, default)
-    if type(value) is not kind:
-        raise HttpError(400, f"{key!r} must be of the type {kind.__name__}; found {value!r}")
+class Completions:
+    """The form of answers to /v1/completions."""
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """Return the whole answer."""
+        choice = {"text": piece.text, "token_ids": piece.tokens, "finish_reason": piece.reason}
+        return {"object": "text_completion", "choices": [{"index": 0, **choice}]}
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """Return a part of a streamed answer."""
+        choice = {"text": piece.text, "finish_reason": piece.reason}
+        return {"object": "text_completion", "choices": [{"index": 0, **choice}]}
+
+
+class ChatCompletions(Completions):
+    """The form of answers to /v1/chat/completions."""
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """Return the whole answer."""
+        message = {"role": "assistant", "content": piece.text}
+        choice = {"index": 0, "message": message, "finish_reason": piece.reason}
+        return {"object": "chat.completion", "choices": [choice]}
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """Return a part of a streamed answer."""
+        delta = {"role": "assistant", "content": piece.text}
+        choice = {"index": 0, "delta": delta, "finish_reason": piece.reason}
+        return {"object": "chat.completion.chunk", "choices": [choice]}
+
+
+def unknown(name: str) -> str:
+    """Say that there is no such model."""
+    return f"the model {name} does not exist; GET /v1/models lists all"
+
+
+def unsafe(text: str, stop: Sequence[str]) -> int:
+    """Return how many letters of the end can change or belong to a stop text once more tokens come."""
+    begun = [k for each in stop for k in range(1, len(each)) if text.endswith(each[:k])]
+    return max(begun, default=int(text.endswith("\N{REPLACEMENT CHARACTER}")))
+
+
+def stop_texts(body: dict[str, Any]) -> list[str]:
+    """Read the texts that end an answer: none, one, or a list."""
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
+        raise HttpError(400, f"'stop' must be a text or a list of texts; found {stop!r}")
+    return stop
+
+
+def take(body: dict[str, Any], key: str, kinds: Any, default: Any = ...) -> Any:
+    """Return a field of a request; an error says which is missing or of another type."""
+    value = body.get(key)
+    if value is None and default is not ...:
+        return default
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if type(value) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise HttpError(400, f"{key!r} must be of the type {names}; found {value!r}")
     return value
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads JSON and writes JSON."""
+    """Reads JSON and writes JSON, or events of JSON."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -271,7 +258,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a POST."""
-        routes = {"/v1/completions": self.server.complete, "/v1/adapters": self.server.add}
+        routes = {
+            "/v1/completions": self.server.complete,
+            "/v1/chat/completions": self.server.chat,
+            "/v1/adapters": self.server.add,
+        }
         self._answer({path: lambda call=call: call(self._body()) for path, call in routes.items()})
 
     def do_DELETE(self) -> None:
@@ -299,12 +290,34 @@ class Handler(BaseHTTPRequestHandler):
             status, found = error.status, {"error": {"message": str(error), "code": error.status}}
         except Exception as error:
             status, found = 500, {"error": {"message": repr(error), "code": 500}}
-        data = json.dumps(found).encode()
+        if isinstance(found, Iterator):
+            self._stream(found)
+        else:
+            self._send(status, json.dumps(found).encode())
+
+    def _send(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def _stream(self, chunks: Iterator[dict[str, Any]]) -> None:
+        """Write server-sent events, and close the connection: nobody knows the length before."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for chunk in chunks:
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:  # the client has gone
+            chunks.close()  # type: ignore[attr-defined]
+        except Exception as error:
+            found = {"error": {"message": repr(error), "code": 500}}
+            self.wfile.write(f"data: {json.dumps(found)}\n\n".encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing."""
@@ -323,9 +336,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     bank = lortalib.nn.bank(model, args.decomposition, args.rank, shared=args.shared)
-    bank.update(dict(each.split("=", 1) for each in args.adapters))
-    server = Server(Engine(model, bank, [tokenizer.eos_token_id]), tokenizer, args.port)
-    print(f"serving {len(bank)} adapters at http://127.0.0.1:{server.server_port}/v1", flush=True)
+    engine = Engine(model, bank, [tokenizer.eos_token_id])
+    for each in args.adapters:
+        engine.adapters.put(*each.split("=", 1))
+    server = Server(engine, tokenizer, args.port)
+    number, port = len(engine.adapters), server.server_port
+    print(f"serving {number} adapters at http://127.0.0.1:{port}/v1", flush=True)
     server.serve_forever()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from adapted import put
 from banks import random_stack
-from serve import Engine, Request, Server
+from hypothesis import given
+from hypothesis import strategies as st
+from serve import Server
+from serve_engine import Engine, Request
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lortalib
@@ -20,10 +24,12 @@ ADAPTERS, REQUESTS = 100, 200
 class Letters:
     """A tokenizer of letters."""
 
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
 
-    def decode(self, tokens):
+    chat_template = None
+
+    def decode(self, tokens, skip_special_tokens=False):
         return " ".join(map(str, tokens))
 
 
@@ -39,11 +45,12 @@ def tiny():
 class Running:
     """A server in a thread, and a client."""
 
-    def __init__(self, shared=("in", "out")):
+    def __init__(self, shared=("in", "out"), room=4096, width=1024):
         self.model = tiny()
         options = {"shared": shared, "dtype": torch.float64}
         self.bank = lortalib.nn.bank(self.model, "indscal", 4, **options)
-        self.engine = Engine(self.model, self.bank, [0], largest=32)
+        self.engine = Engine(self.model, self.bank, [0], room=room, width=width)
+        self.adapters = self.engine.adapters
         self.server = Server(self.engine, Letters())
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
@@ -67,11 +74,29 @@ class Running:
         finally:
             connection.close()
 
-    def complete(self, model, prompt, length=5):
-        body = {"model": model, "prompt": prompt, "max_tokens": length}
+    def complete(self, model, prompt, length=5, **options):
+        body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, **options}
         status, found = self.ask("POST", "/v1/completions", body)
         assert status == 200, found
         return found["choices"][0]["token_ids"]
+
+    def events(self, path, body):
+        """The events of a streamed answer."""
+        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=120)
+        try:
+            connection.request("POST", path, json.dumps({"stream": True, **body}))
+            answer = connection.getresponse()
+            assert answer.getheader("Content-Type") == "text/event-stream"
+            lines = answer.read().decode().split("\n\n")
+        finally:
+            connection.close()
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def rest(self):
+        """Wait until no request is left."""
+        while self.engine._running:
+            time.sleep(0.01)
 
 
 def random_tensors(bank, seed):
@@ -106,10 +131,12 @@ def alone(running, adapter, prompt, length=5):
 def test_a_load_of_adapters_that_are_replaced_under_way(shared):
     with Running(shared) as running:
         bank = running.bank
+        adapters = running.adapters
         for k in range(ADAPTERS):
-            bank[f"u{k}"] = random_tensors(bank, k)
+            adapters.put(f"u{k}", random_tensors(bank, k))
         wanted = {
-            k: {tuple(alone(running, bank.adapter(f"u{k}"), prompt_of(k)))} for k in range(ADAPTERS)
+            k: {tuple(alone(running, adapters.adapter(f"u{k}"), prompt_of(k)))}
+            for k in range(ADAPTERS)
         }
         renewed = range(0, ADAPTERS, 10)  # these have another answer once they are replaced
         fresh = lortalib.nn.bank(tiny(), "indscal", 4, shared=shared, dtype=torch.float64)
@@ -119,13 +146,14 @@ def test_a_load_of_adapters_that_are_replaced_under_way(shared):
         for k in renewed:
             fresh[k] = random_tensors(bank, 1000 + k)
             wanted[k].add(tuple(alone(running, fresh.adapter(k), prompt_of(k))))
-        done = threading.Event()
+        done, batches = threading.Event(), []
+        running.model.register_forward_hook(lambda *_: batches.append(running.engine._batch()))
 
         def replace():
             while not done.is_set():
                 for k in renewed:
-                    bank[f"u{k}"] = fresh[k]
-                    bank[f"u{k}"] = random_tensors(bank, k)
+                    adapters.put(f"u{k}", fresh[k])
+                    adapters.put(f"u{k}", random_tensors(bank, k))
                 done.wait(0.01)
 
         replacing = threading.Thread(target=replace)
@@ -143,7 +171,9 @@ def test_a_load_of_adapters_that_are_replaced_under_way(shared):
         for k, tokens in zip(asked, found):
             assert tuple(tokens) in wanted[k], k
         assert len({tuple(tokens) for tokens in found}) > ADAPTERS // 2
+        assert max(len({request.version for request, _ in each}) for each in batches) > 10
         assert running.complete("base", prompt_of(1)) == alone(running, None, prompt_of(1))
+    assert len(bank) == ADAPTERS  # what was replaced is gone
 
 
 def test_adapters_come_and_go_and_unknown_ones_are_a_404(tmp_path):
@@ -171,7 +201,12 @@ def test_adapters_come_and_go_and_unknown_ones_are_a_404(tmp_path):
             ("POST", "/v1/completions", {"model": "base", "prompt": []}, 400, "not empty"),
             ("POST", "/v1/completions", {"model": "base", "prompt": [64]}, 400, "from 0 to 63"),
             ("POST", "/v1/completions", {"prompt": [5], "max_tokens": 0}, 400, "must be positive"),
-            ("POST", "/v1/completions", {"prompt": [5], "temperature": 1}, 400, "greedily"),
+            ("POST", "/v1/completions", {"prompt": [5] * 60}, 400, "64 positions"),
+            ("POST", "/v1/completions", {"prompt": [5], "temperature": -1}, 400, "0 or more"),
+            ("POST", "/v1/completions", {"prompt": [5], "top_p": 0}, 400, "above 0"),
+            ("POST", "/v1/completions", {"prompt": [5], "stop": [1]}, 400, "list of texts"),
+            ("POST", "/v1/completions", {"prompt": [5], "n": 2}, 400, "one answer"),
+            ("POST", "/v1/chat/completions", {"messages": []}, 400, "no chat template"),
             ("POST", "/v1/completions", ["base"], 400, "must be a JSON object"),
             ("POST", "/v1/adapters", {"name": "x"}, 400, "'path' must be of the type str"),
             ("POST", "/v1/adapters", {"name": "x", "path": str(tmp_path)}, 400, "adapter"),
@@ -184,33 +219,179 @@ def test_adapters_come_and_go_and_unknown_ones_are_a_404(tmp_path):
         assert running.complete("base", [5, 6, 7]) == alone(running, None, [5, 6, 7])
 
 
-def test_an_adapter_that_is_deleted_while_its_request_waits_is_a_404():
-    with Running() as running:
-        running.bank["ann"] = random_tensors(running.bank, 1)
-        gather = running.bank._store.gather
-
-        def deleted_meanwhile(names):
-            if "ann" in running.bank:
-                del running.bank["ann"]
-            return gather(names)
-
-        running.bank._store.gather = deleted_meanwhile
-        body = {"model": "base:ann", "prompt": [5]}
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_request_keeps_the_adapter_that_it_began_with(replaced):
+    with Running() as running, ThreadPoolExecutor(1) as pool:
+        old, new = (random_tensors(running.bank, k) for k in (1, 2))
+        running.adapters.put("ann", old)
+        wanted = alone(running, running.adapters.adapter("ann"), prompt_of(1))
+        with running.engine._manager.pause():
+            found = pool.submit(running.complete, "base:ann", prompt_of(1))
+            while not running.engine._running:
+                time.sleep(0.01)
+            running.adapters.put("ann", new) if replaced else running.adapters.delete("ann")
+            assert len(running.bank) == 1 + replaced
+        assert found.result() == wanted
+        running.rest()
+        assert len(running.bank) == replaced
+        body = {"model": "base:ann", "prompt": prompt_of(1), "temperature": 0}
         status, found = running.ask("POST", "/v1/completions", body)
-        assert (status, "does not exist" in found["error"]["message"]) == (404, True)
-        assert running.complete("base", [5]) == alone(running, None, [5])
+        if replaced:
+            wanted = alone(running, running.adapters.adapter("ann"), prompt_of(1))
+            assert found["choices"][0]["token_ids"][:5] == wanted
+        else:
+            assert (status, "does not exist" in found["error"]["message"]) == (404, True)
 
 
-def test_requests_that_fit_the_positions_only_alone_are_in_batches_of_their_own():
+def test_a_seed_gives_one_answer_in_any_company():
+    prompt = list(range(2, 12))  # longer than a forward is wide, and so divided among several
+    with Running(width=8) as running, ThreadPoolExecutor(20) as pool:
+        options = {"temperature": 2.0, "top_p": 0.9, "length": 12}
+        wanted = [running.complete("base", prompt, seed=seed, **options) for seed in range(4)]
+        asked = [
+            pool.submit(running.complete, "base", prompt, seed=k % 4, **options) for k in range(20)
+        ]
+        assert [each.result() for each in asked] == wanted * 5
+        assert len({*map(tuple, wanted)}) == 4
+        again = [tuple(running.complete("base", prompt, **options)) for _ in range(4)]
+        assert len({*again}) == 4
+
+
+def test_requests_that_do_not_fit_together_are_all_answered():
+    with Running(room=160, width=64) as running, ThreadPoolExecutor(12) as pool:
+        for k in range(3):
+            running.adapters.put(f"u{k}", random_tensors(running.bank, k))
+        wanted = [alone(running, running.adapters.adapter(f"u{k}"), [5, 6], 50) for k in range(3)]
+        asked = [pool.submit(running.complete, f"base:u{k % 3}", [5, 6], 50) for k in range(12)]
+        assert [each.result() for each in asked] == wanted * 4
+
+
+@given(
+    st.lists(st.floats(-4, 4), min_size=2, max_size=6),
+    st.floats(0.2, 3),
+    st.floats(0.05, 1),
+    st.integers(0, 9),
+)
+def test_draws_are_from_the_fewest_likeliest_tokens(logits, temperature, top_p, seed):
+    request = Request([0], temperature=temperature, top_p=top_p, seed=seed)
+    logits = torch.tensor(logits, dtype=torch.float64)
+    chances = (logits / temperature).softmax(-1).tolist()
+    total, allowed = 0.0, []
+    for token in sorted(range(len(chances)), key=chances.__getitem__, reverse=True):
+        if total < top_p - 1e-9:
+            allowed.append(token)
+        total += chances[token]
+    least = min(chances[token] for token in allowed)
+    for _ in range(20):
+        assert chances[int(request.scores(logits).argmax())] >= least - 1e-9
+
+
+def test_draws_have_the_chances_of_the_softmax():
+    request = Request([0], temperature=2.0, top_p=0.95, seed=0)
+    logits = torch.tensor([3.0, 1.0, 2.0, -9.0], dtype=torch.float64)
+    drawn = torch.stack([request.scores(logits).argmax() for _ in range(4000)])
+    wanted = (logits[:3] / 2).softmax(-1)  # the last has less than one hundredth
+    found = drawn.bincount(minlength=4) / len(drawn)
+    assert (found[:3] - wanted).abs().max() < 4 * 0.5 / len(drawn) ** 0.5
+    assert found[3] == 0
+    assert Request([0], temperature=0).scores(logits) is logits
+
+
+def test_streamed_pieces_are_the_answer():
     with Running() as running:
-        long = Request([5] * 50, None, 4)
-        requests = [Request([5], None, 40), long, Request([6], None, 4), Request([7] * 9, None, 9)]
-        parts = running.engine._parts(requests)
-        assert [[requests.index(each) for each in part] for part in parts] == [[0, 2, 3], [1]]
+        body = {"prompt": [5, 6, 7], "max_tokens": 9, "temperature": 0}
+        whole = running.ask("POST", "/v1/completions", body)[1]["choices"][0]
+        pieces = [each["choices"][0] for each in running.events("/v1/completions", body)]
+        assert len(pieces) > 3
+        assert "".join(each["text"] for each in pieces) == whole["text"]
+        assert [each["finish_reason"] for each in pieces] == [None] * (len(pieces) - 1) + ["length"]
+
+
+def test_an_answer_ends_before_a_stop_text_and_its_request_is_given_up():
+    with Running() as running:
+        body = {"prompt": [5, 6, 7], "max_tokens": 50, "temperature": 0}
+        text = running.ask("POST", "/v1/completions", body)[1]["choices"][0]["text"]
+        stop = text[20:23]
+        tokens = []
+
+        def slowly(*_):
+            tokens.extend(running.engine._batch())
+            time.sleep(0.01)  # such that the server reads a token before the next ones are there
+
+        running.model.register_forward_hook(slowly)
+        for path in ("whole", "streamed"):
+            if path == "whole":
+                found = running.ask("POST", "/v1/completions", {**body, "stop": stop})[1]["choices"]
+            else:
+                events = running.events("/v1/completions", {**body, "stop": [stop, "none"]})
+                found = [each["choices"][0] for each in events]
+            assert "".join(each["text"] for each in found) == text[: text.index(stop)]
+            assert found[-1]["finish_reason"] == "stop"
+        running.rest()
+        assert len(tokens) < 50
+        stream = running.server.complete({**body, "stream": True})
+        next(stream)
+        stream.close()
+        running.rest()
+        assert len(tokens) < 2 * 50
+
+
+class Texts:
+    """A tokenizer whose tokens are letters, of which a text has several."""
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join("ab"[token] for token in tokens)
+
+
+@given(
+    st.lists(st.integers(0, 1), min_size=1, max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_end_where_the_first_stop_text_begins(tokens, stop):
+    server = Server.__new__(Server)
+    server.tokenizer = Texts()
+    updates = ((tokens[: k + 1], k + 1 == len(tokens)) for k in range(len(tokens)))
+    pieces = list(server._pieces(Request([0], length=len(tokens)), updates, stop))
+    text = server.tokenizer.decode(tokens)
+    ends = [k for k in range(len(text)) for each in stop if text[:k].endswith(each)]
+    ends += [len(text)] * any(text.endswith(each) for each in stop)
+    seen = text[: min(ends)] if ends else text  # no token after the first stop text is seen
+    wanted = min((seen.index(each) for each in stop if each in seen), default=len(text))
+    assert "".join(piece.text for piece in pieces) == text[:wanted]
+    assert pieces[-1].reason == ("stop" if ends else "length")
+    assert all(piece.reason is None for piece in pieces[:-1])
+
+
+def test_chats_go_through_the_template():
+    with Running() as running:
+        tokenizer = running.server.tokenizer
+        tokenizer.chat_template = "a template"
+        tokenizer.apply_chat_template = lambda messages, **options: messages[0]["content"] + ">"
+        body = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0}
+        status, found = running.ask("POST", "/v1/chat/completions", body)
+        parts = running.events("/v1/chat/completions", body)
+        assert (status, found["object"]) == (200, "chat.completion")
+        wanted = alone(running, None, Letters()("ab>")["input_ids"], 16)
+        content = found["choices"][0]["message"]["content"]
+        assert content == Letters().decode(wanted)
+        assert "".join(each["choices"][0]["delta"]["content"] for each in parts) == content
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_forward_that_raises_is_an_error_and_nobody_waits():
+    with Running() as running:
+        running.adapters.put("ann", random_tensors(running.bank, 1))
+        running.model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+        for why in ("division by zero", "no more requests"):
+            status, found = running.ask(
+                "POST", "/v1/completions", {"model": "base:ann", "prompt": [5]}
+            )
+            assert (status, why in found["error"]["message"]) == (500, True), found
+        assert not running.engine._running
 
 
 def test_names_in_paths_are_quoted():
     with Running() as running:
-        running.bank["ann b/c"] = random_tensors(running.bank, 1)
+        running.adapters.put("ann b/c", random_tensors(running.bank, 1))
         status, found = running.ask("DELETE", "/v1/adapters/ann%20b%2Fc")
         assert (status, found["deleted"]) == (200, True)

@@ -1,20 +1,24 @@
 """What do many users cost, with sides of their own and with shared sides?
 
-* Batches whose rows name 1, 8, 64 or 1,000 distinct adapters in turn: with sides of their own, and with
-  shared ``in`` and ``out``. Every batch gathers its rows anew. Reported are rows a second relative to the
-  base alone and to one adapter on the model, as ratios of process times of one round.
+* Batches whose rows name 1, 8, 64 or 1,000 distinct adapters in turn: with sides of their own, with shared
+  ``in`` and ``out``, and as LoRAs of PEFT of the same rank, by ``adapter_names``. Every batch gathers its
+  rows anew. Reported are rows a second relative to the base alone and to one adapter of the same format on
+  the model (for PEFT, to a LoRA of PEFT that is the only one), as ratios of process times of one round.
+  One of the formats is that of joint diagonalisation: a p x q matrix between two sides, for each weight.
 * Adapters of the shape of Llama-3-8B in one bank (CP of rank 16, bfloat16, shared sides; no weights are
   needed for it), 10^3 to 10^6: bytes of each, and microseconds to look up and gather 64 at random.
 
 Ratios are medians over the rounds, with the smallest and largest.
 
-    python benchmarks/speed/users.py   writes users.md and .json beside it, in 5 minutes
+    python benchmarks/speed/users.py   writes users.md and .json beside it, in 15 minutes
     python benchmarks/speed/users.py --quick   one model and up to 10^4; writes runs/users-quick.md and .json
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +26,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import peft
 import subjects
 import torch
 from measure import (
@@ -38,6 +43,7 @@ from measure import (
     table,
     write,
 )
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +52,11 @@ from lortalib.nn import Bank
 
 SHARED = ("in", "out")
 #: How many distinct adapters the rows name in turn. With own sides, a row costs the same however many.
-DISTINCT = {"shared": (1, 8, 64, 1000), "own": (64, 1000)}
+DISTINCT = {"shared": (1, 8, 64, 1000), "own": (64, 1000), "PEFT LoRA": (1, 8, 64, 1000)}
+#: 1,000 LoRAs of SmolLM2 are 240,000 modules with 7 GiB in PEFT: left out.
+PEFT_HOLDS = {"MiniLM": 1000, "SmolLM2-135M": 64}
+JOINT = "layer matrix in p, layer matrix p q, layer matrix head out q"
+NAMES = {JOINT: "joint diagonalisation"}
 SIZES = (10**3, 10**4, 10**5, 10**6)
 ADAPTERS = 1000
 
@@ -64,10 +74,14 @@ class Cell:
 CELLS = (
     Cell("MiniLM", 64, 8, "cp"),
     Cell("MiniLM", 64, 8, "indscal"),
+    Cell("MiniLM", 64, 8, JOINT),
     Cell("MiniLM", 1000, 1, "cp"),
     Cell("SmolLM2-135M", 64, 1, "cp"),
     Cell("SmolLM2-135M", 64, 1, "indscal"),
+    Cell("SmolLM2-135M", 64, 1, JOINT),
 )
+#: 1,000 adapters with sides of their own are 7 GiB here, as LoRAs are.
+TOO_LARGE = CELLS[-1]
 QUICK = (Cell("MiniLM", 64, 4, "cp"),)
 
 
@@ -84,15 +98,23 @@ def measure_cell(cell: Cell, rounds: int) -> dict[str, Any]:
     }
     errors = {}
     for sides, shared in (("shared", SHARED), ("own", ())):
+        if cell == TOO_LARGE and sides == "own":
+            continue
         model = subjects.twin(base)
         bank = lortalib.nn.bank(model, cell.decomposition, 16, shared=shared, capacity=ADAPTERS)
         fill(bank, range(ADAPTERS))
         errors[sides] = row_alone(model, bank, ids)
         for distinct in DISTINCT[sides]:
             contenders[f"{sides} {distinct}"] = Timed(in_turn(model, bank, ids, distinct))
+    single, several = (peft_model(base, number) for number in (1, PEFT_HOLDS[cell.model]))
+    contenders["one LoRA"] = Timed(lambda: single(input_ids=ids))
+    errors["PEFT LoRA"] = None
+    for distinct in DISTINCT["PEFT LoRA"]:
+        if distinct <= PEFT_HOLDS[cell.model]:
+            contenders[f"PEFT LoRA {distinct}"] = Timed(by_name(several, ids, distinct))
     with torch.no_grad():
         times = interleave(contenders, rounds, clock=time.process_time)
-    return {"cell": cell.__dict__, "times": times, "errors": errors}
+    return {"cell": cell.__dict__, "times": times, "errors": errors, "load": os.getloadavg()[1]}
 
 
 def fill(bank: Bank, names: range) -> None:
@@ -114,6 +136,37 @@ def in_turn(model: nn.Module, bank: Bank, ids: Tensor, distinct: int) -> Callabl
     def call() -> None:
         with bank.using([next(places) % distinct for _ in range(len(ids))]):
             model(input_ids=ids)
+
+    return call
+
+
+def peft_model(base: nn.Module, number: int) -> nn.Module:
+    """PEFT's model with so many LoRAs.
+
+    They are put into its layers, as ``add_adapter`` does; that itself looks at all adapters before, and so
+    needs a quarter of an hour for 1,000.
+    """
+    model = subjects.twin(base)
+    targets = sorted({site.path for site in lortalib.nn.sites(model)})
+    config = peft.LoraConfig(r=16, target_modules=targets, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, adapter_name="0")
+    layers = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    for name in map(str, range(1, number)):
+        for layer in layers:
+            layer.scaling[name], layer.lora_dropout[name] = layer.scaling["0"], nn.Identity()
+            for sides in (layer.lora_A, layer.lora_B):
+                sides[name] = copy.deepcopy(sides["0"])
+                sides[name].reset_parameters()
+    return wrapped.eval()
+
+
+def by_name(model: nn.Module, ids: Tensor, distinct: int) -> Callable[[], None]:
+    """The same as `in_turn`, for PEFT."""
+    places: Iterator[int] = count()
+
+    def call() -> None:
+        names = [str(next(places) % distinct) for _ in range(len(ids))]
+        model(input_ids=ids, adapter_names=names)
 
     return call
 
@@ -182,26 +235,27 @@ def rows_table(found: list[dict[str, Any]]) -> str:
     rows = []
     for entry in found:
         cell, times = entry["cell"], entry["times"]
-        for sides in ("shared", "own"):
+        for sides in entry["errors"]:
+            one = "one LoRA" if sides == "PEFT LoRA" else "one adapter"
+            error = entry["errors"][sides]
             rows.append(
                 (
                     cell["model"],
                     f"{cell['rows']:,} x {cell['tokens']}",
-                    cell["decomposition"],
+                    NAMES.get(cell["decomposition"], cell["decomposition"]),
                     sides,
-                    relative(times, "one adapter", "base").text(),
-                    relative(times, f"{sides} 1000", "base").text(),
+                    relative(times, one, "base").text(),
                     *(
-                        relative(times, f"{sides} {number}", "one adapter").text()
-                        if number in DISTINCT[sides]
+                        relative(times, f"{sides} {number}", one).text()
+                        if f"{sides} {number}" in times
                         else ""
                         for number in DISTINCT["shared"]
                     ),
-                    f"{entry['errors'][sides]:.0e}",
+                    "" if error is None else f"{error:.0e}",
                 )
             )
     head = (
-        "model", "rows x tokens", "format", "sides", "one adapter / base", "1,000 / base",
+        "model", "rows x tokens", "format", "sides", "one adapter / base",
         *(f"{number:,} / one adapter" for number in DISTINCT["shared"]), "row against its adapter alone",
     )  # fmt: skip
     return table(head, rows)
@@ -239,9 +293,11 @@ def main() -> None:
     for cell in QUICK if options.quick else CELLS:
         cells.append(measure_cell(cell, options.repetitions))
         progress.say(f"{cell.model}, {cell.rows} x {cell.tokens}, {cell.decomposition}")
+    loads = [cell["load"] for cell in cells]
     parts = [
         "## Distinct adapters in turn",
-        "Rows a second, as ratios of process times; rank 16.",
+        "Rows a second, as ratios of process times; rank 16. "
+        f"Load of the machine (mean number of running processes): {min(loads):.1f} to {max(loads):.1f}.",
         rows_table(cells),
         "## How many adapters",
         "Adapters of the shape of Llama-3-8B: CP of rank 16, q, k, v and o, bfloat16, shared sides.",
