@@ -295,7 +295,7 @@ loretta = register_format(
 jd = register_format(
     "jd",
     jd_line,
-    "joint diagonalisation with full cores (JD-Full, arXiv 2407.00066): adapters share the two sides of a weight",
+    "joint diagonalisation, JD-Full of arXiv 2407.00066: adapters share the two sides of a weight",
 )
 
 

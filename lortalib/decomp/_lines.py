@@ -125,7 +125,7 @@ def jd_diag_line(shape: Shape) -> str:
 
 
 def _between_sides(shape: Shape, left: str, right: str) -> str:
-    """Write sides that all but ``layer``, ``matrix`` and ``expert`` share, with a core that has all slices."""
+    """Write two sides for each ``layer``, ``matrix`` and ``expert``, and a core with all slices."""
     inputs, rest = _sides(shape, ("in",))
     outputs, slices = _sides(Shape({leg: shape[leg] for leg in rest}), ("head", "out"))
     weights, own = _sides(Shape({leg: shape[leg] for leg in slices}), ("layer", "matrix", "expert"))

@@ -14,8 +14,9 @@ import lortalib
 from lortalib import decomp
 
 SHIPPED = [
-    "block_term", "cara", "cp", "cp_matrix", "fact_tk", "folded_cp", "indscal", "jd", "jd_diag", "lora",
-    "lora_xs", "loretta", "lotr", "metatt_41d", "metatt_4d", "rescal", "ring", "tt", "tt_lora", "tucker", "uni_lora", "vera",
+    "block_term", "cara", "cp", "cp_matrix", "fact_tk", "folded_cp", "indscal", "jd", "jd_diag",
+    "lora", "lora_xs", "loretta", "lotr", "metatt_41d", "metatt_4d", "rescal", "ring", "tt",
+    "tt_lora", "tucker", "uni_lora", "vera",
 ]  # fmt: skip
 
 

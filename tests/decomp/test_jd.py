@@ -6,13 +6,13 @@ from strategies import generator
 
 from lortalib import decomp
 
-N, D, O, R = 6, 14, 12, 2  # adapters, in, out, rank of each LoRA
+N, D, OUT, R = 6, 14, 12, 2  # adapters, in, out, rank of each LoRA
 
 
 def loras(seed):
     """LoRAs with normal factors, as a network, and their updates B A as (adapter, out, in)."""
     source = generator(seed)
-    A, B = (torch.randn(N, size, R, generator=source, dtype=torch.float64) for size in (D, O))
+    A, B = (torch.randn(N, size, R, generator=source, dtype=torch.float64) for size in (D, OUT))
     shape = ("adapter", "in", "out")
     return decomp.Network("adapter in r, adapter out r", [A, B], shape), B @ A.mT
 
@@ -40,13 +40,13 @@ def jd_diag_errors(updates, V, cores, U, rounds):
     for _ in range(rounds):
         # every row of a side is a regression on the columns U diag(c) of all updates
         design = torch.cat([U * c for c in cores])  # (adapter out, rank)
-        V = torch.linalg.lstsq(design, updates.reshape(N * O, D)).solution.T
+        V = torch.linalg.lstsq(design, updates.reshape(N * OUT, D)).solution.T
         design = torch.stack(
             [torch.outer(U[:, k], V[:, k]).flatten() for k in range(U.shape[1])], 1
         )
         cores = torch.stack([torch.linalg.lstsq(design, d.flatten()).solution for d in updates])
         design = torch.cat([V * c for c in cores])
-        U = torch.linalg.lstsq(design, updates.mT.reshape(N * D, O)).solution.T
+        U = torch.linalg.lstsq(design, updates.mT.reshape(N * D, OUT)).solution.T
         gap = updates - torch.stack([U * c @ V.T for c in cores])
         found.append((gap.norm() / updates.norm()).item())
     return found
