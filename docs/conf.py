@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import lortalib
@@ -43,6 +44,7 @@ html_static_path = ["_static"]
 html_css_files = ["lortalib.css"]
 html_js_files = ["filter.js"]
 exclude_patterns = ["_build", "notebooks"]
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # A notebook runs where its page is missing or older than its text: in every fresh checkout.
 sphinx_gallery_conf = {
     "examples_dirs": "notebooks",
@@ -52,6 +54,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "write_computation_times": False,
     "show_memory": False,
+    "ignore_repr_types": r"matplotlib|torch\._C\.Generator",
     "min_reported_time": 1000,
     "plot_gallery": "True",
     "remove_config_comments": True,

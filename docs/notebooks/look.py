@@ -58,9 +58,8 @@ for step in range(32):
 # Where it changes the model
 # --------------------------
 #
-# The size of the update, by layer and matrix, and for the values by layer and head. In ``cp`` this is close
-# to a product of one profile for the layers and one for the matrices; ``cp_matrix`` or ``tt`` could have
-# another profile for each.
+# The size of the update, by layer and matrix, and for the values by layer and head. In ``cp`` every component
+# has one profile of the layers for all matrices; ``cp_matrix`` has another one for each matrix.
 
 plot.layers(adapter)
 
@@ -72,8 +71,8 @@ plot.heads(adapter, "v")
 # The components
 # --------------
 #
-# A CP is a sum of components. ``canonical`` gives each a length and vectors of length one, in order of
-# size. If the lengths are much the same, no component stands for the whole.
+# A CP is a sum of components, each a product of one vector for each mode. These are their sizes. Where they
+# are of the same order, no component stands for the whole.
 
 network = adapter.networks["encoder"]
 [f"{length:.3f}" for length in decomp.component_norms(network).tolist()]
