@@ -20,9 +20,9 @@ class BondMap:
     """The change of one parameter's coordinates along one bond.
 
     Attributes:
-        values: (*batch, new rank, old rank), what the parameter is multiplied by.
-        gradients: (*batch, new rank, old rank), what its gradients are multiplied by. The transpose writes
-            the new parameter in the old coordinates, and ``gradients @ values^T`` is the identity.
+        values: ``(*batch, new rank, old rank)``, what the parameter is multiplied by.
+        gradients: ``(*batch, new rank, old rank)``, what its gradients are multiplied by. The transpose
+            writes the new parameter in the old coordinates, and ``gradients @ values^T`` is the identity.
         batch: the modes of the leading axes; each of their positions has coordinates of its own.
     """
 
