@@ -1,18 +1,18 @@
 """How do fits and rounding of `lortalib.decomp` compare with TensorLy, tntorch and torchTT?
 
-All get the same tensors: dense ones of three shapes in float64, a CP of the rank with 10 % of noise. CP: all
-run the same number of sweeps of alternating least squares from a random start of their own, or fewer where
-the error falls no more; lortalib's own algorithm is measured, also where `fit` would call TensorLy's. Tucker
-and trains: TensorLy iterates HOOI for Tucker; tntorch's Tucker and all rivals' trains are one truncated pass,
-as lortalib's start is, which is then improved by sweeps until the error falls by less than 1e-6. Where
-lortalib's `fit` as it comes calls TensorLy, that is one more row. Masked: three entries in ten are missing;
-the error is over them, before noise. Rounding: the sum of three trains to the rank of one; TensorLy has no
-rounding, so there the dense tensor is decomposed again.
+Dense tensors of three shapes in float64: a CP of the rank with 10 % of noise. CP: all run the same
+number of sweeps of alternating least squares from a random start of their own, or fewer where the error
+falls no more; lortalib's own algorithm is measured, also where `fit` would call TensorLy's. Tucker and
+trains: TensorLy iterates HOOI for Tucker; tntorch's Tucker and all rivals' trains are one truncated
+pass, as lortalib's start is, which is then improved by sweeps until the error falls by less than 1e-6.
+Where lortalib's `fit` as it comes calls TensorLy, that is one more row. Masked: three entries in ten are
+missing; the error is over them, before noise. Rounding: the sum of three trains to the rank of one;
+TensorLy has no rounding, so there the dense tensor is decomposed again.
 
 Measured: seconds; the largest number of bytes of tensors alive at once, without the target; the relative
 error. A library that does not import is left out and named.
 
-    python benchmarks/speed/decomp.py   writes decomp.md and .json beside it, in 4 minutes
+    python benchmarks/speed/decomp.py   writes decomp.md and .json beside it, in 8 minutes
     python benchmarks/speed/decomp.py --quick   writes runs/decomp-quick.md and .json
 """
 
