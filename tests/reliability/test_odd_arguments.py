@@ -89,7 +89,7 @@ CALLS = {
     "fit, None": (lambda: D.fit(None, "cp", 2, modes="layer in out"), "nested numbers; found NoneType"),
     "round, rank 1.5": (lambda: D.round(net("tt"), rank=1.5), "rank must be an integer; found 1.5"),
     "round, rank by bond": (lambda: D.round(net("tt"), rank={"a": 1, "b": 0}), "rank of bond 'b'"),
-    "round, error": (lambda: D.round(net("tt"), error="x"), "from 0 up to below 1; found 'x'"),
+    "round, error": (lambda: D.round(net("tt"), error="x"), "error is relative, .*; found 'x'"),
     "scale": (lambda: D.scale(net(), "x"), "scaled by a number; found str"),
     "weights": (lambda: D.direct_sum([net()], ["x"]), "weights are numbers"),
     "start_along": (lambda: D.start_along(np.ones((2, 2)), "in out"), "a torch tensor; found ndarray"),
