@@ -22,7 +22,10 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_tensor_parallelism_is_refused(llama, mesh):
+def test_tensor_parallelism_is_refused(llama, mesh, tmp_path):
+    saved = lortalib.nn.apply(llama, rank=2)
+    folder = saved.save(tmp_path / "saved")
+    saved.remove()
     projection = llama.model.layers[0].self_attn.q_proj
     divided = distribute_tensor(projection.weight.detach(), mesh, [Shard(0)])
     projection.weight = nn.Parameter(divided)
@@ -30,6 +33,9 @@ def test_tensor_parallelism_is_refused(llama, mesh):
         lortalib.nn.apply(llama)
     with pytest.raises(ValueError, match="tensor parallelism"):
         peft.get_peft_model(llama, LortaConfig(target_modules=["q_proj"]))
+    for call in (lortalib.nn.load, lambda *given: lortalib.nn.compress(*given, "cp", 2)):
+        with pytest.raises(ValueError, match="tensor parallelism"):
+            call(llama, folder)
 
 
 def test_fsdp_is_not_taken_for_it(llama, mesh):

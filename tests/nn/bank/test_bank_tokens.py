@@ -119,6 +119,7 @@ def test_other_tokens_than_those_named_are_refused():
         ([[1] * 5, [1] * 4], ValueError, "found the lengths 4, 5"),
         ([[1] * 5, 1], TypeError, "found 1 beside lists"),
         ([[], []], ValueError, "found none"),
+        ([[[1]] * 5] * 2, TypeError, "found lists within lists"),
         ([[7] * 5] * 2, KeyError, "no adapter 7"),
     ):
         with pytest.raises(error, match=why), bank.using(names):
