@@ -341,9 +341,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     for each in args.adapters:
         engine.adapters.put(*each.split("=", 1))
     server = Server(engine, tokenizer, args.port)
-    print(
-        f"{len(engine.adapters)} adapters at http://127.0.0.1:{server.server_port}/v1", flush=True
-    )
+    print(f"{len(engine.adapters)} adapters at 127.0.0.1:{server.server_port}/v1", flush=True)
     server.serve_forever()
 
 
