@@ -331,17 +331,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shared", nargs="*", default=[], help="legs, such as in out")
     parser.add_argument("--adapters", nargs="*", default=[], help="NAME=FOLDER")
+    parser.add_argument("--room", type=int, default=2**15, help="tokens of all running requests")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(arguments if arguments is None else list(arguments))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     bank = lortalib.nn.bank(model, args.decomposition, args.rank, shared=args.shared)
-    engine = Engine(model, bank, [tokenizer.eos_token_id])
+    engine = Engine(model, bank, [tokenizer.eos_token_id], args.room)
     for each in args.adapters:
         engine.adapters.put(*each.split("=", 1))
     server = Server(engine, tokenizer, args.port)
-    number, port = len(engine.adapters), server.server_port
-    print(f"serving {number} adapters at http://127.0.0.1:{port}/v1", flush=True)
+    print(f"{len(engine.adapters)} adapters at 127.0.0.1:{server.server_port}/v1", flush=True)
     server.serve_forever()
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ JOINT = "layer matrix in p{own}, {adapter}layer matrix p q, layer matrix head ou
 LLAMA = r".*self_attn\.[qkvo]_proj"
 #: What the LoRAs are compressed to: the line, its rank, and the line of one adapter in a bank.
 COMPRESSED = {
-    "CP": ("cp", 128, "cp"),
+    "CP": ("cp", 64, "cp"),
     "joint diagonalisation": (
         JOINT.format(own="", adapter="adapter "), 16, JOINT.format(own=" (shared)", adapter=""),
     ),
@@ -213,7 +214,9 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ranks that short modes cannot fill are cut
             found = lortalib.nn.compress(model.config, folders, line, rank, sweeps=30)
-        saved = found.save(RUNS / f"compressed-{title.replace(' ', '-')}")
+        with tempfile.TemporaryDirectory() as aside:
+            saved = found.save(Path(aside, "all"))
+            file_bytes = file_size(saved / self.languages[0])
         bank = lortalib.nn.bank(model, alone, rank, shared=SIDES, dtype=torch.bfloat16)
         bank.update({name: found.adapter(name) for name in found.names})
         scores = {}
@@ -231,7 +234,8 @@ class Study:
             "error": found.error,
             "own": (found.count() - joint) // len(scores),
             "joint": joint,
-            **sizes(bank, saved / self.languages[0]),
+            **sizes(bank),
+            "file bytes": file_bytes,
         }
 
     def stored(self, how: str) -> dict[str, Any]:
@@ -251,17 +255,22 @@ class Study:
         return {
             "own": bank.count(),
             "joint": joint,
-            **sizes(bank, RUNS / how / self.languages[0]),
+            **sizes(bank),
+            "file bytes": file_size(RUNS / how / self.languages[0]),
         }
 
 
-def sizes(bank: lortalib.nn.Bank, folder: Path) -> dict[str, float]:
-    """Bytes of one adapter in a bank, of what all share there, and of one adapter's file."""
+def sizes(bank: lortalib.nn.Bank) -> dict[str, int]:
+    """Bytes of one adapter in a bank, and of what all share there."""
     return {
         "bank bytes": bank.count() * bank.dtype.itemsize,
         "shared bytes": sum(p.nbytes for each in bank.shared.values() for p in each),
-        "file bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
+
+
+def file_size(folder: Path) -> int:
+    """Bytes of the file of an adapter."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def main() -> None:
