@@ -30,6 +30,7 @@ from ._group import Group
 from ._parameter_groups import parameter_groups
 from ._plan import Plan
 from ._plan_model import plan
+from ._tasks import TaskAdapter
 from ._trainer import AdapterTrainerMixin
 from ._verify import Report, check_effect, verify
 
@@ -48,6 +49,7 @@ __all__ = [
     "Report",
     "Site",
     "SiteError",
+    "TaskAdapter",
     "UnsupportedModelError",
     "adapters",
     "align_to_gradient",
