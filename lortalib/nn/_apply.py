@@ -13,7 +13,7 @@ from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
-from ._bank import Bank
+from ._bank import Bank, check_rows
 from ._from_shared import on_shared
 from ._lora_words import explains_lora_words
 from ._plan import Decomposition
@@ -145,6 +145,8 @@ def apply(
     )
     if base is not None:
         planned = on_shared(planned, base, init, generator)
+    for site in planned.sites if planned.tasks else ():
+        check_rows(model, site)
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
     attention = [site for site in planned.sites if site.role not in MLP_ROLES]
     if verify_with is not None and attention and planned.config.acts_on == "weights":

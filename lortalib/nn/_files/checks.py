@@ -88,6 +88,8 @@ def _check_tasks(description: Description) -> None:
             )
         if names:
             line_of_one_task(saved.line)
+            if any(site.experts for site in saved.sites):
+                raise ValueError(f"group {short(saved.name)} has tasks and packed experts")
 
 
 def _check_groups(description: Description) -> None:
