@@ -100,8 +100,9 @@ def film_reviews() -> list[tuple[str, int]]:
     return [(row["text"], int(row["label"])) for row in rows]
 
 
-def rated_sentences() -> list[tuple[str, float]]:
-    """3,708 sentences of product reviews, each with the mean rating of 20 people from -4 to 4.
+def rated_sentences(kind: str = "amazonReviewSnippets") -> list[tuple[str, float]]:
+    """Short texts, each with the mean rating of 20 people from -4 to 4: 3,708 sentences of product reviews,
+    or 4,200 ``"tweets"``.
 
     They are in the source distribution of vaderSentiment, which is fetched once.
     """
@@ -112,7 +113,7 @@ def rated_sentences() -> list[tuple[str, float]]:
         inner = outer.extractfile(found)
         assert inner is not None
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
-            file = archive.extractfile("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt")
+            file = archive.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
             assert file is not None
             lines = file.read().decode("utf-8", "replace").splitlines()
     rows = (line.split("\t") for line in lines)

@@ -32,6 +32,7 @@ from ._parameter_groups import parameter_groups
 from ._plan import Plan
 from ._plan_model import plan
 from ._rank_schedule import RankSchedule
+from ._tasks import TaskAdapter
 from ._trainer import AdapterTrainerMixin
 from ._verify import Report, check_effect, verify
 
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "Site",
     "SiteError",
+    "TaskAdapter",
     "UnsupportedModelError",
     "adapters",
     "align_to_gradient",

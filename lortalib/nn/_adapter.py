@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ._adapter_files import AdapterFiles
 from ._anatomy import Site
 from ._carrier import Host
 from ._config import AdapterConfig
-from ._forward import PairSource
+from ._forward import Handle, PairSource, attach
 from ._group import Group
 from ._sharded import divide_again, whole, whole_network
 from ._table import describe
@@ -35,7 +36,10 @@ class Adapter(AdapterFiles):
         networks: the networks by name of the group; they own every trainable parameter once.
         active: whether the adapter takes part in the model's forward.
         merged: whether the update is merged into the weights instead of added by hooks.
+        tasks: the names of the tasks of a `TaskAdapter`; empty for any other adapter.
     """
+
+    tasks: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -44,8 +48,10 @@ class Adapter(AdapterFiles):
         groups: tuple[Group, ...],
         networks: Mapping[str, Network],
         trained_modules: TrainedModules,
+        sources: list[PairSource] | None = None,
     ) -> None:
-        sources = [PairSource(g, networks[g.name], config.scaling) for g in groups]
+        if sources is None:
+            sources = [PairSource(g, networks[g.name], config.scaling) for g in groups]
         super().__init__(networks, sources, trained_modules)
         self.name = name
         self.config = config
@@ -82,19 +88,27 @@ class Adapter(AdapterFiles):
         """
         numbers = {
             id(tensor): tensor.numel()
-            for group in self.groups
-            for tensor, term in zip(self.network(group).stored, self.network(group).legs.terms)
+            for network in self.all_networks().values()
+            for tensor, term in zip(network.stored, network.legs.terms)
             if not (trainable_only and term.frozen)
         }
         return sum(numbers.values())
 
     def network(self, group: Group) -> Network:
         """Return the network of a group."""
-        network = self.networks[group.name]
-        assert isinstance(network, Network)
-        if "_hf_hook" in network.__dict__:  # accelerate has seen it, and may have offloaded it
+        return self.all_networks()[group.name]
+
+    def all_networks(self) -> dict[str, Network]:
+        """Return every network that owns parameters: one for each group, and of tasks one for each task."""
+        networks = cast("dict[str, Network]", dict(self.networks.items()))
+        # accelerate has seen these, and may have offloaded them
+        if any("_hf_hook" in network.__dict__ for network in networks.values()):
             self.bring_back()
-        return network
+        return networks
+
+    def tensor(self, group: Group) -> TensorNetwork:
+        """Return the network of the whole tensor of a group; a `TaskAdapter` has that of all tasks."""
+        return self.network(group)
 
     def _whole(self, group: Group) -> TensorNetwork:
         """Return the network of a group; tensors that are divided over processes are gathered."""
@@ -201,6 +215,15 @@ class Adapter(AdapterFiles):
 
     # On and off
 
+    def attach(self, model: nn.Module, handles: list[Handle]) -> None:
+        """Put hooks on a model that add the updates; the host of the adapter calls this.
+
+        Args:
+            model: the model, or an object that finds its modules by path.
+            handles: a list that gets the handle of each hook. If this call fails, no hook stays on the model.
+        """
+        attach(model, self, handles)
+
     @property
     def is_on_model(self) -> bool:
         """True while the adapter is on a model."""
@@ -282,5 +305,5 @@ class Adapter(AdapterFiles):
     # In words
 
     def __repr__(self) -> str:
-        networks = {group.name: self.network(group) for group in self.groups}
+        networks = {group.name: self.tensor(group) for group in self.groups}
         return describe(self, networks)

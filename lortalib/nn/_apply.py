@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
-from ._bank import Bank
+from ._bank import Bank, check_rows
 from ._from_shared import on_shared
 from ._lora_words import explains_lora_words
 from ._plan import Decomposition
 from ._plan_model import plan
 from ._targets import Targets
+from ._tasks import TaskAdapter
 from ._trained_modules import TrainedModules, find_modules
 from ._verify import check_effect, verify
 
@@ -39,6 +41,7 @@ def apply(
     train_also: Sequence[str] = (),
     share_residual: bool = False,
     shared: Iterable[str] | Adapter | Bank = (),
+    tasks: Sequence[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     verify_with: Mapping[str, Any] | None = None,
     freeze: bool = True,
@@ -84,6 +87,9 @@ def apply(
             of these, and trains what is its own. Or legs, such as ``("in", "out")``: the parameters that
             carry one of them are marked ``(shared)``, which matters to adapters and banks that take them
             from this one. The networks must be those of the other: the same decomposition, rank, targets.
+        tasks: names of tasks, for a decomposition with the mode ``task``, such as ``"metatt_41d"``, ``"cp"``
+            or a line of legs. The adapter is then a `TaskAdapter`, and a forward uses the task that
+            ``adapter.using("sst2")`` chooses; see docs/tasks.md. Not with ``dropout`` or ``shared``.
         rules: rules that describe the attention blocks of a remote-code model; see `sites`.
         verify_with: example inputs of the model. One forward of the live model checks the plan of the
             attention before anything is changed (see `lortalib.nn.verify`). Networks of the MLP or on the
@@ -94,7 +100,7 @@ def apply(
         dtype: dtype of the factors; computation follows the model's dtype.
 
     Returns:
-        The `Adapter`, which is active.
+        The `Adapter`, which is active; with ``tasks`` a `TaskAdapter`.
 
     Raises:
         UnsupportedModelError: the model's attention was not found, or only in part.
@@ -111,6 +117,11 @@ def apply(
     """
     model = check_name(model, name)
     base = None
+    if tasks and (not isinstance(shared, (list, tuple, set, frozenset)) or shared):
+        raise ValueError(
+            "tasks= says itself what tasks have in common: the parameters without the leg 'task'. Leave out "
+            "shared="
+        )
     if isinstance(shared, (Adapter, Bank)):
         base = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
         shared = ()
@@ -127,21 +138,26 @@ def apply(
         acts_on=acts_on,
         share_residual=share_residual,
         shared=shared,
+        tasks=tasks,
         rules=rules,
         generator=generator,
         dtype=dtype,
     )
     if base is not None:
         planned = on_shared(planned, base, init, generator)
+    for site in planned.sites if planned.tasks else ():
+        check_rows(model, site)
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
     attention = [site for site in planned.sites if site.role not in MLP_ROLES]
     if verify_with is not None and attention and planned.config.acts_on == "weights":
         verify(model, verify_with, sites=attention).raise_for_disagreement()
     networks = dict(planned.networks)
-    adapter = Adapter(name, planned.config, planned.groups, networks, TrainedModules(paths))
+    parts = name, planned.config, planned.groups, networks, TrainedModules(paths)
+    adapter = TaskAdapter(*parts, planned.tasks) if planned.tasks else Adapter(*parts)
     install(adapter, model, active=True, freeze=freeze)
     if verify_with is not None:
-        _check_acts(adapter, verify_with)
+        with adapter.using(adapter.tasks[0]) if isinstance(adapter, TaskAdapter) else nullcontext():
+            _check_acts(adapter, verify_with)
     return adapter
 
 

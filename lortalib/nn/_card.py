@@ -105,7 +105,7 @@ def _metadata(adapters: Iterable[Adapter], base: str) -> str:
 
 def _table(file: str, adapter: Adapter, base: str, data: str | None) -> str:
     """Describe one adapter in a table."""
-    networks = [adapter.network(group) for group in adapter.groups]
+    networks = [adapter.tensor(group) for group in adapter.groups]
     ranks = {**networks[0].ranks, **networks[0].vectors}
     rank = max((n for net in networks for n in net.ranks.values()), default=1)
     stream = adapter.config.acts_on == "stream"

@@ -18,7 +18,7 @@ from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site, plain_name
 from ._base_weights import BaseWeights, weight_name
-from ._forward import Handle, attach, detach
+from ._forward import Handle, detach
 from ._found_modules import FoundModules
 from ._sharded import divide_again, is_finite
 from ._stream import check_kept, check_order
@@ -260,7 +260,7 @@ class AdapterHost(AdapterDict):
     def _attach(self, adapter: Adapter) -> None:
         if not self._handles.get(adapter.name):
             found = cast(nn.Module, self._modules_found)
-            attach(found, adapter, self._handles.setdefault(adapter.name, []))
+            adapter.attach(found, self._handles.setdefault(adapter.name, []))
 
     def _detach_merged(self, adapter: Adapter) -> None:
         """Remove the hooks of a merged adapter. They stay if a checkpoint may run a forward again that had

@@ -61,7 +61,7 @@ def parameter_groups(
             or not 0 < value < math.inf
         ):
             raise ValueError(f"{what} must be a positive number; found {value!r}")
-    networks = [adapter.network(group) for group in adapter.groups]
+    networks = list(adapter.all_networks().values())
     legs = {leg: None for network in networks for term in network.legs.terms for leg in _legs(term)}
     unknown = [leg for leg in speeds if leg not in legs]
     if unknown:

@@ -17,6 +17,7 @@ from ._config import AdapterConfig, check_legs, check_settings, choose_acts_on
 from ._group import Group, group_sites
 from ._stream import stream_sites
 from ._table import lora_count, network_table
+from ._task_lines import TASK, check_dropout, check_task_names, has_tasks, line_of_one_task
 
 #: The name of a format, a line of legs, or a callable ``(shape, rank, ...)`` that returns a network.
 Decomposition = Union[str, Callable[..., Network]]
@@ -31,11 +32,13 @@ class Plan:
         groups: the groups of sites, each of which shares one network.
         networks: the networks by name of the group.
         config: the settings of the adapter.
+        tasks: the names of the tasks, if the networks have the mode ``task``.
     """
 
     groups: tuple[Group, ...]
     networks: Mapping[str, Network]
     config: AdapterConfig
+    tasks: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
@@ -70,7 +73,8 @@ class Plan:
         lora = self.lora_count(rank)
         return "\n".join(
             [
-                f"Plan: {self.config.decomposition}, scaling {self.config.scaling:g}",
+                f"Plan: {self.config.decomposition}, scaling {self.config.scaling:g}"
+                + f", tasks {', '.join(self.tasks)}" * bool(self.tasks),
                 *network_table(self.groups, self.networks),
                 f"  {count:,} trainable parameters; LoRA of rank {rank} on these "
                 f"{len(self.sites)} projections has {lora:,}",
@@ -90,6 +94,7 @@ def plan_sites(
     acts_on: str | None = None,
     share_residual: bool = False,
     shared: Iterable[str] = (),
+    tasks: Sequence[str] = (),
     generator: torch.Generator | None = None,
     device: Device | Callable[[Site], Device] = None,
     dtype: torch.dtype = torch.float32,
@@ -107,6 +112,7 @@ def plan_sites(
         acts_on: as for `apply`.
         share_residual: as for `apply`.
         shared: as for `plan`.
+        tasks: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
         device: device of the networks, or a function from the first site of each network to its device.
@@ -118,12 +124,17 @@ def plan_sites(
     acts_on = choose_acts_on(decomposition, acts_on)
     on_stream = acts_on == "stream"
     check_legs(shared)
+    tasks = check_task_names(tasks)
+    if tasks:
+        check_dropout(dropout)
     groups = group_sites(stream_sites(sites) if on_stream else sites, gqa, on_stream)
     networks = {}
     for group in groups:
         options: dict[str, Any] = {"init": init, "generator": generator, "dtype": dtype}
         options["device"] = device(group.sites[0]) if callable(device) else device
-        network = make_network(decomposition, group, rank, options)
+        network = make_network(decomposition, group, rank, options, tasks)
+        if tasks:
+            line_of_one_task(network.legs)  # raises if a task has no parameters of its own
         networks[group.name] = _marked(network, shared) if shared else network
     if share_residual:
         share_input_factor(groups, networks)
@@ -137,7 +148,7 @@ def plan_sites(
         share_residual=share_residual,
         acts_on=acts_on,
     )
-    return Plan(tuple(groups), networks, config)
+    return Plan(tuple(groups), networks, config, tasks)
 
 
 def _marked(network: Network, shared: Iterable[str]) -> Network:
@@ -168,12 +179,23 @@ def check_whole(model: nn.Module, weights: Mapping[str, Any]) -> None:
 
 
 def make_network(
-    decomposition: Decomposition, group: Group, rank: Rank, options: dict[str, Any]
+    decomposition: Decomposition,
+    group: Group,
+    rank: Rank,
+    options: dict[str, Any],
+    tasks: Sequence[str] = (),
 ) -> Network:
-    """Make the network of a group and check that it has the group's shape."""
-    shape = group.shape
+    """Make the network of a group, over the tasks if there are any, and check its shape."""
+    shape = Shape({TASK: len(tasks), **group.shape}) if tasks else group.shape
     if isinstance(decomposition, str):
-        return get_format(decomposition)(shape, rank, **options)
+        made = get_format(decomposition)
+        if not tasks and has_tasks(made.legs(shape)):
+            raise ValueError(
+                f"the decomposition {decomposition!r} has the mode 'task', whose positions are named as in "
+                "lortalib.nn.apply(model, ..., tasks=['sst2', 'mrpc']). A bank and PEFT have no such mode: "
+                "they choose whole adapters by name"
+            )
+        return made(shape, rank, **options)
     if not callable(decomposition):
         raise ValueError(
             f"decomposition must be a name, a line of legs or a callable; found {decomposition!r}"
@@ -216,7 +238,7 @@ def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network])
     for group in groups:
         network = networks[group.name]
         inputs = set(network.legs.open_legs(["in"]))
-        others = set(network.legs.open_legs(["layer", "matrix", "head", "expert"]))
+        others = set(network.legs.open_legs([TASK, "layer", "matrix", "head", "expert"]))
         for name, term in zip(network.names, network.legs.terms):
             if inputs & set(term.legs) and not term.of and not others & set(term.legs):
                 own = network.get_parameter(name)

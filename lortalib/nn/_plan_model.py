@@ -44,6 +44,7 @@ def plan(
     acts_on: str | None = None,
     share_residual: bool = False,
     shared: Iterable[str] = (),
+    tasks: Sequence[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -81,6 +82,7 @@ def plan(  # type: ignore[misc]
     acts_on: str | None = None,
     share_residual: bool = False,
     shared: Iterable[str] = (),
+    tasks: Sequence[str] = (),
     rules: BlockRule | Sequence[BlockRule] = (),
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -106,6 +108,7 @@ def plan(  # type: ignore[misc]
         acts_on: as for `apply`.
         share_residual: as for `apply`; not with ``numbers``.
         shared: legs; the parameters that carry one are marked ``(shared)``; not with ``numbers``.
+        tasks: as for `apply`; not with ``numbers``.
         rules: as for `apply`.
         generator: as for `apply`.
         dtype: as for `apply`.
@@ -140,10 +143,10 @@ def plan(  # type: ignore[misc]
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
-        if rank != _RANK or share_residual or shared:
+        if rank != _RANK or share_residual or shared or tasks:
             raise ValueError(
-                "numbers= finds the rank, of networks that share no factor: leave out rank, share_residual "
-                "and shared"
+                "numbers= finds the rank, of networks that share no factor and have no tasks: leave out "
+                "rank, share_residual, shared and tasks"
             )
         return budget_of_sites(chosen, numbers, decomposition, gqa, acts_on)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
@@ -158,6 +161,7 @@ def plan(  # type: ignore[misc]
         acts_on=acts_on,
         share_residual=share_residual,
         shared=shared,
+        tasks=tasks,
         generator=generator,
         device=device or (lambda site: _device_of(model, site)),
         dtype=dtype,

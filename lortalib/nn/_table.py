@@ -21,6 +21,7 @@ class Described(Protocol):
     name: str
     config: AdapterConfig
     groups: tuple[Group, ...]
+    tasks: tuple[str, ...]
     active: bool
     merged: bool
     trained_modules: TrainedModules
@@ -69,6 +70,8 @@ def describe(adapter: Described, networks: Mapping[str, TensorNetwork]) -> str:
         f"  {count:,} trainable parameters{part}; LoRA of rank {rank} on these {len(adapter.sites)} "
         f"projections has {lora:,} ({lora / max(1, count):.3g} times as many)",
     ]
+    if adapter.tasks:
+        lines.append(f"  tasks: {', '.join(adapter.tasks)}")
     if adapter.trained_modules.paths:
         lines.append(f"  trained as a whole: {', '.join(adapter.trained_modules.paths)}")
     return "\n".join(lines)

@@ -104,9 +104,13 @@ class BatchTensors:
             self._of_forward = weakref.ref(running), {}
         return self._of_forward[1]
 
+    def tensors_of(self, group: str) -> list[Tensor]:
+        """Return the tensors of a group, in the order of the line."""
+        return list(self._tensors[group])
+
     def _stored(self, source: PairSource, dtype: torch.dtype) -> tuple[list[Tensor], torch.dtype]:
         """Return the tensors of a network, and the widest of the dtypes of bank and model."""
-        tensors = list(self._tensors[source.group.name])
+        tensors = self.tensors_of(source.group.name)
         for stored in (tensor.dtype for tensor in tensors if tensor.itemsize > 1):
             dtype = torch.promote_types(stored, dtype)
         return tensors, dtype
@@ -191,7 +195,7 @@ class CurrentBatch:
     def get(self) -> BatchTensors | None:
         """Return the gathered tensors; None outside of `use`. A checkpoint that runs its forward again gets
         those of the first run."""
-        batch = self._open()
+        batch = self._open() or self._default()
         if is_tracing():
             return batch
         if is_in_backward():  # a checkpoint may run its forward again
@@ -210,6 +214,10 @@ class CurrentBatch:
         while batch is not None and batch.closed:
             batch = batch.previous
         return batch
+
+    def _default(self) -> BatchTensors | None:
+        """Return the tensors of forwards outside of contexts."""
+        return None
 
     @contextmanager
     def use(self, batch: BatchTensors) -> Iterator[None]:

@@ -26,6 +26,11 @@ class Chosen(NamedTuple):
     layout: EvenRows | TokenRows
     shape: tuple[int, ...]
 
+    @classmethod
+    def one(cls, name: Hashable) -> Chosen:
+        """Choose one name for all rows of a batch of any size."""
+        return cls([name], EvenRows(1), (1,))
+
 
 def read_names(names: Names) -> Chosen:
     """Read a name for every row, or for every token.

@@ -13,16 +13,19 @@ from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
+from ...decomp import Network
 from .._adapter import Adapter
 from .._adapters import check_name, install
 from .._anatomy import ATTRIBUTE, check_model, site_weight
+from .._group import Group
 from .._sharded import is_divided, is_zero_parameter
+from .._trained_modules import TrainedModules
 from .checks import check_description, check_tensors
 from .describe import describe, stored_tensors
 from .fit import Rules, check_values, fit_groups
 from .folder import TENSORS, parse_json, put_files, refuse_bank, remove_old_description
 from .saved import make_networks, open_saved, values_in, write_saved
-from .schema import trained_key
+from .schema import Description, trained_key
 from .tensors import TensorSpec, dtype_name, first_not_finite, plain
 from .weights import SavedModules, shared_weights
 
@@ -225,8 +228,7 @@ def read_adapter(
     values = values_in(saved.description, tensors)
     check_values(model, values)
     modules = SavedModules(values, shared_weights(model, saved.description.trained_modules))
-    own = saved.description.name if name is None else name
-    return Adapter(own, saved.description.config, tuple(groups), networks, modules)
+    return _make(saved.description, name, tuple(groups), networks, modules)
 
 
 def read(
@@ -272,7 +274,29 @@ def read(
     modules = SavedModules(values_in(description, tensors), description.shared_weights)
     groups = tuple(each.group for each in description.groups)
     networks = make_networks(description, tensors)
-    return Adapter(description.name, description.config, groups, networks, modules)
+    return _make(description, None, groups, networks, modules)
+
+
+def _make(
+    description: Description,
+    name: str | None,
+    groups: tuple[Group, ...],
+    networks: Mapping[str, Network],
+    modules: TrainedModules,
+) -> Adapter:
+    """Make the adapter of a description, under another name if one is given."""
+    parts = (
+        description.name if name is None else name,
+        description.config,
+        groups,
+        networks,
+        modules,
+    )
+    if not description.tasks:
+        return Adapter(*parts)
+    from .._tasks import TaskAdapter  # it uses the rows of banks, which have files
+
+    return TaskAdapter(*parts, description.tasks)
 
 
 def read_description(

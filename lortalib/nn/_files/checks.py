@@ -13,6 +13,7 @@ from ...decomp import Network
 from .._anatomy import Site
 from .._config import AdapterConfig, check_acts_on, check_alpha
 from .._plan import share_input_factor
+from .._task_lines import TASK, check_dropout, check_task_names, line_of_one_task
 from .records import read_record, short
 from .schema import Description, SavedGroup, values_of
 from .tensors import TRAINABLE, TensorSpec
@@ -44,6 +45,7 @@ def check_description(value: Any) -> Description:
     if unknown:
         raise ValueError(f"unknown field {short(min(unknown))} of base_model")
     _check_config(description.config)
+    _check_tasks(description)
     _check_groups(description)
     _check_trained(description)
     return description
@@ -73,6 +75,21 @@ def _check_config(config: AdapterConfig) -> None:
             f"scaling {config.scaling:g} does not follow from alpha {config.alpha:g} and init "
             f"{short(config.init)}"
         )
+
+
+def _check_tasks(description: Description) -> None:
+    names = check_task_names(description.tasks)
+    if names:
+        check_dropout(description.config.dropout)
+    for saved in description.groups:
+        if saved.modes.get(TASK, 0) != len(names):
+            raise ValueError(
+                f"the tasks {short(names)} do not fit the modes of {short(saved.name)}"
+            )
+        if names:
+            line_of_one_task(saved.line)
+            if any(site.experts for site in saved.sites):
+                raise ValueError(f"group {short(saved.name)} has tasks and packed experts")
 
 
 def _check_groups(description: Description) -> None:
@@ -137,7 +154,7 @@ def _check_group(saved: SavedGroup) -> SavedGroup:
             saved.modes.get("in"), saved.modes.get("out"), saved.modes.get("expert", 0)
         ):  # fmt: skip
             raise ValueError(f"site {short(site.key)} does not fit the modes of {name}")
-    if dict(group.shape) != saved.modes:
+    if dict(group.shape) != {mode: n for mode, n in saved.modes.items() if mode != TASK}:
         raise ValueError(f"the modes {short(saved.modes)} of group {name} do not fit its sites")
     return saved
 

@@ -39,6 +39,7 @@ def describe(adapter: Adapter, model: nn.Module) -> Description:
         },
         groups=_groups(adapter)[0],
         shared_weights=shared_weights(model, adapter.trained_modules.paths),
+        tasks=adapter.tasks,
     )
 
 
@@ -52,7 +53,7 @@ def _groups(adapter: Adapter) -> tuple[tuple[SavedGroup, ...], dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     groups = []
     for group in adapter.groups:
-        network = adapter.network(group)
+        network = adapter.tensor(group)
         saved = SavedGroup(
             name=group.name,
             legs=str(network.legs),
@@ -64,7 +65,9 @@ def _groups(adapter: Adapter) -> tuple[tuple[SavedGroup, ...], dict[str, Tensor]
             sites=group.sites,
             shared={},
         )
-        for name, tensor in zip(network.names, network.stored):
+        for name, tensor in zip(
+            network.names, network.stored
+        ):  # `tensors` keeps them, and so their ids
             key = saved.key_of(name)
             if owned.setdefault(id(tensor), key) == key:
                 tensors[key] = tensor

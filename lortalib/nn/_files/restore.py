@@ -53,8 +53,7 @@ def _pairs(
     adapter: Adapter, saved: Adapter, folder: str | PathLike[str]
 ) -> list[tuple[Tensor, Tensor]]:
     """Return each parameter of an adapter beside its saved value."""
-    theirs = {group.name: saved.network(group) for group in saved.groups}
-    ours = {group.name: adapter.network(group) for group in adapter.groups}
+    theirs, ours = saved.all_networks(), adapter.all_networks()
     for name in theirs.keys() | ours.keys():
         one, other = ours.get(name), theirs.get(name)
         if (

@@ -94,6 +94,7 @@ class Description:
         groups: the groups of sites that share a network.
         shared_weights: for each trained module, the weights of other modules that are the same tensor as
             one of its own; None if that is not known.
+        tasks: the name of each position of the mode ``task``; empty if the networks have no such mode.
     """
 
     format: str
@@ -105,6 +106,7 @@ class Description:
     base_model: dict[str, str | None]
     groups: tuple[SavedGroup, ...]
     shared_weights: dict[str, tuple[str, ...]] | None = None
+    tasks: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Write the description as it stands in the file."""

@@ -1,0 +1,5 @@
+"""Adapters of several tasks: one tensor T[task, layer, ...], of which a row of a batch uses its slice."""
+
+from .adapter import TaskAdapter
+
+__all__ = ["TaskAdapter"]

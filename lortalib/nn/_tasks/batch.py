@@ -1,0 +1,134 @@
+"""Gives the hooks of an adapter with tasks the parameters of the tasks that rows, or tokens, have chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...decomp import Network
+from .._bank import BatchTensors, Chosen, CurrentBatch
+from .._forward import ForwardScope, PairSource
+
+
+class TaskOwner(Protocol):
+    """The interface of an adapter with tasks that its rows use."""
+
+    name: str
+    scope: ForwardScope
+    tasks: tuple[str, ...]
+
+    @property
+    def adds_update(self) -> bool:
+        """True if the forward under way adds the update."""
+
+    @property
+    def default(self) -> str | None:
+        """The task of forwards outside of contexts."""
+
+    def network_of(self, group: str, task: str) -> Network:
+        """Return the network of one task of a group."""
+
+
+class TaskRows(BatchTensors):
+    """The tasks that the rows of one context chose. Their tensors are those that the parameters have when a
+    forward begins, since an optimiser changes them within a context.
+
+    Args:
+        owner: the adapter.
+        chosen: the task of each row; None stands for a row that is not updated.
+
+    Attributes:
+        names: the task of each row of the layout.
+    """
+
+    def __init__(self, owner: TaskOwner, chosen: Chosen) -> None:
+        super().__init__({}, chosen.layout, chosen.shape)
+        self.trains = True  # so that every forward makes its pairs
+        self.names: Sequence[Hashable] = chosen.names
+        self._owner = owner
+
+    def tensors_of(self, group: str) -> list[Tensor]:
+        """Return the parameters of a group: the own ones stacked over the rows, and the common ones."""
+        named = {
+            task: self._owner.network_of(group, task)
+            for task in self._owner.tasks
+            if task in self.names
+        }
+        like = next(iter(named.values()), self._owner.network_of(group, self._owner.tasks[0]))
+        stored = {task: network.stored for task, network in named.items()}
+        found = []
+        for k, (term, tensor) in enumerate(zip(like.legs.terms, like.stored)):
+            if term.shared:
+                found.append(tensor)
+                continue
+            nothing = torch.zeros_like(tensor)
+            found.append(
+                torch.stack([nothing if t is None else stored[t][k] for t in self.names])  # type: ignore[index]
+            )
+        return found
+
+    def check(self, x: Tensor, path: str, running: object) -> None:
+        """Check that an input has the rows or tokens of the batch; one task for all fits every input."""
+        if len(self.names) > 1:
+            super().check(x, path, running)
+
+
+class CurrentTasks(CurrentBatch):
+    """Gives the hooks of an adapter with tasks the rows of the present context, or those of the default task.
+
+    Args:
+        sources: the pair source of each group.
+        owner: the adapter.
+    """
+
+    def __init__(self, sources: Sequence[PairSource], owner: TaskOwner) -> None:
+        super().__init__(sources)
+        self.scope = owner.scope
+        self._owner = owner
+        self._rows_of_default: TaskRows | None = None
+
+    def get(self) -> BatchTensors | None:
+        """Return the rows; None while the adapter adds no update.
+
+        Raises:
+            ValueError: no task is chosen.
+        """
+        if not self._owner.adds_update:
+            return None
+        found = super().get()
+        if found is None:
+            raise ValueError(why_none(self._owner))
+        return found
+
+    def chosen(self) -> list[Hashable]:
+        """List the tasks that are chosen now, each once."""
+        rows = self._open() or self._default()
+        return list(dict.fromkeys(rows.names)) if isinstance(rows, TaskRows) else []
+
+    def _default(self) -> BatchTensors | None:
+        name, rows = self._owner.default, self._rows_of_default
+        if name is None:
+            return None
+        if rows is None or rows.names != [name]:
+            self._rows_of_default = rows = TaskRows(self._owner, Chosen.one(name))
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "owner": self._owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        CurrentBatch.__init__(self, state["sources"])  # the owner may not be complete yet
+        self.scope, self._owner = state["scope"], state["owner"]
+        self._rows_of_default = None
+
+
+def why_none(owner: TaskOwner) -> str:
+    """Say that a task has to be chosen, and how."""
+    first = owner.tasks[0]
+    return (
+        f"adapter {owner.name!r} has the tasks {', '.join(map(repr, owner.tasks))}, and not one is chosen: "
+        f"stay within `with adapter.using({first!r}):`, or set adapter.default = {first!r}"
+    )
