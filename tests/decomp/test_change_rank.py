@@ -15,7 +15,17 @@ from lortalib.decomp import round as rounded
 FIXED = ["lora_xs", "uni_lora", "vera"]
 CHANGING = [name for name in FORMATS if name not in FIXED]
 #: Lines whose bonds form no tree, or with tied parameters.
-CHOOSING = ["block_term", "cara", "cp", "cp_matrix", "folded_cp", "indscal", "rescal", "ring"]
+CHOOSING = [
+    "block_term",
+    "cara",
+    "cp",
+    "cp_matrix",
+    "folded_cp",
+    "indscal",
+    "jd_diag",
+    "rescal",
+    "ring",
+]
 TREES = [name for name in CHANGING if name not in CHOOSING]
 each = pytest.mark.parametrize("name", CHANGING)
 
