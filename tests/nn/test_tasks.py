@@ -114,12 +114,17 @@ def check_rows(line, family, names, alone, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         adapter = adapted(model, line, **options)
+    source = generator(2)
+    with torch.no_grad():  # a start can be constant over `in`, which a layer norm makes invisible
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.6, generator=source)
     expected = rows_by_definition(adapter, plain, inputs, names)
     with adapter.using(names):
         value = model(**inputs)[0]
     assert close(value.detach(), expected.detach(), 1e-8)
     wanted, found = gradients(expected, adapter), gradients(value, adapter)
     largest = max(gradient.abs().max().item() for gradient in wanted)
+    assert largest > 1e-4
     for one, other in zip(found, wanted, strict=True):
         assert close(one / largest, other / largest, 1e-8)
     with adapter.using(alone):
@@ -187,6 +192,8 @@ def test_the_tensor_of_all_tasks_is_that_of_the_plan(line):
     for k, task in enumerate(TASKS):
         one = adapter.task(task).network(group)
         assert close(one.dense().detach(), expected.select(axis, k).detach(), 1e-12)
+    storages = {p.untyped_storage().data_ptr() for p in adapter.parameters()}
+    assert len(storages) == len(list(adapter.parameters()))  # no parameter is a part of another
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     assert trained == adapter.count()
 
@@ -266,6 +273,8 @@ def test_without_a_choice_the_forward_says_what_to_do():
         assert not close(output(model, inputs), found, 1e-6)
         with adapter.using(["b"]):  # one row, whatever the batch
             assert same_bits(output(model, inputs), found)
+    adapter.default = "c"
+    assert not close(output(model, inputs), found, 1e-6)
     adapter.default = None
     with pytest.raises(ValueError, match="not one is chosen"):
         model(**inputs)
@@ -279,6 +288,19 @@ def test_without_a_choice_the_forward_says_what_to_do():
     adapter.disable()
     assert one.default == "only"
     assert torch.isfinite(output(model, inputs)).all()
+
+
+def test_one_task_takes_inputs_without_an_axis_of_the_batch():
+    model = model_of()
+    adapter = adapted(model)
+    site = adapter.sites[0]
+    module, x = model.get_submodule(site.path), torch.randn(5, 16, generator=generator()).double()
+    with torch.no_grad():
+        with adapter.using("b"):
+            expected = x @ (module.weight + adapter.delta(site)).mT + module.bias
+            assert close(module(x), expected, 1e-10)
+        with adapter.using(["a", "b"]), pytest.raises(ValueError, match="begin with the batch"):
+            module(x)
 
 
 def test_each_thread_has_a_choice_of_its_own():
@@ -391,6 +413,26 @@ def test_a_checkpoint_runs_again_with_the_tasks_of_the_forward(reentrant, then):
     for one, other in zip(*found):
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_runs_again_with_an_adapter_that_was_switched_off(reentrant):
+    model, inputs = small_llama().double(), prompts()
+    adapter, found = adapted(model), []
+    for checkpoints in (False, True):
+        adapter.enable()
+        model.train(checkpoints)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with adapter.using("b"):
+            loss = model(**inputs, use_cache=False)[0].square().mean()
+        adapter.disable()
+        loss.backward()
+        found.append([p.grad for p in adapter.parameters() if p.grad is not None])
+        adapter.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("line", ["metatt_41d", "cara", LINES[0], LINES[2]])
@@ -544,6 +586,8 @@ def test_a_state_dict_names_what_tasks_share_once_and_loads():
     other.load_state_dict(state)
     with adapter.using("b"), fresh.using("b"):
         assert same_bits(output(other, inputs), output(model, inputs))
+    adapter.add_task("d")
+    assert len([name for name in model.state_dict() if "networks" in name]) == 8
 
 
 def test_a_checkpoint_is_restored_into_the_same_parameters(tmp_path):
@@ -623,7 +667,10 @@ def test_one_task_keeps_the_modules_that_train_with_all(tmp_path):
         model.pooler.dense.weight.add_(1)
     with adapter.using("b"), torch.no_grad():
         expected = model(**inputs).pooler_output
-    folder = adapter.task("b").save(tmp_path, model=model)
+    one = adapter.task("b")
+    with torch.no_grad():
+        model.pooler.dense.weight.zero_()
+    folder = one.save(tmp_path, model=model)
     other = LAW_FAMILIES["encoder"].model()
     lortalib.nn.load(other, folder)
     with torch.no_grad():
@@ -652,12 +699,15 @@ def test_the_chosen_task_is_merged_and_taken_out_again(line):
     assert all(torch.equal(weights[k], bits(p)) for k, p in model.named_parameters())
 
 
-def test_share_residual_with_tasks(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["metatt_41d", "task in r, out r, head r, layer matrix r"], ids=["common", "own"]
+)
+def test_share_residual_with_tasks(line, tmp_path):
     model, inputs = model_of("decoder"), inputs_of("decoder")
     options = {"targets": "all", "share_residual": True}
-    adapter = adapted(model, **options)
+    adapter = adapted(model, line, **options)
     count = lortalib.nn.plan(
-        model_of("decoder"), "metatt_41d", 2, tasks=list(TASKS), device="meta", **options
+        model_of("decoder"), line, 2, tasks=list(TASKS), device="meta", **options
     ).count()
     assert adapter.count() == count
     adapter.add_task("d", "a")

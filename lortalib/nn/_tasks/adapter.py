@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from .._shared_parameters import find_aliases
 from .._task_lines import check_task_names
 from .._trained_modules import TrainedModules
 from .batch import CurrentTasks, TaskRows, why_none
-from .network import TaskLine, TaskNetwork, divide, key_of, mean_of
+from .network import TaskLine, TaskNetwork, divide, key_of, mean_of, owns_input
 
 
 class TaskAdapter(Adapter):
@@ -189,16 +190,20 @@ class TaskAdapter(Adapter):
             >>> folder = lortalib.nn.export_lora(one, tempfile.mkdtemp(), model)
         """
         self._check_known([name])
-        networks = {}
+        networks, config = {}, self.config
         for group in self.groups:
             own = self.network_of(group.name, name)
             networks[group.name] = own.like([t.detach().clone() for t in own.stored])
-        if self.config.share_residual:
+        if config.share_residual and any(map(owns_input, networks.values())):
+            config = replace(
+                config, share_residual=False
+            )  # no network had it in common with another
+        if config.share_residual:
             share_input_factor(self.groups, networks)
         model = self.model if self.is_on_model else None
         paths = self.trained_modules.paths
         modules = TrainedModules(paths, self.trained_modules.values(model) if paths else None)
-        return Adapter(name, self.config, self.groups, networks, modules)
+        return Adapter(name, config, self.groups, networks, modules)
 
     def count(self, trainable_only: bool = True) -> int:
         """Count the parameters of all tasks; those that tasks have in common count once.

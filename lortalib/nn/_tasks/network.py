@@ -123,3 +123,14 @@ def mean_of(networks: Sequence[Network]) -> Network:
         if term.shared:
             made.register_parameter(name, cast(nn.Parameter, parameter))
     return made.train(one.training)
+
+
+def owns_input(network: Network) -> bool:
+    """Return True if a parameter for ``in`` is a task's own.
+
+    Args:
+        network: the network of one task.
+    """
+    legs = network.legs
+    carriers = (k for leg in legs.open_legs(["in"]) for k in legs.carriers[leg])
+    return not all(legs.terms[k].shared for k in carriers)
