@@ -21,13 +21,13 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import count
+from itertools import chain, count
 from typing import Any
 from urllib.parse import unquote
 
 from serve_engine import Engine, Request
+from serve_forms import ChatCompletions, Completions, Piece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lortalib
@@ -41,15 +41,6 @@ class HttpError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass
-class Piece:
-    """A part of an answer: new text, all tokens so far, and in the last piece why it ended."""
-
-    text: str
-    tokens: list[int]
-    reason: str | None = None
 
 
 class Server(ThreadingHTTPServer):
@@ -92,11 +83,12 @@ class Server(ThreadingHTTPServer):
             raise HttpError(400, "this server gives one answer: n must be 1")
         request, stop = self._request(body, ids), stop_texts(body)
         head = {"id": f"cmpl-{next(self.numbers)}", "model": take(body, "model", str, BASE)}
+        in_parts = take(body, "stream", bool, False)
         try:
             pieces = self._pieces(request, self.engine.answer(request), stop)
         except KeyError:
             raise HttpError(404, unknown(head["model"])) from None
-        if take(body, "stream", bool, False):
+        if in_parts:
             return ({**head, **form.chunk(piece)} for piece in pieces)
         *parts, last = pieces
         text = "".join(piece.text for piece in (*parts, last))
@@ -113,15 +105,20 @@ class Server(ThreadingHTTPServer):
         if base != BASE:
             raise HttpError(404, unknown(name))
         length = take(body, "max_tokens", int, take(body, "max_completion_tokens", int, 16))
+        seed = take(body, "seed", int, None)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise HttpError(400, f"'seed' must be an integer of 64 bits; found {seed}")
         request = Request(
             ids,
             adapter if colon else None,
             length,
             float(take(body, "temperature", (int, float), 1.0)),
             float(take(body, "top_p", (int, float), 1.0)),
-            take(body, "seed", int, None),
+            seed,
         )
         positions = getattr(self.engine.model.config, "max_position_embeddings", None)
+        if not ids:
+            raise HttpError(400, "the prompt is empty")
         if request.length < 1:
             raise HttpError(400, f"max_tokens must be positive; found {request.length}")
         if positions is not None and len(ids) + request.length > positions:
@@ -164,6 +161,8 @@ class Server(ThreadingHTTPServer):
     def add(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer POST /v1/adapters."""
         name, path = take(body, "name", str), take(body, "path", str)
+        if not name:
+            raise HttpError(400, "'name' must not be empty")
         try:
             self.engine.adapters.put(name, path)
         except (OSError, ValueError) as error:
@@ -182,36 +181,6 @@ class Server(ThreadingHTTPServer):
         """Answer GET /v1/models."""
         names = [BASE, *(f"{BASE}:{name}" for name in self.engine.adapters)]
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
-
-
-class Completions:
-    """The form of answers to /v1/completions."""
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """Return the whole answer."""
-        choice = {"text": piece.text, "token_ids": piece.tokens, "finish_reason": piece.reason}
-        return {"object": "text_completion", "choices": [{"index": 0, **choice}]}
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """Return a part of a streamed answer."""
-        choice = {"text": piece.text, "finish_reason": piece.reason}
-        return {"object": "text_completion", "choices": [{"index": 0, **choice}]}
-
-
-class ChatCompletions(Completions):
-    """The form of answers to /v1/chat/completions."""
-
-    def whole(self, piece: Piece) -> dict[str, Any]:
-        """Return the whole answer."""
-        message = {"role": "assistant", "content": piece.text}
-        choice = {"index": 0, "message": message, "finish_reason": piece.reason}
-        return {"object": "chat.completion", "choices": [choice]}
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """Return a part of a streamed answer."""
-        delta = {"role": "assistant", "content": piece.text}
-        choice = {"index": 0, "delta": delta, "finish_reason": piece.reason}
-        return {"object": "chat.completion.chunk", "choices": [choice]}
 
 
 def unknown(name: str) -> str:
@@ -273,7 +242,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any]:
         try:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            length = max(0, int(self.headers.get("Content-Length", 0)))
+            body = json.loads(self.rfile.read(length))
         except ValueError as error:
             raise HttpError(400, f"the body is not JSON: {error}") from error
         if not isinstance(body, dict):
@@ -284,14 +254,17 @@ class Handler(BaseHTTPRequestHandler):
         status = 200
         try:
             if self.path not in routes:
+                self.close_connection = True  # with a body that nobody reads
                 raise HttpError(404, f"there is no {self.command} {self.path}")
             found = routes[self.path]()
+            # A generator that has not begun cannot give its request up.
+            first = next(found) if isinstance(found, Iterator) else None
         except HttpError as error:
             status, found = error.status, {"error": {"message": str(error), "code": error.status}}
         except Exception as error:
             status, found = 500, {"error": {"message": repr(error), "code": 500}}
         if isinstance(found, Iterator):
-            self._stream(found)
+            self._stream(first, found)
         else:
             self._send(status, json.dumps(found).encode())
 
@@ -299,18 +272,20 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
-    def _stream(self, chunks: Iterator[dict[str, Any]]) -> None:
+    def _stream(self, first: Any, chunks: Iterator[dict[str, Any]]) -> None:
         """Write server-sent events, and close the connection: nobody knows the length before."""
         self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
         try:
-            for chunk in chunks:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            for chunk in chain([first], chunks):
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:  # the client has gone
@@ -334,7 +309,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--room", type=int, default=2**15, help="tokens of all running requests")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(arguments if arguments is None else list(arguments))
+    wrong = [each for each in args.adapters if not all(each.partition("="))]
+    if wrong:
+        parser.error(f"--adapters takes NAME=FOLDER; found {wrong[0]!r}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.eos_token_id is None:
+        parser.error(f"the tokenizer of {args.model} has no token that ends a text")
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     bank = lortalib.nn.bank(model, args.decomposition, args.rank, shared=args.shared)
     engine = Engine(model, bank, [tokenizer.eos_token_id], args.room)

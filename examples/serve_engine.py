@@ -112,7 +112,8 @@ class Request:
         """Return scores (vocabulary,) of which the largest is a draw from the distribution of the logits."""
         if self.temperature == 0:
             return logits
-        logits = logits / self.temperature
+        # In float64 and from the largest on, so that the smallest temperatures do not overflow.
+        logits = (logits.double() - logits.max()) / self.temperature
         if self.top_p < 1:
             ranked, order = logits.softmax(-1).sort(descending=True)
             before = ranked.cumsum(-1) - ranked

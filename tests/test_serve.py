@@ -208,6 +208,10 @@ def test_adapters_come_and_go_and_unknown_ones_are_a_404(tmp_path):
             ("POST", "/v1/completions", {"prompt": [5], "n": 2}, 400, "one answer"),
             ("POST", "/v1/chat/completions", {"messages": []}, 400, "no chat template"),
             ("POST", "/v1/completions", ["base"], 400, "must be a JSON object"),
+            ("POST", "/v1/completions", {"prompt": [5], "seed": 2**64}, 400, "64 bits"),
+            ("POST", "/v1/completions", {"prompt": [5], "stream": "yes"}, 400, "'stream' must"),
+            ("POST", "/v1/adapters", {"name": "", "path": "x"}, 400, "'name' must not be empty"),
+            ("POST", "/v1/other", {"prompt": [5]}, 404, "there is no POST"),
             ("POST", "/v1/adapters", {"name": "x"}, 400, "'path' must be of the type str"),
             ("POST", "/v1/adapters", {"name": "x", "path": str(tmp_path)}, 400, "adapter"),
             ("DELETE", "/v1/adapters/ann", None, 404, "does not exist"),
@@ -284,6 +288,13 @@ def test_draws_are_from_the_fewest_likeliest_tokens(logits, temperature, top_p, 
     least = min(chances[token] for token in allowed)
     for _ in range(20):
         assert chances[int(request.scores(logits).argmax())] >= least - 1e-9
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature, top_p):
+    request = Request([0], temperature=temperature, top_p=top_p, seed=0)
+    assert int(request.scores(torch.tensor([1.0, 2.0, -3.0, 0.0])).argmax()) == 1
 
 
 def test_draws_have_the_chances_of_the_softmax():
