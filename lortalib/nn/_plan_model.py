@@ -143,11 +143,13 @@ def plan(  # type: ignore[misc]
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
-        if rank != _RANK or share_residual or shared or tasks:
+        if rank != _RANK or share_residual or shared:
             raise ValueError(
-                "numbers= finds the rank, of networks that share no factor and have no tasks: leave out "
-                "rank, share_residual, shared and tasks"
+                "numbers= finds the rank, of networks that share no factor: leave out rank, share_residual "
+                "and shared"
             )
+        if tasks:
+            raise ValueError("numbers= finds the rank of tensors without tasks: leave out tasks")
         return budget_of_sites(chosen, numbers, decomposition, gqa, acts_on)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     return plan_sites(

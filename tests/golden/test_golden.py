@@ -2,7 +2,8 @@
 
 ``adapter-v1`` was written by the last library that wrote format version 1 (commit 4bae70f), together with
 the logits; ``adapter-v2`` and ``lora`` were written from it. ``adapter-split`` was written by the library
-that first split modes; its line has the sizes of the factors. They are never written again: a change of the
+that first split modes; its line has the sizes of the factors. ``adapter-tasks`` was written by the library
+that first named tasks, with the logits of each. They are never written again: a change of the
 format gets a version, an entry in UPGRADES, and a folder of its own here.
 """
 
@@ -56,6 +57,18 @@ def test_the_line_of_a_file_has_the_sizes_of_the_factors():
     (group,) = read_description(HERE / "adapter-split")["groups"]
     assert group["legs"].startswith("matrix in.1:2 a, in.2:8 a b, head.1:2 b c, layer.1:1 head.2:2")
     assert group["modes"] == {"layer": 2, "head": 4, "matrix": 4, "in": 16, "out": 4}
+
+
+def test_a_golden_folder_of_tasks_gives_the_same_logits_for_each():
+    value = json.loads((HERE / "expected-tasks.json").read_text())
+    model = golden_model()
+    adapter = load(model, HERE / "adapter-tasks")
+    assert adapter.tasks == ("sst2", "mrpc")
+    wanted = torch.tensor(value["logits"]).view(value["shape"])
+    assert not close(wanted[0], wanted[1], 1e-2)
+    for task, found in zip(adapter.tasks, wanted, strict=True):
+        with adapter.using(task):
+            assert close(logits(model), found)
 
 
 def test_peft_reads_the_golden_lora():
