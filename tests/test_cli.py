@@ -99,6 +99,21 @@ def test_info(saved, capsys):
     assert "norm of the update" in text
 
 
+def test_info_of_several_tasks(saved, tmp_path, capsys):
+    model, _, _ = saved
+    host = LlamaForCausalLM.from_pretrained(model)
+    tasks = ["films", "news"]
+    adapter = lortalib.nn.apply(host, "metatt_41d", 2, tasks=tasks, init="normal")
+    found = machine(capsys, "info", adapter.save(tmp_path))
+    assert found["tasks"] == "films, news"
+    assert found["tensors"][0]["legs"] == "in a, layer a b, task b c, matrix c d, head out d"
+    assert [entry["task"] for entry in found["sites"]] == ["films"] * 8 + ["news"] * 8
+    for entry in found["sites"]:
+        norm = adapter.task(entry["task"]).delta(entry["path"]).norm().item()
+        assert entry["norm"] == pytest.approx(norm, rel=1e-4)
+    assert "news  " in run(capsys, "info", tmp_path).out
+
+
 def test_plan(saved, capsys):
     found = machine(capsys, "plan", saved[0], "--rank", 2, 4, "--decomposition", "cp", "lora")
     counts = {(p["decomposition"], p["rank"]): p["trainable parameters"] for p in found["plans"]}

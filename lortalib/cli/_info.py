@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
 from .. import nn as lnn
+from ..decomp import TensorNetwork
 from ._output import Output
 
 
@@ -15,27 +17,37 @@ def info(options: Namespace, output: Output) -> bool:
     """Describe an adapter: ``info FOLDER``."""
     adapter = lnn.read(options.folder, revision=options.revision)
     description = lnn.read_description(options.folder, revision=options.revision)
+    tasks: tuple[str, ...] = ()
+    updates = [adapter]
+    network_of: Callable[[lnn.Group], TensorNetwork] = adapter.network
+    if isinstance(adapter, lnn.TaskAdapter):
+        tasks, network_of = adapter.tasks, adapter.tensor
+        updates = [adapter.task(name) for name in tasks]
     networks = [
         {
             "tensor": group.name,
-            "shape": str(adapter.network(group).shape).removeprefix("Shape"),
-            "legs": str(adapter.network(group).legs),
-            "ranks": " ".join(f"{b}={n}" for b, n in adapter.network(group).ranks.items()),
-            "trainable parameters": adapter.network(group).count(),
+            "shape": str(network.shape).removeprefix("Shape"),
+            "legs": str(network.legs),
+            "ranks": " ".join(f"{b}={n}" for b, n in network.ranks.items()),
+            "trainable parameters": network.count(),
         }
         for group in adapter.groups
+        for network in [network_of(group)]
     ]
     norms: dict[tuple[str, str], list[float]] = defaultdict(list)
     sites = []
-    for site in output.progress(adapter.sites, "norms"):
-        by_head = adapter.norms(site).reshape(-1, site.heads).norm(dim=0)  # joins the experts
+    for update, site in output.progress([(u, s) for u in updates for s in u.sites], "norms"):
+        by_head = update.norms(site).reshape(-1, site.heads).norm(dim=0)  # joins the experts
         heads, total = by_head.tolist(), float(by_head.norm())
+        if tasks:
+            norms["task", update.name].append(total)
         norms["layer", f"{site.stack} {site.layer}"].append(total)
         norms["matrix", f"{site.stack} {site.role}"].append(total)
         for number, norm in enumerate(heads):
             norms["head", f"{site.stack} {number}"].append(norm)
         sites.append(
             {
+                **({"task": update.name} if tasks else {}),
                 "stack": site.stack,
                 "layer": site.layer,
                 "matrix": site.role,
@@ -50,6 +62,7 @@ def info(options: Namespace, output: Output) -> bool:
         "decomposition": adapter.config.decomposition,
         "trainable parameters": adapter.count(),
         "scaling": adapter.scaling,
+        **({"tasks": ", ".join(tasks)} if tasks else {}),
         "trained on": " ".join(filter(None, [base.get("class"), base.get("name")])),
         "trained as a whole": ", ".join(description["trained_modules"]) or None,
         "written by": f"lortalib {description.get('lortalib_version')}",
@@ -58,7 +71,7 @@ def info(options: Namespace, output: Output) -> bool:
         {**about, "tensors": networks, "sites": sites},
         [about],
         networks,
-        *(_norm_table(norms, kind) for kind in ("matrix", "layer", "head")),
+        *(_norm_table(norms, kind) for kind in ("task", "matrix", "layer", "head")),
     )
     return True
 
