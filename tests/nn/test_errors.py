@@ -74,7 +74,7 @@ BAD = {
     "misspelt": ({"decomposition": "tuker"}, r"'tuker' \(did you mean 'tucker'"),
     "number": ({"decomposition": 3}, r"a name, a line of legs or a callable; found 3"),
     "line without out": ({"decomposition": "in r, head layer matrix r"}, r"carries .*out"),
-    "line with a task": ({"decomposition": f"task p, {LINE}"}, r"task(.|\n)*task p, in p"),
+    "line with a task": ({"decomposition": f"task p, {LINE}"}, r"'task p, in p.*tasks="),
     "a format of several tasks": ({"decomposition": "metatt_41d"}, r"'?task"),
     "wrong shape": ({"decomposition": wrong_shape}, r"asked for .*'out': 4.* and returned .*'out': 5"),
     "no network": ({"decomposition": lambda shape: None}, r"returned no Network but None"),
