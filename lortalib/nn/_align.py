@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..decomp import network, start_along
 from ._adapter import Adapter
 from ._adapters import adapters, install
+from ._tasks import refuse_tasks
 from ._trained_modules import TrainedModules
 
 
@@ -42,9 +43,9 @@ def align_to_gradient(
 
     Raises:
         KeyError: no adapter has that name.
-        ValueError: the adapter has been trained, is merged or not active; its format has no directions
-            along a tensor (CP, ring); networks share a parameter; there is no batch; or a gradient is zero
-            or not finite. The adapter is then unchanged.
+        ValueError: the adapter has been trained, has tasks, is merged or not active; its format has no
+            directions along a tensor (CP, ring); networks share a parameter; there is no batch; or a gradient
+            is zero or not finite. The adapter is then unchanged.
 
     Example:
         >>> import lortalib, torch
@@ -104,6 +105,7 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _check(adapter: Adapter) -> None:
     """Refuse an adapter that has been trained, or whose parameters cannot be aligned."""
+    refuse_tasks(adapter, "aligning it")
     if adapter.merged or not adapter.active:
         state = "merged" if adapter.merged else "not active"
         raise ValueError(f"adapter {adapter.name!r} is {state}; unmerge and enable it to align it")

@@ -14,6 +14,7 @@ from ..decomp import Network, Rank, RankChange, grow, prune
 from ._adapter import Adapter
 from ._optimizer_state import carried_over
 from ._sharded import is_divided, is_zero_parameter
+from ._tasks import refuse_tasks
 
 
 def change_rank(
@@ -42,10 +43,10 @@ def change_rank(
         For each network the relative error of its tensor, which pruning made.
 
     Raises:
-        ValueError: ranks that a network cannot have (see `lortalib.decomp.prune`); an adapter that is merged
-            or shares a factor between its networks; parameters that are divided over processes or have hooks;
-            an optimiser without parameters of the adapter, or with a state of which it is not known how it
-            follows.
+        ValueError: ranks that a network cannot have (see `lortalib.decomp.prune`); an adapter that is merged,
+            shares a factor between its networks, or has tasks; parameters that are divided over processes or
+            have hooks; an optimiser without parameters of the adapter, or with a state of which it is not
+            known how it follows.
         RuntimeError: the adapter is on no model; several processes train; a checkpointed forward waits for
             its backward. Adapter and optimiser are unchanged after any error.
 
@@ -109,6 +110,7 @@ def check_changeable(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None
         ValueError, RuntimeError: as for `change_rank`.
     """
     adapter.require_host()
+    refuse_tasks(adapter, "another rank")
     if adapter.merged:
         raise ValueError(
             f"adapter {adapter.name!r} is merged and does not train; call unmerge() first"

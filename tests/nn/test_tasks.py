@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from adapted import bits, close, output, put, same_bits
+from adapted import bits, close, output, put, same_bits, unchanged
 from banks import prompts, small_llama
 from dense_forward import by_deepcopy, by_pickle
 from hypothesis import given, reject
@@ -769,6 +769,18 @@ def test_what_other_doors_say():
         peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="tasks"):
         lortalib.nn.plan(LAW_FAMILIES["encoder"].model(), numbers=1000, tasks=["a"])
+
+
+@pytest.mark.parametrize("default", [None, "a"])
+def test_one_task_cannot_be_changed_under_the_others(default):
+    model = model_of(FAMILIES[0])
+    adapter = lortalib.nn.apply(model, "metatt_41d", 2, tasks=["a", "b"])
+    adapter.default = default
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with unchanged(model), pytest.raises(ValueError, match=r"another rank would change one task"):
+        lortalib.nn.change_rank(adapter, optimizer, 3)
+    with unchanged(model), pytest.raises(ValueError, match=r"aligning it would change one task"):
+        lortalib.nn.align_to_gradient(model, [inputs_of(FAMILIES[0])])
 
 
 def test_projections_whose_rows_cannot_differ_are_refused_and_nothing_stays():

@@ -322,3 +322,21 @@ class TaskAdapter(Adapter):
         for site in self.sites:
             check_rows(self.model, site)
         attach_rows(self.model, self._current, handles)
+
+
+def refuse_tasks(adapter: Adapter, purpose: str) -> None:
+    """Refuse an adapter of several tasks where the networks of one task cannot be changed alone.
+
+    Args:
+        adapter: any adapter.
+        purpose: what the caller would do to it, for the message.
+
+    Raises:
+        ValueError: the adapter has tasks.
+    """
+    if isinstance(adapter, TaskAdapter):
+        raise ValueError(
+            f"adapter {adapter.name!r} has the tasks {', '.join(map(repr, adapter.tasks))}, which have "
+            f"parameters in common: {purpose} would change one task and break the others. Save "
+            "adapter.task(name) and load it, which is an ordinary adapter"
+        )
