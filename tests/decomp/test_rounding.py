@@ -119,7 +119,8 @@ def test_components_are_normalised_signed_and_sorted(name, data):
     torch.testing.assert_close(found.dense(), net.dense(), rtol=1e-9, atol=1e-9)
     root = net.legs.zero
     for k, term in enumerate(net.legs.terms):
-        columns = found.tensors[k].detach().movedim(term.legs.index("r"), -1).flatten(0, -2)
+        columns = found.tensors[k].detach().movedim(term.legs.index("r"), -1)
+        columns = columns.reshape(-1, columns.shape[-1])  # one row where r is the only leg
         if len({*net.legs.carriers["r"]}) == 2:
             continue  # a tree of two parameters, which is made orthonormal
         if k == root:
