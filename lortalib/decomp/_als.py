@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -98,18 +98,31 @@ class Sweeper:
         return solve(parts, residual, now, legs, self.ridge)
 
     def _descend(self) -> None:
-        """Lower the objective in all trainable parameters together."""
-        own = {k: self.tensors[k].clone().requires_grad_() for k in self.order}
+        """Lower the objective in all trainable parameters together.
 
-        def tensors() -> list[Tensor]:
-            return [own.get(owner, self.tensors[k]) for k, owner in enumerate(self.legs.owners)]
+        L-BFGS drops what it has learnt about curvature below fixed thresholds. So the objective is divided
+        by its value, and steps by the root of that, which makes both about one however near the end is.
+        """
+        begin = {k: self.tensors[k] for k in self.order}
 
-        def loss() -> Tensor:
+        def loss(own: Mapping[int, Tensor]) -> Tensor:
             squares = torch.stack([tensor.square().sum() for tensor in own.values()]).sum()
-            return self.objective.loss(Pieces(self.terms, tuple(tensors()))) + self.ridge * squares
+            tensors = [own.get(owner, self.tensors[k]) for k, owner in enumerate(self.legs.owners)]
+            return self.objective.loss(Pieces(self.terms, tuple(tensors))) + self.ridge * squares
+
+        value, least = (
+            loss(begin),
+            (10 * self.objective.precision) ** 2,
+        )  # below are rounding errors
+        if not value > least or not value.isfinite():
+            return
+        steps = {k: torch.zeros_like(tensor, requires_grad=True) for k, tensor in begin.items()}
+
+        def moved() -> dict[int, Tensor]:
+            return {k: tensor + value.sqrt() * steps[k] for k, tensor in begin.items()}
 
         optimizer = torch.optim.LBFGS(
-            list(own.values()),
+            list(steps.values()),
             max_iter=DESCENT_STEPS,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -118,16 +131,17 @@ class Sweeper:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            return value
+            now = loss(moved()).clamp(min=least) / value
+            now.backward()
+            return now
 
         with torch.enable_grad():
-            before = optimizer.step(closure)
-        for tensor in own.values():
-            tensor.requires_grad_(False)
-        if loss() <= before:
-            self.tensors = tensors()
+            optimizer.step(closure)
+        own = {k: tensor.detach() for k, tensor in moved().items()}
+        if loss(own) <= value:
+            self.tensors = [
+                own.get(owner, self.tensors[k]) for k, owner in enumerate(self.legs.owners)
+            ]
 
 
 def solve(

@@ -44,7 +44,7 @@ class Fit:
         network: the fitted network, whose parameters are finite.
         error: ``|target - network| / |target|`` in the Frobenius norm, measured on the network returned;
             with a mask or weights, both norms are weighted. For targets that are networks, errors below
-            1e-8 are rounding errors.
+            1e-8 are rounding errors, or below 1e-8 times the norm of the network's terms where these cancel.
         errors: the relative error after every sweep of the best start; empty for algorithms of TensorLy,
             which do not return it.
         seconds: the time that all starts took together.
