@@ -20,12 +20,16 @@ ROOT = Path(__file__).parents[1]
 ROWS = [("a good film", 1), ("a bad film", 0), ("film a good", 1), ("bad .", 0)] * 6
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run nlu.py on a tiny model: three steps with a checkpoint behind each."""
-    model = tiny_roberta(tmp_path / "roberta")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model."""
+    return tiny_roberta(tmp_path_factory.mktemp("model") / "roberta")
+
+
+def runner(model, folder, monkeypatch):
+    """A function that runs nlu.py on the model in a folder: three steps with a checkpoint behind each."""
     monkeypatch.setattr(nlu, "film_reviews", lambda: list(ROWS))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     own = ["--model", model, "--length", "8", "--held-out", "4", "--batch", "4", "--rank", "2"]
     own += ["--steps", "3", "--save-every", "1"]
 
@@ -35,6 +39,21 @@ def run(tmp_path, monkeypatch):
         return [path for path in Path("runs").iterdir() if path.is_dir()]
 
     return start
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """The runner in an empty folder."""
+    return runner(model, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def given(model, tmp_path_factory):
+    """The folder of a finished run that was told its folder."""
+    folder = tmp_path_factory.mktemp("given")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        (found,) = runner(model, folder, monkeypatch)("--out", "runs/given")
+    return folder / found
 
 
 @pytest.fixture
@@ -102,8 +121,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(run, steps)
     [["--lr", "1e-5"], ["--seed", "7"], ["--alpha", "3"], ["--decomposition", "tt"], ["--rank", "3"],
      ["--steps", "4"], ["--decomposition", "in r, out r, head r, layer matrix r"]],
 )  # fmt: skip
-def test_other_arguments_get_a_folder_of_their_own_or_are_refused(run, other):
-    (first,) = run("--out", "runs/given")
+def test_other_arguments_get_a_folder_of_their_own_or_are_refused(run, given, other):
+    first = Path(shutil.copytree(given, "runs/given"))
     before = state(first)
     with pytest.raises(SystemExit, match=r"other arguments: --[a-z]+ was .* and is .*--out"):
         run("--out", "runs/given", *other)

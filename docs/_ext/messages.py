@@ -14,6 +14,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -82,9 +83,8 @@ def texts(call: ast.Call, functions: dict[str, ast.FunctionDef]) -> Iterator[str
         yield words(argument)
 
 
-def in_file(file: Path, functions: dict[str, ast.FunctionDef]) -> Iterator[Message]:
+def in_tree(tree: ast.AST, name: str, functions: dict[str, ast.FunctionDef]) -> Iterator[Message]:
     """The messages of a file, in their order."""
-    name = file.relative_to(ROOT).as_posix()
 
     def within(node: ast.AST, owner: str) -> Iterator[Message]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -102,20 +102,29 @@ def in_file(file: Path, functions: dict[str, ast.FunctionDef]) -> Iterator[Messa
         for child in ast.iter_child_nodes(node):
             yield from within(child, owner)
 
-    return within(ast.parse(file.read_text(encoding="utf-8")), "")
+    return within(tree, "")
 
 
 def messages() -> list[Message]:
     """The messages of the library, each once; without those whose words are all filled in."""
-    files = sorted(ROOT.rglob("*.py"))
+    return list(below(ROOT))
+
+
+@cache
+def below(root: Path) -> tuple[Message, ...]:
+    """The messages of all files below a folder."""
+    trees = {
+        file.relative_to(root).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+        for file in sorted(root.rglob("*.py"))
+    }
     functions = {
         node.name: node
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for tree in trees.values()
+        for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef)
     }
-    found = [message for file in files for message in in_file(file, functions)]
-    return list({(m.text, m.kind): m for m in found if re.search("[A-Za-z]", m.text)}.values())
+    found = [m for name, tree in trees.items() for m in in_tree(tree, name, functions)]
+    return tuple({(m.text, m.kind): m for m in found if re.search("[A-Za-z]", m.text)}.values())
 
 
 def of_part(part: str) -> list[Message]:

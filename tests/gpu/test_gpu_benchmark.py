@@ -82,6 +82,7 @@ def test_a_merged_contender_leaves_the_base_as_it_is():
     assert not all(map(torch.equal, before, merged.parameters()))
 
 
+@pytest.mark.slow
 def test_a_cell_or_contender_that_fails_costs_nothing_else(bench, monkeypatch):
     import cases
     import plan
@@ -102,6 +103,7 @@ def test_a_cell_or_contender_that_fails_costs_nothing_else(bench, monkeypatch):
     assert without_floor["not run"] == "ValueError: no such kernel"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs an alarm")
 def test_what_does_not_fit_into_the_time_is_left_out(bench, monkeypatch, tmp_path):
     import cases

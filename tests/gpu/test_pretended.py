@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
+@pytest.mark.slow
 def test_a_pretended_accelerator():
     command = [
         sys.executable, "-m", "pytest", HERE / "pretended_checks.py",

@@ -234,13 +234,8 @@ def test_ddp_that_does_not_know_the_adapter_is_told(monkeypatch):
         put(wrapped)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        pytest.param(compiled, id="whole", marks=pytest.mark.slow),
-        pytest.param(with_layers(compiled), id="layers"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [compiled, with_layers(compiled)], ids=["whole", "layers"])
 def test_code_that_was_compiled_before_is_not_run_again(wrap, tmp_path):
     """torch.compile does not notice that hooks come or go."""
     wrapped, plain = wrap(base()), base()

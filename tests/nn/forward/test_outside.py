@@ -196,6 +196,7 @@ def test_pairs_go_where_a_module_computes():
     assert not any(p.is_meta for p in adapter.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_agrees_with_eager(llama, inputs):
     torch._dynamo.reset()
     adapter = put(llama)
