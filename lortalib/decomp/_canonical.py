@@ -12,7 +12,7 @@ from ._legs import Legs
 from ._network import Network
 from ._pieces import position_of
 from ._tensor_network import TensorNetwork
-from ._tree import Edge, is_tree, orthonormalise, tree_edges
+from ._tree import Edge, is_tree, orthonormalise, positive_qr, tree_edges
 
 
 @takes_network
@@ -105,7 +105,7 @@ def _orthonormalise_all(net: TensorNetwork, tensors: list[Tensor], edges: Sequen
     """Make every parameter orthonormal towards the root."""
     terms = [term.legs for term in net.legs.terms]
     for child, parent, bond in edges:
-        orthonormalise(tensors, terms, bond, child, parent)
+        orthonormalise(tensors, terms, bond, child, parent, qr=positive_qr)
     for k, owner in enumerate(net.legs.owners):
         if not torch.equal(tensors[k], tensors[owner]):
             raise ValueError(

@@ -16,7 +16,7 @@ from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
 from ._network import Network
 from ._tensor_network import TensorNetwork
-from ._tree import Edge, absorb, fold, is_tree, orthonormalise, tree_edges, unfold
+from ._tree import absorb, fold, is_tree, orthonormalise, tree_edges, unfold
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,40 @@ def _wanted(net: TensorNetwork, rank: Rank) -> dict[str, int]:
 def _truncated(
     net: TensorNetwork, wanted: Mapping[str, int] | None, error: float | None
 ) -> Rounding:
-    """Truncate each bond of a tree once, children before parents.
+    """Truncate each bond of a tree once, when the centre leaves one of its sides for good.
 
-    The root becomes the centre; all other parameters are orthonormal towards it. The centre then visits
-    every parameter, and each bond is truncated on the way back up. Every truncation projects onto a
-    space within the one before or independent of it, so the squares of what is left out add up to the
-    squared error (Vannieuwenhoven et al. 2012).
+    A parameter at an end of the tree becomes the centre; all others are orthonormal towards it. The centre
+    then visits every parameter. Seen from a truncated bond, all later ones lie on one side, so it is a
+    projection of the modes of the other side, which later ones leave as they are. The squares of
+    what is left out therefore add up to the squared error (Vannieuwenhoven et al. 2012).
     """
     tensors, terms = wide_copies(net), [term.legs for term in net.legs.terms]
-    root = net.legs.zero
-    edges = tree_edges(net.legs, net.modes, root)
+    # From an end, the centre of a train need not come back.
+    start = next((edge.child for edge in tree_edges(net.legs, net.modes, net.legs.zero)), 0)
+    edges = tree_edges(net.legs, net.modes, start)
     for edge in edges:
         orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
-    total = tensors[root].square().sum().item()
+    total = tensors[start].square().sum().item()
     room = (error or 0.0) ** 2 * total
     left = [0.0]
 
-    def visit(node: int) -> None:
-        for edge in edges:
-            if edge.parent == node:
-                orthonormalise(tensors, terms, edge.bond, node, edge.child)
-                visit(edge.child)
-                share = (room - sum(left)) / (len(edges) + 1 - len(left))
-                keep = None if wanted is None else wanted[edge.bond]
-                left.append(_truncate(tensors, terms, edge, keep, share))
+    def cut(bond: str, giver: int, taker: int) -> None:
+        share = (room - sum(left)) / (len(edges) + 1 - len(left))
+        keep = None if wanted is None else wanted[bond]
+        left.append(_truncate(tensors, terms, bond, giver, taker, keep, share))
 
-    visit(root)
+    def visit(node: int, returns: bool) -> None:
+        below = [edge for edge in edges if edge.parent == node]
+        for child, _, bond in below:
+            if returns or child != below[-1].child:
+                orthonormalise(tensors, terms, bond, node, child)
+                visit(child, True)
+                cut(bond, child, node)
+            else:
+                cut(bond, node, child)
+                visit(child, False)
+
+    visit(start, False)
     network = rebuilt(net, tensors)
     scale = total or 1.0
     made, least = math.sqrt(sum(left) / scale), math.sqrt(max(left) / scale)
@@ -138,34 +146,36 @@ def _truncated(
 def _truncate(
     tensors: list[Tensor],
     terms: Sequence[tuple[str, ...]],
-    edge: Edge,
+    bond: str,
+    giver: int,
+    taker: int,
     keep: int | None,
     room: float,
 ) -> float:
-    """Truncate the bond above the centre and move the centre to the parent.
+    """Truncate a bond of the centre and move the centre across it.
 
     Args:
         tensors: changed in place.
         terms: the legs of the tensors.
-        edge: the bond; the child is the centre.
+        bond: the bond.
+        giver: the position of the centre.
+        taker: the position of the neighbour, the next centre.
         keep: the new rank; None for the smallest one that leaves out squares of at most ``room``.
         room: see ``keep``.
 
     Returns:
         The sum of the squares of the singular values that were left out.
     """
-    sides = unfold(tensors[edge.child], terms[edge.child], edge.bond, terms[edge.parent])
+    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
     u, values, vh = torch.linalg.svd(sides.matrices, full_matrices=False)
     squares = values.square().reshape(-1, values.shape[-1]).sum(0)
     tails = squares.flip(0).cumsum(0).flip(0)
     if keep is None:
         keep = max(1, int((tails > room).sum()))
     keep = min(keep, values.shape[-1])
-    tensors[edge.child] = fold(sides, u[..., :keep], terms[edge.child], edge.bond)
+    tensors[giver] = fold(sides, u[..., :keep], terms[giver], bond)
     factor = values[..., :keep, None] * vh[..., :keep, :]
-    tensors[edge.parent] = absorb(
-        tensors[edge.parent], terms[edge.parent], edge.bond, factor, sides.batch
-    )
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, sides.batch)
     return tails[keep].item() if keep < len(tails) else 0.0
 
 

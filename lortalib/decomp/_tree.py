@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,16 +115,36 @@ def absorb(tensor: Tensor, legs: Names, bond: str, factor: Tensor, batch: Names)
     return contract((legs, term), (tensor, factor), output, sizes)
 
 
+def positive_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the QR decomposition whose R has no negative number on its diagonal.
+
+    It is unique if the columns are independent.
+    """
+    q, r = torch.linalg.qr(matrices)
+    sign = r.diagonal(dim1=-2, dim2=-1).sign()
+    sign = torch.where(sign == 0, 1.0, sign)
+    return q * sign.unsqueeze(-2), r * sign.unsqueeze(-1)
+
+
 def orthonormalise(
-    tensors: list[Tensor], terms: Sequence[Names], bond: str, giver: int, taker: int
+    tensors: list[Tensor],
+    terms: Sequence[Names],
+    bond: str,
+    giver: int,
+    taker: int,
+    qr: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.qr,
 ) -> None:
     """Make the columns of a parameter orthonormal towards a bond; the neighbour takes the other factor.
 
-    The diagonal of that factor is not negative, so the result is unique if the columns are independent.
+    Args:
+        tensors: changed in place.
+        terms: the legs of the tensors.
+        bond: the bond.
+        giver: the position of the parameter.
+        taker: the position of its neighbour.
+        qr: the QR decomposition.
     """
     sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
-    q, r = torch.linalg.qr(sides.matrices)
-    sign = r.diagonal(dim1=-2, dim2=-1).sign()
-    sign = torch.where(sign == 0, 1.0, sign)
-    tensors[giver] = fold(sides, q * sign.unsqueeze(-2), terms[giver], bond)
-    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r * sign.unsqueeze(-1), sides.batch)
+    q, r = qr(sides.matrices)
+    tensors[giver] = fold(sides, q, terms[giver], bond)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r, sides.batch)
