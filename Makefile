@@ -21,7 +21,7 @@ demo: .venv/.demo  ## the main job: a real encoder, real film reviews, one adapt
 	$(BIN)/python examples/film_reviews.py
 
 test: .venv/.test  ## the test suite; make test PYTEST="-m 'slow or not slow'" for all of it
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 test-portable: .venv/.test  ## the tests that ask for equal bits, with two other instruction sets
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 -m 'not slow' $(BITS)

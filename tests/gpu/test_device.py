@@ -152,7 +152,7 @@ def test_a_step_under_autocast_is_near_one_without(kind):
     assert all((a - b).norm() < 0.1 * b.norm() for a, b in zip(found, exact))
 
 
-@pytest.mark.parametrize("kind", ["cp", "indscal"])
+@pytest.mark.parametrize("kind", ["indscal", pytest.param("cp", marks=pytest.mark.slow)])
 def test_nothing_is_recompiled_from_step_to_step(kind):
     torch.compiler.reset()
     model = llama(device=DEVICE).train()

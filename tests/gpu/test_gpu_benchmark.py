@@ -35,9 +35,9 @@ def of(results, **wanted):
     return [r for r in results if wanted.items() <= r.items()]
 
 
-@pytest.mark.parametrize("only", ["eager", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["eager", ""])
 def test_the_benchmark_runs_everywhere(only, tmp_path):
-    """Compiling for a CPU takes a minute, so `make test` leaves those cells to the slow tests."""
     command = [
         sys.executable, "benchmarks/gpu/run.py", "--device", DEVICE, "--size", "small",
         "--minutes", "5", "--no-tests", "--only", only, "--out", tmp_path,

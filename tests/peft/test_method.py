@@ -506,9 +506,12 @@ def run(code, *arguments):
     "order",
     [
         "import lortalib, peft",
-        "import peft, lortalib",
+        pytest.param("import peft, lortalib", marks=pytest.mark.slow),
         # Looking whether PEFT is there is not importing it; transformers looks.
-        "import lortalib, importlib.util; importlib.util.find_spec('peft'); import peft",
+        pytest.param(
+            "import lortalib, importlib.util; importlib.util.find_spec('peft'); import peft",
+            marks=pytest.mark.slow,
+        ),
         "import lortalib; from transformers import Trainer; import peft",
     ],
 )
