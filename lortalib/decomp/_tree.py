@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Edge(NamedTuple):
     bond: str
 
 
-def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> list[Edge]:
+def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> tuple[Edge, ...]:
     """List the edges of a tree, children before their parents.
 
     A mode may stand on several parameters if these are connected: each of its positions then has a tree of
@@ -37,6 +38,11 @@ def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> list[Edge]:
         ValueError: the bonds do not form a tree that contains every parameter, or a mode stands on
             parameters that are not connected by others that carry it.
     """
+    return _tree_edges(legs, tuple(modes), root)
+
+
+@lru_cache(maxsize=1024)
+def _tree_edges(legs: Legs, modes: Names, root: int) -> tuple[Edge, ...]:
     bonds, met, edges = set(legs.bonds(modes)), [root], list[Edge]()
     for near in met:
         for bond in legs.terms[near].legs:
@@ -59,7 +65,7 @@ def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> list[Edge]:
                 f"the mode {mode!r} stands on parameters that are not neighbours, which closes a loop, in"
                 f"\n    {legs}"
             )
-    return edges[::-1]
+    return tuple(reversed(edges))
 
 
 def is_tree(legs: Legs, modes: Sequence[str]) -> bool:
