@@ -17,7 +17,7 @@ from ._config import AdapterConfig
 from ._forward import Handle, PairSource, attach
 from ._group import Group
 from ._sharded import divide_again, whole, whole_network
-from ._table import describe
+from ._table import count_parameters, describe
 from ._trained_modules import TrainedModules
 
 
@@ -86,13 +86,7 @@ class Adapter(AdapterFiles):
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
         """
-        numbers = {
-            id(tensor): tensor.numel()
-            for network in self.all_networks().values()
-            for tensor, term in zip(network.stored, network.legs.terms)
-            if not (trainable_only and term.frozen)
-        }
-        return sum(numbers.values())
+        return count_parameters(self.all_networks().values(), trainable_only)
 
     def network(self, group: Group) -> Network:
         """Return the network of a group."""
