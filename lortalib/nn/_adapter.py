@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -252,18 +252,10 @@ class Adapter(AdapterFiles):
         """
         self.require_host().disable(self)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Switch the adapter off within a context."""
-        active, merged = self.active, self.merged
-        self.disable()
-        try:
-            yield
-        finally:
-            if merged:
-                self.merge()
-            elif active:
-                self.enable()
+    def disabled(self) -> AbstractContextManager[None]:
+        """Switch the adapter off within a context. Behind it the adapter is on as before: a merged one with
+        the update that the weights had, whatever its networks, or the chosen task, have become."""
+        return self.require_host().disabled(self)
 
     # In the weights
 
