@@ -1,7 +1,9 @@
 """The command line, on saved models and adapters, and on what users get wrong."""
 
 import json
+import math
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -96,7 +98,10 @@ def test_info(saved, capsys):
         assert entry["norm by head"] == pytest.approx(heads, rel=1e-4)
     text = run(capsys, "info", folder).out
     assert "in r, out r, head r, layer r, matrix r" in text
-    assert "norm of the update" in text
+    assert text.count("norm of the update") == 3  # by matrix, layer and head
+    for number in range(4):
+        norms = [norm for entry in found["sites"] for norm in entry["norm by head"][number:][:1]]
+        assert re.search(rf"layers {number} +{math.hypot(*norms):.4g}", text)
 
 
 def test_info_of_several_tasks(saved, tmp_path, capsys):

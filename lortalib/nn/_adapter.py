@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from ._config import AdapterConfig
 from ._forward import Handle, PairSource, attach
 from ._group import Group
 from ._sharded import divide_again, whole, whole_network
-from ._table import describe
+from ._table import count_parameters, describe
 from ._trained_modules import TrainedModules
 
 
@@ -86,13 +86,7 @@ class Adapter(AdapterFiles):
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
         """
-        numbers = {
-            id(tensor): tensor.numel()
-            for network in self.all_networks().values()
-            for tensor, term in zip(network.stored, network.legs.terms)
-            if not (trainable_only and term.frozen)
-        }
-        return sum(numbers.values())
+        return count_parameters(self.all_networks().values(), trainable_only)
 
     def network(self, group: Group) -> Network:
         """Return the network of a group."""
@@ -258,18 +252,10 @@ class Adapter(AdapterFiles):
         """
         self.require_host().disable(self)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Switch the adapter off within a context."""
-        active, merged = self.active, self.merged
-        self.disable()
-        try:
-            yield
-        finally:
-            if merged:
-                self.merge()
-            elif active:
-                self.enable()
+    def disabled(self) -> AbstractContextManager[None]:
+        """Switch the adapter off within a context. Behind it the adapter is on as before: a merged one with
+        the update that the weights had, whatever its networks, or the chosen task, have become."""
+        return self.require_host().disabled(self)
 
     # In the weights
 

@@ -116,14 +116,14 @@ def apply(
         100
     """
     model = check_name(model, name)
-    base = None
+    sharing = None  # the adapter whose shared parameters the new one takes
     if tasks and (not isinstance(shared, (list, tuple, set, frozenset)) or shared):
         raise ValueError(
             "tasks= says itself what tasks have in common: the parameters without the leg 'task'. Leave out "
             "shared="
         )
     if isinstance(shared, (Adapter, Bank)):
-        base = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
+        sharing = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
         shared = ()
     planned = plan(
         model,
@@ -143,8 +143,8 @@ def apply(
         generator=generator,
         dtype=dtype,
     )
-    if base is not None:
-        planned = on_shared(planned, base, init, generator)
+    if sharing is not None:
+        planned = on_shared(planned, sharing, init, generator)
     for site in planned.sites if planned.tasks else ():
         check_rows(model, site)
     paths = find_modules(model, train_also, (site.path for site in planned.sites))
@@ -157,11 +157,11 @@ def apply(
     install(adapter, model, active=True, freeze=freeze)
     if verify_with is not None:
         with adapter.using(adapter.tasks[0]) if isinstance(adapter, TaskAdapter) else nullcontext():
-            _check_acts(adapter, verify_with)
+            _check_effects(adapter, verify_with)
     return adapter
 
 
-def _check_acts(adapter: Adapter, example_inputs: Any) -> None:
+def _check_effects(adapter: Adapter, example_inputs: Any) -> None:
     """Refuse an adapter if one of its networks has no effect. This covers the networks that `verify` cannot
     check: those of the MLP, and those on the stream, which have no heads."""
     groups = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class Host(Protocol):
 
     def disable(self, adapter: Any) -> None:
         """Switch an adapter off, as `Adapter.disable` describes."""
+
+    def disabled(self, adapter: Any) -> AbstractContextManager[None]:
+        """Switch an adapter off within a context, as `Adapter.disabled` describes."""
 
     def merge(self, adapter: Any) -> None:
         """Merge an adapter into the weights, as `Adapter.merge` describes."""

@@ -1,4 +1,4 @@
-"""Holds the adapters of one model: switches, merges, unmerges and removes them, and freezes the base.
+"""Holds the adapters of one model: installs, switches, merges, unmerges and removes them.
 
 Every change of state is a transaction: the steps that can fail come first and the flag (``active``,
 ``merged``) is set last, so an error or interrupt before that leaves everything unchanged. Flags are set
@@ -8,18 +8,20 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
 
 from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
-from ._anatomy import ATTRIBUTE, Site, plain_name
+from ._anatomy import ATTRIBUTE, Site
 from ._base_weights import BaseWeights, weight_name
 from ._forward import Handle, detach
 from ._found_modules import FoundModules
+from ._gradient_flags import GradientFlags
 from ._sharded import divide_again, is_finite
 from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
@@ -38,13 +40,10 @@ class AdapterHost(AdapterDict):
         self._model = [model]  # in a list, so that it is not registered as a submodule
         self._modules_found = FoundModules(model)
         self._weights = BaseWeights(model, self._modules_found)
-        self._merged_copies: dict[
-            str, Adapter
-        ] = {}  # snapshots of the merged adapters, as they were merged
+        # Snapshots of the merged adapters, as they were merged.
+        self._merged_copies: dict[str, Adapter] = {}
         self._handles: dict[str, list[Handle]] = {}
-        self._required_grad = {plain_name(k): p.requires_grad for k, p in model.named_parameters()}
-        self._freezing: set[str] = set()  # names of the adapters that keep the base frozen
-        self._frozen: list[nn.Parameter] = []  # the parameters that these adapters froze
+        self._flags = GradientFlags(model)
 
     @property
     def model(self) -> nn.Module:
@@ -99,12 +98,32 @@ class AdapterHost(AdapterDict):
             raise
         vars(adapter)["active"] = False
 
+    @contextmanager
+    def disabled(self, adapter: Adapter) -> Iterator[None]:
+        """Switch an adapter off within a context, as `Adapter.disabled` describes."""
+        again = self._again(adapter) if adapter.active else None
+        self.disable(adapter)
+        try:
+            yield
+        finally:
+            adapter.require_host()  # it may have been removed meanwhile
+            if again is not None:
+                again()
+
+    def _again(self, adapter: Adapter) -> Callable[[], None]:
+        """Return the call that switches an active adapter on again: merged with the update that the weights
+        have now, or beside them."""
+        copy = self._merged_copies.get(adapter.name)
+        if copy is None:
+            return partial(self.enable, adapter)
+        return partial(self._merge, adapter, copy)
+
     def set_active(self, wanted: list[Adapter]) -> None:
         """Switch exactly these adapters on in the forward."""
         with ExitStack() as undo:
             for adapter in self.adapters():
                 if adapter.active and adapter not in wanted:
-                    undo.callback(self.merge if adapter.merged else self._enable, adapter)
+                    undo.callback(self._again(adapter))
                     self.disable(adapter)
             for adapter in wanted:
                 if not adapter.active:
@@ -116,12 +135,17 @@ class AdapterHost(AdapterDict):
 
     def merge(self, adapter: Adapter) -> None:
         """Merge an adapter into the weights, as `Adapter.merge` describes."""
+        if not adapter.merged:
+            _check_finite(adapter)
+            self._merge(adapter, adapter.snapshot())
+
+    def _merge(self, adapter: Adapter, copy: Adapter) -> None:
+        """Merge an adapter with the update of a snapshot of it."""
         if adapter.merged:
             return
-        _check_finite(adapter)
         self._check_order(merging=adapter)
         kept = self._merged_copies
-        copies = {**kept, adapter.name: adapter.snapshot()}
+        copies = {**kept, adapter.name: copy}
         active = adapter.active
         try:
             self._enable(adapter)
@@ -236,26 +260,16 @@ class AdapterHost(AdapterDict):
         self._detach(adapter)
         vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
-            self._freezing.discard(adapter.name)
+            self._flags.forget(adapter.name)
             if not adapter.trained_modules.conflict(self._trained_by_others(adapter, active=False)):
-                self._reset_flags(adapter.trained_modules)
-            if not self._freezing:
-                for parameter in self._frozen:
-                    parameter.requires_grad_(True)
-                self._frozen = []
+                self._flags.reset(adapter.trained_modules.paths)
+            self._flags.thaw()
             del self[adapter.name]
         adapter.belong_to(None)
         self._merged_copies.pop(adapter.name, None)
         self._weights.keep_only(self._in_order(self._merged_copies))
         if not len(self):
             self.release()
-
-    def _reset_flags(self, trained: TrainedModules) -> None:
-        """Restore ``requires_grad`` in modules that no adapter trains any more."""
-        for path in trained.paths:
-            for name, parameter in self.model.get_submodule(path).named_parameters():
-                before = self._required_grad.get(plain_name(f"{path}.{name}"), False)
-                parameter.requires_grad_(before and not self._freezing)
 
     def _attach(self, adapter: Adapter) -> None:
         if not self._handles.get(adapter.name):
@@ -278,10 +292,7 @@ class AdapterHost(AdapterDict):
         """Remove the host from the model and restore the ``requires_grad`` flags of the base."""
         home = home_of(self.model)
         if home._modules.get(ATTRIBUTE) is self:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(
-                    self._required_grad.get(plain_name(name), parameter.requires_grad)
-                )
+            self._flags.restore()
             delattr(home, ATTRIBUTE)
             vars(self.model).pop("save_pretrained", None)  # see SavePretrained
 
@@ -293,11 +304,7 @@ class AdapterHost(AdapterDict):
         undo.callback(_set_flags, flags)
         undo.callback(self._take_off, adapter)
         if freeze:
-            stopped = [p for p, flag in flags if flag and id(p) not in _own_parameters(self)]
-            for parameter in stopped:
-                parameter.requires_grad_(False)
-            self._freezing.add(adapter.name)
-            self._frozen += stopped
+            self._flags.freeze(adapter.name, {id(p) for p in self.parameters()})
             for other in self.adapters():
                 other.trained_modules.set_trainable(self.model, True)
         self[adapter.name] = adapter
@@ -334,10 +341,6 @@ def _check_finite(adapter: Adapter) -> None:
                     f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
                     f"{adapter.name!r} was not merged; nothing was changed"
                 )
-
-
-def _own_parameters(host: AdapterHost) -> set[int]:
-    return {id(parameter) for parameter in host.parameters()}
 
 
 def _set_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks of accelerate that offload a module's parameters."""
-    hook: Any = module.__dict__.get("_hf_hook")
+    hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         if getattr(each, "offload", False) and getattr(each, "weights_map", None) is not None:
             yield each
@@ -34,6 +34,20 @@ def offloaded_numbers(module: nn.Module, name: str) -> Tensor | None:
         return None
     found: Tensor | None = next((hook.weights_map[name] for hook in _hooks(module)), None)
     return found
+
+
+def execution_device(module: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device that a module computes on: the device of its weight, or, for a weight that
+    accelerate offloads, the device that accelerate brings the weight to.
+
+    Args:
+        module: the module that has the weight.
+        weight: the weight.
+    """
+    if not weight.is_meta:
+        return weight.device
+    found = [hook.execution_device for hook in _hooks(module)]
+    return torch.device("cpu" if found[0] is None else found[0]) if found else weight.device
 
 
 def is_on_disk(module: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ from ._anatomy import Site
 from ._config import AdapterConfig, check_legs, check_settings, choose_acts_on
 from ._group import Group, group_sites
 from ._stream import stream_sites
-from ._table import lora_count, network_table
+from ._table import count_parameters, lora_count, network_table
 from ._task_lines import TASK, check_dropout, check_task_names, has_tasks, line_of_one_task
 
 #: The name of a format, a line of legs, or a callable ``(shape, rank, ...)`` that returns a network.
@@ -52,13 +52,7 @@ class Plan:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
             shared: whether parameters marked ``(shared)`` are counted.
         """
-        tensors = {
-            id(tensor): tensor.numel()
-            for network in self.networks.values()
-            for tensor, term in zip(network.stored, network.legs.terms)
-            if not (trainable_only and term.frozen) and (shared or not term.shared)
-        }
-        return sum(tensors.values())
+        return count_parameters(self.networks.values(), trainable_only, shared=shared)
 
     def lora_count(self, rank: int) -> int:
         """Count the parameters that PEFT's LoRA of this rank has on the same modules.
@@ -221,15 +215,6 @@ def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any
     if second is not None and second.kind is not second.KEYWORD_ONLY and second.name not in options:
         return function(shape, options["rank"], **accepted)
     return function(shape, **accepted)
-
-
-def execution_device(module: nn.Module, weight: Any) -> Device:
-    """Return the device that a module computes on: the device of its weight, or, for a weight that
-    accelerate offloads, the device that accelerate brings the weight to."""
-    hook = getattr(module, "_hf_hook", None)
-    if getattr(weight, "is_meta", False) and hook is not None:
-        return getattr(hook, "execution_device", None) or "cpu"
-    return getattr(weight, "device", None)
 
 
 def share_input_factor(groups: Sequence[Group], networks: Mapping[str, Network]) -> None:

@@ -14,7 +14,8 @@ from ._budget import budget_of_sites
 from ._config import check_settings
 from ._lora_words import explains_lora_words
 from ._meta_model import as_model
-from ._plan import Decomposition, Device, Plan, check_whole, execution_device, plan_sites
+from ._offloaded import execution_device
+from ._plan import Decomposition, Device, Plan, check_whole, plan_sites
 from ._targets import Targets, choose_sites, find_candidates
 
 if TYPE_CHECKING:

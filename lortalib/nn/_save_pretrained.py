@@ -18,6 +18,7 @@ from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE
 from ._card import model_card
 from ._host import AdapterHost
+from ._own_folder import own_folder
 
 _NAME = "save_pretrained"
 _FILE = "adapter.safetensors"
@@ -102,7 +103,7 @@ def saved_in(folder: Path, adapters: list[Adapter]) -> dict[str, Path]:
     """
     if len(adapters) == 1:
         return {adapters[0].name: folder}
-    return {adapter.name: folder / adapter.name for adapter in adapters}
+    return {adapter.name: own_folder(folder, adapter.name) for adapter in adapters}
 
 
 @contextmanager

@@ -37,10 +37,10 @@ def stream_sites(sites: Iterable[Site]) -> list[Site]:
     members: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         members[weight_name(site)].append(site)
-    return [_whole(name, parts) for name, parts in members.items()]
+    return [_joined(name, parts) for name, parts in members.items()]
 
 
-def _whole(name: str, parts: Sequence[Site]) -> Site:
+def _joined(name: str, parts: Sequence[Site]) -> Site:
     """Join the sites of one weight to one site."""
     first = parts[0]
     features = sum(site.features for site in parts)

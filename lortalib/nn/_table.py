@@ -1,4 +1,4 @@
-"""Describes an adapter in a table of its networks, and counts the parameters of a LoRA in its place."""
+"""Describes an adapter in a table of its networks, and counts their parameters and those of a LoRA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from .._columns import aligned
-from ..decomp import TensorNetwork
+from ..decomp import Network, TensorNetwork
 from ._anatomy import Site
 from ._config import AdapterConfig
 from ._group import Group
@@ -106,6 +106,25 @@ def network_table(groups: Iterable[Group], networks: Mapping[str, TensorNetwork]
             )
         )
     return ["  " + line for line in aligned(rows)]
+
+
+def count_parameters(
+    networks: Iterable[Network], trainable_only: bool = True, *, shared: bool = True
+) -> int:
+    """Count the parameters of networks; one that several networks have in common counts once.
+
+    Args:
+        networks: the networks.
+        trainable_only: whether parameters marked ``(frozen)`` are left out.
+        shared: whether parameters marked ``(shared)`` are counted.
+    """
+    sizes = {
+        id(tensor): tensor.numel()
+        for network in networks
+        for tensor, term in zip(network.stored, network.legs.terms)
+        if not (trainable_only and term.frozen) and (shared or not term.shared)
+    }
+    return sum(sizes.values())
 
 
 def lora_count(groups: Iterable[Group], rank: int) -> int:

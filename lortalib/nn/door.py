@@ -46,6 +46,7 @@ from ._forward import (
 )
 from ._lora_words import LORA_WORDS
 from ._meta_model import meta_model, model_class
+from ._offloaded import execution_device
 from ._plan import Plan, check_whole, plan_sites
 from ._plan_model import plan
 from ._sharded import divide_again, divided_like, is_divided, is_finite
@@ -74,6 +75,7 @@ __all__ = [
     "detach",
     "divide_again",
     "divided_like",
+    "execution_device",
     "find_candidates",
     "is_divided",
     "is_finite",

@@ -48,6 +48,10 @@ class PeftHost:
         """Refuse to switch the adapter off; PEFT's ``disable_adapter`` does that."""
         _refuse(adapter, "disable_adapter()")
 
+    def disabled(self, adapter: Any) -> NoReturn:
+        """Refuse to switch the adapter off; PEFT's ``disable_adapter`` does that."""
+        _refuse(adapter, "disable_adapter()")
+
     def merge(self, adapter: Any) -> NoReturn:
         """Refuse to merge the adapter; PEFT's ``merge_adapter`` does that."""
         _refuse(adapter, "merge_adapter()")

@@ -27,6 +27,7 @@ from ..nn.door import (
     Place,
     add_update,
     divided_like,
+    execution_device,
     is_finite,
     may_write_output,
     without_bias,
@@ -101,11 +102,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
     @property
     def device(self) -> torch.device:
         """The device that the base layer computes on, to which accelerate brings an offloaded weight."""
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if self.weight.is_meta and hook is not None:
-            return torch.device(getattr(hook, "execution_device", None) or "cpu")
-        device: torch.device = self.weight.device
-        return device
+        return execution_device(self.base_layer, self.weight)
 
     @property
     def is_offloaded(self) -> bool:

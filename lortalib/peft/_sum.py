@@ -122,7 +122,7 @@ def with_ranks(
     networks = {}
     for group in planned.groups:
         like = planned.networks[group.name]
-        sizes = {**like.shape, **ranks[group.name]}
+        sizes = {**like.sizes, **ranks[group.name]}
         place = device(group.sites[0]) if callable(device) else device
         zeros = [torch.zeros(shape, device=place) for shape in like.legs.stored_shapes(sizes)]
         networks[group.name] = Network(like.legs, zeros, like.shape, sizes=sizes)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, build, examples, generator, ranks_of, registered_shapes, seeds, small
 
-from lortalib.decomp import Network, direct_sum, formats
+from lortalib.decomp import Legs, Network, direct_sum, formats
 
 FORMATS = [kind for kind in KINDS if kind in formats]
 WEIGHTS = st.lists(st.floats(-3, 3, allow_nan=False), min_size=1, max_size=3)
@@ -61,6 +61,15 @@ def test_what_cannot_be_added_is_refused():
         direct_sum([cp, cp], [1.0])
     with pytest.raises(ValueError, match="same legs and shape"):
         direct_sum([cp, tucker])
-    pieces = Network("in, out", [torch.ones(3), torch.ones(4)], ["in", "out"])
+
+
+@pytest.mark.parametrize(
+    "line", ["in, out", "layer, in r, out r", "in r, layer, out r", "in r, out r, layer"]
+)
+def test_pieces_without_a_common_bond_cannot_be_added(line):
+    legs = Legs.parse(line)
+    sizes = {"in": 3, "out": 4, "layer": 2, "r": 2}
+    tensors = [torch.ones([sizes[leg] for leg in term.legs]) for term in legs.terms]
+    pieces = Network(legs, tensors, [leg for leg in legs.carriers if leg != "r"])
     with pytest.raises(ValueError, match="falls apart"):
         direct_sum([pieces, pieces])

@@ -101,6 +101,20 @@ def test_the_middle_is_as_small_as_it_can_be(line, size):
     assert math.prod(cut.middle.shape[3:]) == size
 
 
+def test_a_side_of_several_parameters_is_cut_off_as_a_whole():
+    """The bond p, which is widest, stays within the side of in."""
+    line, ranks = "in p, layer matrix p q, p q s, user s, head out q", {"p": 8, "q": 2, "s": 3}
+    net = network(line, SIZES, ranks, init="normal", dtype=torch.float64)
+    over = ("layer", "user", "matrix")
+    plan = three_way_plan(net, "user", *over)
+    assert (plan.in_side.parameters, plan.middle.parameters) == ((0, 1, 2), (3,))
+    place, x = (1, 4, 2), np.random.default_rng(0).standard_normal(SIZES["in"])
+    slice_ = net.select(dict(zip(over, place)))
+    wanted = reference.matrix(reference.dense(slice_), slice_.modes) @ x
+    found = products(plan.cut([t.detach() for t in net.tensors]), place, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     "line",
     [

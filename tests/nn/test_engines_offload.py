@@ -8,6 +8,7 @@ from adapted import close, output, put, same_bits
 from models import FAMILIES
 
 import lortalib
+from lortalib.nn.door import execution_device
 from lortalib.peft import LortaConfig
 
 CPU = torch.device("cpu")
@@ -158,6 +159,15 @@ def test_verify_and_check_effect_run_it(offload, tmp_path):
     offload(model, tmp_path)
     assert lortalib.nn.verify(model, INPUTS).ok
     assert all(lortalib.nn.check_effect(put(model), INPUTS).values())
+
+
+def test_a_module_computes_where_the_hook_that_offloads_it_says():
+    """With a second hook, the hook of the module is a sequence of both, which names no device itself."""
+    module = torch.nn.Linear(2, 2)
+    offloading = accelerate.hooks.AlignDevicesHook(execution_device="cuda:3", offload=True)
+    accelerate.hooks.add_hook_to_module(module, offloading)
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook(), append=True)
+    assert execution_device(module, module.weight) == torch.device("cuda:3")
 
 
 def test_a_model_without_numbers_is_still_refused(tmp_path):

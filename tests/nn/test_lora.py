@@ -105,6 +105,25 @@ def test_a_head_that_trained_beside_it_goes_along(tmp_path):
     assert close(output(found, inputs), output(model, inputs))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "also"),
+    [
+        ("Bert", "ForSequenceClassification", []),
+        ("Bert", "ForTokenClassification", []),
+        ("Bert", "ForQuestionAnswering", []),
+        ("Roberta", "ForSequenceClassification", ["classifier.out_proj"]),
+        ("Qwen3", "ForSequenceClassification", []),
+    ],
+)
+def test_a_head_that_did_not_train_is_the_models_own(name, kind, also, tmp_path):
+    """PEFT looks for the whole head in the file of every task that it knows to have one."""
+    family = FAMILIES[name]
+    model, inputs = family.model(kind), family.inputs()
+    put(model, train_also=also).export_lora(tmp_path)
+    found = loaded_by_peft(family, tmp_path, kind)
+    assert close(output(found, inputs), output(model, inputs))
+
+
 def test_some_layers_are_named_in_full(llama, inputs, tmp_path):
     put(llama, layers=1).export_lora(tmp_path)
     assert all("layers.1." in name for name in config_of(tmp_path)["target_modules"])

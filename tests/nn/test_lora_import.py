@@ -49,6 +49,12 @@ def test_a_lora_of_peft_is_read_exactly(family, tmp_path):
     assert same_bits(output(model, inputs), base)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_dropout_of_a_lora_goes_on(dropout, tmp_path):
+    trained(FAMILIES["Llama"], lora_dropout=dropout).save_pretrained(tmp_path)
+    assert load_lora(FAMILIES["Llama"].model(), tmp_path).dropout == dropout
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -120,6 +120,27 @@ def test_disabled_takes_a_merged_adapter_out_and_back(llama, inputs):
     assert share_hooks(llama) == 0
 
 
+@pytest.mark.parametrize("switched", ["disabled", "set_active that fails"])
+def test_what_was_merged_is_merged_again_whatever_the_factors_have_become(switched, llama, inputs):
+    other = put(llama, name="other", train_also=["lm_head"])
+    other.disable()
+    llama.lm_head = torch.nn.Linear(llama.config.hidden_size, 70, bias=False)
+    one = put(llama, name="one")
+    one.merge()
+    merged = output(llama, inputs)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.fill_(float("nan"))
+    if switched == "disabled":
+        with one.disabled():
+            pass
+    else:
+        with pytest.raises(ValueError, match="resized"):
+            set_active(llama, ["other"])
+    assert (one.active, one.merged) == (True, True)
+    assert same_bits(output(llama, inputs), merged)
+
+
 def test_a_merge_follows_changed_factors(llama, inputs):
     adapter = put(llama)
     adapter.merge()

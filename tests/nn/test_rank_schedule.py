@@ -221,6 +221,13 @@ def test_adapters_that_cannot_change_are_refused_before_the_training(decompositi
         nn.RankSchedule(adapter, optimizer, {10: 2})
 
 
+def test_trying_the_changes_of_a_schedule_takes_no_random_numbers():
+    _, _, adapter, optimizer, _ = training()
+    before = torch.get_rng_state()
+    nn.RankSchedule(adapter, optimizer, {1: 8, 2: 12})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("ranks", [{}, {0: 2}, {1.5: 2}, {True: 2}, [2]])
 def test_steps_that_are_none_are_refused(ranks):
     _, _, adapter, optimizer, _ = training()

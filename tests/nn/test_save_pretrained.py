@@ -91,6 +91,25 @@ def test_several_adapters_have_folders_of_their_own(model, tmp_path):
     assert same_bits(output(again, INPUTS), found)
 
 
+@pytest.mark.parametrize("name", ["a/b", "{}/elsewhere", "a%2Fb"])
+def test_no_name_of_an_adapter_leads_out_of_the_folder(name, model, tmp_path):
+    inside = tmp_path / "inside"
+    one = put(model, name=name.format(tmp_path))
+    other = put(model, name="b", seed=2)
+    found = output(model, INPUTS)
+    model.save_pretrained(inside)
+    assert [each.name for each in tmp_path.iterdir()] == ["inside"]
+    again = FAMILY.model("ForCausalLM")
+    for adapter in (one, other):
+        (folder,) = (
+            file.parent
+            for file in inside.glob("*/adapter.safetensors")
+            if lortalib.nn.read(file).name == adapter.name
+        )
+        lortalib.nn.load(again, folder)
+    assert close(output(again, INPUTS), found)
+
+
 def test_what_trains_beside_the_adapter_is_saved_too(model, tmp_path):
     put(model, freeze=False)
     with torch.no_grad():

@@ -73,6 +73,7 @@ def test_both_ways_and_every_number_keeps_its_bits(family, decomposition, tmp_pa
         {"acts_on": "stream", "decomposition": "indscal"},
         {"train_also": ["lm_head"]},
         {"gqa": "split"},
+        {"decomposition": "tt_lora", "targets": "all"},
     ],
     ids=str,
 )

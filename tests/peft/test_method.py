@@ -10,7 +10,7 @@ import warnings
 import peft
 import pytest
 import torch
-from adapted import changes, close, each_format, output, picture, put, same_bits
+from adapted import FORMATS, changes, close, output, picture, put, same_bits
 from models import FAMILIES, each_family
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
@@ -375,7 +375,7 @@ def test_rows_that_are_no_beams_are_refused(rows):
 # Sums
 
 
-@each_format
+@pytest.mark.parametrize("decomposition", [*FORMATS, "layer in.1 a, in.2 a b, matrix head out b"])
 def test_a_weighted_sum_is_exact(decomposition, tmp_path):
     model = second(wrapped(decomposition=decomposition, alpha=0.5), decomposition=decomposition)
     with warnings.catch_warnings():

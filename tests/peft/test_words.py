@@ -60,6 +60,25 @@ def test_words_of_a_lora_are_explained(word, message):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": {"r": "8"}},
+        {"rank": {1: 8}},
+        {"rank": True},
+        {"ranks": {"layers": {"r": 2.5}}},
+        {"ranks": {"layers": 2}},
+        {"trainable_token_indices": {"embed_tokens": "12"}},
+        {"layers_to_transform": ["1"]},
+        {"modules_to_save": "lm_head"},
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_refused_also_within_a_mapping(fields):
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(fields))} "):
+        LortaConfig(**fields)
+
+
+@pytest.mark.parametrize(
     "line", ["import lortalib.peft", "import lortalib; lortalib.peft.LortaConfig"]
 )
 def test_without_peft_the_extra_is_named(line):

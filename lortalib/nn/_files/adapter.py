@@ -48,12 +48,14 @@ def save(
         state: the whole state of the model, if this process saves alone what is divided over several.
         model: the model of an adapter that is on none.
         beside: the function that writes each further file, by file name. All files are replaced together.
+            Only the folder of a bank has further files.
 
     Returns:
         The folder.
 
     Raises:
         OSError: the folder cannot be written. A file that was there stays unchanged.
+        AdapterFileError: the folder is that of a bank, and ``beside`` is not given.
         ValueError: a factor, or a value of a trained module, is on the meta device, NaN or infinite; or is
             divided, and ``state`` does not have it.
         RuntimeError: the adapter was removed from its model.

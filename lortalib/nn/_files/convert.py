@@ -37,8 +37,8 @@ def convert(
         FileNotFoundError: there is no adapter in ``folder``.
         FileExistsError: ``out`` holds an adapter already.
         AdapterFileError: the file is damaged.
-        ValueError: PEFT cannot hold the adapter (packed experts, weights that are read directly, a shared
-            factor, a decomposition without a name).
+        ValueError: PEFT cannot hold the adapter (several tasks, packed experts, weights that are read
+            directly, a shared factor, a decomposition without a name).
 
     Example:
         >>> import tempfile, lortalib

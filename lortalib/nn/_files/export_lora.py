@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+}
+#: The names of the modules that PEFT trains besides a LoRA for a task, and looks for in its file.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 
 
@@ -96,7 +102,7 @@ def export_lora(
     check_numbers(tensors, f"adapter {adapter.name!r} was not exported")
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": _task(model),
+        "task_type": _task(model, trained_modules),
         "base_model_name_or_path": base_model
         or getattr(getattr(model, "config", None), "_name_or_path", None)
         or None,
@@ -157,15 +163,18 @@ def _fill(pair: Tensor, rank: int) -> Tensor:
     return pad(pair, (0, 0, 0, rank - len(pair)))
 
 
-def _task(model: nn.Module | None) -> str | None:
-    """Return PEFT's name for the task of the model."""
+def _task(model: nn.Module | None, trained: Collection[str]) -> str | None:
+    """Return PEFT's name for the task of the model; None if PEFT would look for a head that did not train."""
     if model is None:
         return None
     name = type(model).__name__
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if both and name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM"
-    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), "")
+    heads = _HEADS.get(task, ())
+    expected = [path for path in named_modules(model) if path.rpartition(".")[2] in heads]
+    return task or None if set(expected) <= set(trained) else None
 
 
 def _targets(paths: Sequence[str], model: nn.Module | None) -> list[str]:

@@ -7,6 +7,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from ...decomp import Network
 from .._adapter import Adapter
 from .._sharded import divided_like
 from .adapter import read
@@ -55,25 +56,21 @@ def _pairs(
     """Return each parameter of an adapter beside its saved value."""
     theirs, ours = saved.all_networks(), adapter.all_networks()
     for name in theirs.keys() | ours.keys():
-        one, other = ours.get(name), theirs.get(name)
-        if (
-            one is None
-            or other is None
-            or (str(one.legs), one.sizes)
-            != (
-                str(other.legs),
-                other.sizes,
-            )
-        ):
+        here, in_file = _form(ours.get(name)), _form(theirs.get(name))
+        if here != in_file:
             raise AdapterFileError(
                 f"the adapter in {folder} does not fit adapter {adapter.name!r}: network {name!r} is\n"
-                f"    {other and (str(other.legs), dict(other.sizes))}\nin the file, and here\n"
-                f"    {one and (str(one.legs), dict(one.sizes))}\n"
+                f"    {in_file}\nin the file, and here\n    {here}\n"
                 "Apply the adapter with the arguments of the saved one"
             )
     return [
         pair for name, network in ours.items() for pair in zip(network.stored, theirs[name].stored)
     ]
+
+
+def _form(network: Network | None) -> tuple[str, dict[str, int]] | None:
+    """Return the line of a network and the size of every leg in it; None where there is no network."""
+    return None if network is None else (str(network.legs), dict(network.sizes))
 
 
 def _shapes(values: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

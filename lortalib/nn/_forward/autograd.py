@@ -52,24 +52,24 @@ def matrices(
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         counts: list[int] = []
         return counts, MakePairs.apply(how, dtype, device, counts, *parameters)
-    return _rows(how, dtype, device, parameters)
+    return _contracted(how, dtype, device, parameters)
 
 
-def _rows(
+def _contracted(
     how: Contraction, dtype: torch.dtype, device: torch.device, parameters: Sequence[Tensor]
 ) -> tuple[list[int], tuple[Tensor, ...]]:
     # Contiguous, so that the products with A and B read memory in order.
     made = [
         tensor.to(device, dtype).contiguous() for tensor in how.contract(how.spread(parameters))
     ]
-    rows = [row for tensor in made for row in _by_layer(tensor, how.layers)]
-    return [t.shape[1] for t in made], tuple(rows)
+    found = [matrix for tensor in made for matrix in _by_layer(tensor, how.layers)]
+    return [t.shape[1] for t in made], tuple(found)
 
 
 def _by_layer(tensor: Tensor, layers: int) -> Sequence[Tensor]:
     """List the matrices of every layer. Layers that are alike have views of one memory."""
     if len(tensor) == 1 and tensor.shape[1] > 1:  # flattened, they would be copied
-        return [row for _ in range(layers) for row in tensor[0].unbind()]
+        return [matrix for _ in range(layers) for matrix in tensor[0].unbind()]
     return _every(tensor, layers).flatten(0, 1).unbind()
 
 
@@ -93,10 +93,9 @@ class MakePairs(Function):
         ctx.how, ctx.parameters = how, parameters
         ctx.versions = [p._version for p in parameters]
         ctx.set_materialize_grads(False)
-        found, rows = _rows(how, dtype, device, parameters)
-        counts.extend(found)
-        ctx.counts = found
-        return rows
+        ctx.counts, found = _contracted(how, dtype, device, parameters)
+        counts.extend(ctx.counts)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -112,24 +111,25 @@ class MakePairs(Function):
         trained = [k for k, p in enumerate(parameters) if p.requires_grad]
         given = iter(gradients)
         layers = range(how.layers)
-        rows = [[[next(given) for _ in range(n)] for _ in layers] for n in ctx.counts]
-        used = [layer for layer in layers if any(_any(row[layer]) for row in rows)]
-        none: list[Tensor | None] = [None] * len(parameters)
+        # By tensor of the contraction, layer and matrix.
+        of_matrices = [[[next(given) for _ in range(n)] for _ in layers] for n in ctx.counts]
+        used = [layer for layer in layers if any(_any(each[layer]) for each in of_matrices)]
+        of_parameters: list[Tensor | None] = [None] * len(parameters)
         if not used:
-            return None, None, None, None, *none
+            return None, None, None, None, *of_parameters
         with torch.enable_grad():
             # Views keep hooks on the parameters from seeing this inner gradient besides the outer one.
             aliases = [p.view_as(p) for p in parameters]
             tensors = how.of_layers(how.spread(aliases), used)
             made = [_every(t, len(used)) for t in how.contract(tensors)]
         outputs, upstream = [], []
-        for tensor, row in zip(made, rows):
-            if tensor.requires_grad and any(_any(row[layer]) for layer in used):
+        for tensor, each in zip(made, of_matrices):
+            if tensor.requires_grad and any(_any(each[layer]) for layer in used):
                 outputs.append(tensor)
-                flat = [gradient for layer in used for gradient in row[layer]]
+                flat = [gradient for layer in used for gradient in each[layer]]
                 upstream.append(_stack(flat, tensor))
         if not outputs:
-            return None, None, None, None, *none
+            return None, None, None, None, *of_parameters
         found = torch.autograd.grad(
             outputs,
             [aliases[k] for k in trained],
@@ -138,8 +138,8 @@ class MakePairs(Function):
             allow_unused=True,
         )
         for k, gradient in zip(trained, found):
-            none[k] = gradient
-        return None, None, None, None, *none
+            of_parameters[k] = gradient
+        return None, None, None, None, *of_parameters
 
 
 def _every(tensor: Tensor, layers: int) -> Tensor:
@@ -147,12 +147,12 @@ def _every(tensor: Tensor, layers: int) -> Tensor:
     return tensor.expand(layers, *tensor.shape[1:])
 
 
-def _any(row: Sequence[Tensor | None]) -> bool:
-    return any(gradient is not None for gradient in row)
+def _any(gradients: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in gradients)
 
 
-def _stack(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def _stack(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Stack gradients in the shape and dtype of a tensor; a missing gradient becomes zeros."""
-    zero = next(row for row in rows if row is not None).new_zeros(like.shape[2:])
-    found = torch.stack([zero if row is None else row for row in rows])
+    zero = next(each for each in gradients if each is not None).new_zeros(like.shape[2:])
+    found = torch.stack([zero if each is None else each for each in gradients])
     return found.to(like.device, like.dtype).view(like.shape)

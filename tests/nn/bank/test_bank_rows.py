@@ -1,6 +1,7 @@
 """Rows of a batch, each with an adapter of its own: what they compute."""
 
 import contextvars
+import gc
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lortalib
 from lortalib.nn import adapters
+from lortalib.nn._bank import BatchTensors
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert", "Conv1D", "T5", "ViT", "Qwen3"])
@@ -35,6 +37,19 @@ def test_outside_a_context_and_after_removal_the_model_is_its_own():
     assert torch.equal(rows_of(model, bank, [None, None], inputs), before)
     bank.remove()
     assert changes(look, picture(model)) == []
+
+
+def test_what_rows_gathered_is_freed_with_their_context():
+    def alive():
+        gc.collect()
+        return sum(type(each) is BatchTensors for each in gc.get_objects())
+
+    model, inputs = small_llama(), prompts()
+    bank, before = filled(model), alive()
+    rows_of(model, bank, [0, 1], inputs)
+    with bank.using([0, None]), bank.using([1, 2]):
+        output(model, inputs)
+    assert alive() == before
 
 
 def test_generation_with_beams_padding_and_several_sequences():

@@ -155,6 +155,11 @@ def test_the_chosen_task_is_merged_and_taken_out_again(line):
     assert close(output(model, inputs), expected, 1e-10)  # no choice is needed
     with pytest.raises(ValueError, match=r"is merged.*unmerge"), adapter.using("b"):
         pass
+    merged = output(model, inputs)
+    with adapter.disabled():
+        assert all(torch.equal(weights[k], bits(p)) for k, p in model.named_parameters())
+    assert adapter.merged
+    assert same_bits(output(model, inputs), merged)
     adapter.unmerge()
     assert all(torch.equal(weights[k], bits(p)) for k, p in model.named_parameters())
     with adapter.using("b"):
@@ -247,6 +252,13 @@ def test_one_task_cannot_be_changed_under_the_others(default):
         lortalib.nn.change_rank(adapter, optimizer, 3)
     with unchanged(model), pytest.raises(ValueError, match=r"aligning it would change one task"):
         lortalib.nn.align_to_gradient(model, [inputs_of(FAMILIES[0])])
+
+
+def test_no_folder_of_peft_holds_tasks(tmp_path):
+    folder = adapted(model_of()).save(tmp_path / "tasks")
+    with pytest.raises(ValueError, match=r"tasks 'a', 'b', 'c'.*adapter\.task"):
+        lortalib.nn.convert(folder, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_projections_whose_rows_cannot_differ_are_refused_and_nothing_stays():
