@@ -12,22 +12,21 @@
 Requests join the running batch of transformers' continuous batching when they come, whatever adapters they
 name (serve_engine.py); the model ``base`` is the one without an adapter. Of OpenAI's options there are
 max_tokens, temperature, top_p, seed, stop and stream; a prompt is a text, or a list of token ids. The server
+gives up a request whose client leaves, and refuses one that is larger than its room for tokens (--room). It
 listens on the loopback, and whoever reaches it can let it load folders: keep it behind one that knows users.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, count
+from itertools import count
 from typing import Any
-from urllib.parse import unquote
 
 from serve_engine import Engine, Request
 from serve_forms import ChatCompletions, Completions, Piece
+from serve_http import HasGone, HttpError, JsonServer, take, take_number
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lortalib
@@ -35,16 +34,8 @@ import lortalib
 BASE = "base"
 
 
-class HttpError(Exception):
-    """An answer with an error status, as OpenAI's servers give it."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Server(ThreadingHTTPServer):
-    """Listens on the loopback and gives requests to an engine.
+class Server(JsonServer):
+    """Gives requests to an engine.
 
     Args:
         engine: the engine.
@@ -52,18 +43,25 @@ class Server(ThreadingHTTPServer):
         port: the port; 0 for any that is free.
     """
 
-    daemon_threads = True
-    request_queue_size = 1024
-
     def __init__(self, engine: Engine, tokenizer: Any, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(port)
         self.engine, self.tokenizer, self.numbers = engine, tokenizer, count()
+        self.gets = {"/v1/models": self.models}
+        self.posts = {
+            "/v1/completions": self.complete,
+            "/v1/chat/completions": self.chat,
+            "/v1/adapters": self.add,
+        }
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    def complete(
+        self, body: dict[str, Any], has_gone: HasGone
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer POST /v1/completions."""
-        return self._answer(body, self.token_ids(body.get("prompt")), Completions())
+        return self._answer(body, has_gone, self.token_ids(body.get("prompt")), Completions())
 
-    def chat(self, body: dict[str, Any]) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    def chat(
+        self, body: dict[str, Any], has_gone: HasGone
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answer POST /v1/chat/completions."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise HttpError(400, "the tokenizer has no chat template; use /v1/completions")
@@ -74,10 +72,10 @@ class Server(ThreadingHTTPServer):
         except Exception as error:  # templates raise what they like
             raise HttpError(400, f"the messages do not fit the chat template: {error}") from error
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._answer(body, ids, ChatCompletions())
+        return self._answer(body, has_gone, ids, ChatCompletions())
 
     def _answer(
-        self, body: dict[str, Any], ids: list[int], form: Completions
+        self, body: dict[str, Any], has_gone: HasGone, ids: list[int], form: Completions
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         if take(body, "n", int, 1) != 1:
             raise HttpError(400, "this server gives one answer: n must be 1")
@@ -85,9 +83,11 @@ class Server(ThreadingHTTPServer):
         head = {"id": f"cmpl-{next(self.numbers)}", "model": take(body, "model", str, BASE)}
         in_parts = take(body, "stream", bool, False)
         try:
-            pieces = self._pieces(request, self.engine.answer(request), stop)
+            pieces = self._pieces(request, self.engine.answer(request, has_gone), stop)
         except KeyError:
             raise HttpError(404, unknown(head["model"])) from None
+        except ValueError as error:
+            raise HttpError(400, str(error)) from error
         if in_parts:
             return ({**head, **form.chunk(piece)} for piece in pieces)
         *parts, last = pieces
@@ -112,8 +112,8 @@ class Server(ThreadingHTTPServer):
             ids,
             adapter if colon else None,
             length,
-            float(take(body, "temperature", (int, float), 1.0)),
-            float(take(body, "top_p", (int, float), 1.0)),
+            take_number(body, "temperature", 1.0),
+            take_number(body, "top_p", 1.0),
             seed,
         )
         positions = getattr(self.engine.model.config, "max_position_embeddings", None)
@@ -158,7 +158,7 @@ class Server(ThreadingHTTPServer):
             raise HttpError(400, f"token ids are integers from 0 to {size - 1}")
         return prompt
 
-    def add(self, body: dict[str, Any]) -> dict[str, Any]:
+    def add(self, body: dict[str, Any], has_gone: HasGone) -> dict[str, Any]:
         """Answer POST /v1/adapters."""
         name, path = take(body, "name", str), take(body, "path", str)
         if not name:
@@ -201,101 +201,6 @@ def stop_texts(body: dict[str, Any]) -> list[str]:
     if not isinstance(stop, list) or not all(isinstance(each, str) and each for each in stop):
         raise HttpError(400, f"'stop' must be a text or a list of texts; found {stop!r}")
     return stop
-
-
-def take(body: dict[str, Any], key: str, kinds: Any, default: Any = ...) -> Any:
-    """Return a field of a request; an error says which is missing or of another type."""
-    value = body.get(key)
-    if value is None and default is not ...:
-        return default
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if type(value) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise HttpError(400, f"{key!r} must be of the type {names}; found {value!r}")
-    return value
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Reads JSON and writes JSON, or events of JSON."""
-
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        """Answer a GET."""
-        self._answer({"/v1/models": self.server.models})
-
-    def do_POST(self) -> None:
-        """Answer a POST."""
-        routes = {
-            "/v1/completions": self.server.complete,
-            "/v1/chat/completions": self.server.chat,
-            "/v1/adapters": self.server.add,
-        }
-        self._answer({path: lambda call=call: call(self._body()) for path, call in routes.items()})
-
-    def do_DELETE(self) -> None:
-        """Answer a DELETE."""
-        folder, _, name = self.path.rpartition("/")
-        known = folder == "/v1/adapters" and name
-        self._answer({self.path: lambda: self.server.delete(unquote(name))} if known else {})
-
-    def _body(self) -> dict[str, Any]:
-        try:
-            length = max(0, int(self.headers.get("Content-Length", 0)))
-            body = json.loads(self.rfile.read(length))
-        except ValueError as error:
-            raise HttpError(400, f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise HttpError(400, "the body must be a JSON object")
-        return body
-
-    def _answer(self, routes: dict[str, Any]) -> None:
-        status = 200
-        try:
-            if self.path not in routes:
-                self.close_connection = True  # with a body that nobody reads
-                raise HttpError(404, f"there is no {self.command} {self.path}")
-            found = routes[self.path]()
-            # A generator that has not begun cannot give its request up.
-            first = next(found) if isinstance(found, Iterator) else None
-        except HttpError as error:
-            status, found = error.status, {"error": {"message": str(error), "code": error.status}}
-        except Exception as error:
-            status, found = 500, {"error": {"message": repr(error), "code": 500}}
-        if isinstance(found, Iterator):
-            self._stream(first, found)
-        else:
-            self._send(status, json.dumps(found).encode())
-
-    def _send(self, status: int, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def _stream(self, first: Any, chunks: Iterator[dict[str, Any]]) -> None:
-        """Write server-sent events, and close the connection: nobody knows the length before."""
-        self.close_connection = True
-        try:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            for chunk in chain([first], chunks):
-                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
-        except OSError:  # the client has gone
-            chunks.close()  # type: ignore[attr-defined]
-        except Exception as error:
-            found = {"error": {"message": repr(error), "code": 500}}
-            self.wfile.write(f"data: {json.dumps(found)}\n\n".encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing."""
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
@@ -72,7 +72,11 @@ class Catalogue:
 
     def adapter(self, name: str) -> Adapter:
         """Copy an adapter out; KeyError if there is none."""
-        return self.bank.adapter(self._current[name])
+        number = self.acquire(name)
+        try:
+            return self.bank.adapter(number)
+        finally:
+            self.release(number)
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._current))
@@ -101,7 +105,6 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     version: int | None = field(default=None, init=False)
-    stopped: bool = field(default=False, init=False)
     updates: queue.Queue[Any] = field(default_factory=queue.Queue, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -143,12 +146,13 @@ class Engine:
         self._numbers = count()
         self._context: AbstractContextManager[Any] | None = None
         page = 32
+        self.room = room // page * page
         self._manager = model.init_continuous_batching(
             # The hook behind the forward draws, and the manager takes the largest score.
             GenerationConfig(do_sample=False, eos_token_id=self.ends, pad_token_id=self.ends[0]),
             ContinuousBatchingConfig(
                 page_size=page,
-                num_blocks=room // page,
+                num_blocks=self.room // page,
                 max_batch_tokens=width,
                 allow_block_sharing=False,  # the keys of a prefix differ between adapters
                 use_async_batching=False,  # hooks are called in Python, for the batch that is next
@@ -159,20 +163,37 @@ class Engine:
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        self._manager.warmup()  # makes the scheduler
+        self._scheduler = self._manager.batch_processor.scheduler
+        self._clear_cancelled = self._scheduler.clear_cancelled_requests
+        self._scheduler.clear_cancelled_requests = self._give_up
         self._manager.start()
         self._reader = threading.Thread(target=self._deliver, daemon=True)
         self._reader.start()
 
-    def answer(self, request: Request) -> Iterator[tuple[list[int], bool]]:
+    def answer(
+        self, request: Request, has_gone: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[list[int], bool]]:
         """Answer a request, which is submitted at once.
 
         The iterator gives the tokens so far, without the end, and whether these are all. If it is closed
         early, the engine gives the request up.
 
+        Args:
+            request: the request.
+            has_gone: whether nobody waits any more; the iterator then raises ConnectionAbortedError.
+
         Raises:
             KeyError: there is no such adapter.
+            ValueError: the engine has not the room for so many tokens.
             RuntimeError: the engine failed, or was closed.
         """
+        # The last token is not read again, so it needs no room.
+        if len(request.ids) + request.length - 1 > self.room:
+            raise ValueError(
+                f"{len(request.ids)} tokens of the prompt and {request.length} new ones are more than this "
+                f"server's room for {self.room}"
+            )
         if request.adapter is not None:
             request.version = self.adapters.acquire(request.adapter)
         name = str(next(self._numbers))
@@ -181,20 +202,40 @@ class Engine:
         if self._manager.add_request(request.ids, request_id=name, **options) is None:
             self._finish(name)
             raise RuntimeError("the engine takes no more requests")
-        return self._updates(request)
+        return self._updates(name, request, has_gone)
 
-    def _updates(self, request: Request) -> Iterator[tuple[list[int], bool]]:
+    def _updates(
+        self, name: str, request: Request, has_gone: Callable[[], bool]
+    ) -> Iterator[tuple[list[int], bool]]:
+        done = False
         try:
-            done = False
             while not done:
-                output = request.updates.get()
+                if has_gone():
+                    raise ConnectionAbortedError("nobody waits for the answer")
+                alive = self._reader.is_alive()
+                try:
+                    output = request.updates.get(timeout=0.2)
+                except queue.Empty:
+                    if alive:
+                        continue
+                    raise RuntimeError("the engine has stopped") from None
                 done = output.is_finished()
                 if output.error is not None:
                     raise RuntimeError(output.error)
                 tokens = output.generated_tokens
                 yield tokens[:-1] if tokens and tokens[-1] in self.ends else tokens, done
         finally:
-            request.stopped = True
+            if not done:
+                self._manager.cancel_request(name)
+
+    def _give_up(self) -> list[Any]:
+        """Take cancelled requests out of the scheduler, between two forwards, and let their adapters go."""
+        given_up: list[Any] = self._clear_cancelled()
+        for state in given_up:
+            self._finish(state.request_id)
+        if given_up:  # there is room again, as when a request is done
+            self._scheduler.block_new_requests = False
+        return given_up
 
     def close(self) -> None:
         """Answer what was submitted, then stop; the model has no hooks of the engine afterwards."""
@@ -210,9 +251,11 @@ class Engine:
             running = self._manager.is_running()
             output = self._manager.get_result(timeout=0.1)
             if output is not None:
-                self._running[output.request_id].updates.put(output)
-                if output.is_finished():
-                    self._finish(output.request_id)
+                request = self._running.get(output.request_id)
+                if request is not None:  # else it was given up
+                    request.updates.put(output)
+                    if output.is_finished():
+                        self._finish(output.request_id)
             elif not running:
                 return
 
@@ -248,7 +291,5 @@ class Engine:
         for request, place in zip(drawing, places):
             row = logits[0, place]
             row.copy_(request.scores(row))
-            if request.stopped:  # nobody waits: the end is its next token
-                row[self.ends[0]] = torch.inf
         output.logits = logits
         return output

@@ -1,130 +1,26 @@
 """The server of examples/serve.py under load: nothing is mixed up, nothing is lost."""
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
 
 import pytest
 import torch
 from adapted import put
-from banks import random_stack
 from hypothesis import given
 from hypothesis import strategies as st
 from serve import Server
-from serve_engine import Engine, Request
-from transformers import LlamaConfig, LlamaForCausalLM
+from serve_engine import Request
+from served import Letters, Running, alone, random_tensors, tiny
 
 import lortalib
 
 ADAPTERS, REQUESTS = 100, 200
 
 
-class Letters:
-    """A tokenizer of letters."""
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
-
-    chat_template = None
-
-    def decode(self, tokens, skip_special_tokens=False):
-        return " ".join(map(str, tokens))
-
-
-def tiny():
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
-
-
-class Running:
-    """A server in a thread, and a client."""
-
-    def __init__(self, shared=("in", "out"), room=4096, width=1024):
-        self.model = tiny()
-        options = {"shared": shared, "dtype": torch.float64}
-        self.bank = lortalib.nn.bank(self.model, "indscal", 4, **options)
-        self.engine = Engine(self.model, self.bank, [0], room=room, width=width)
-        self.adapters = self.engine.adapters
-        self.server = Server(self.engine, Letters())
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-        self.engine.close()
-
-    def ask(self, method, path, body=None):
-        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=120)
-        try:
-            data = None if body is None else json.dumps(body)
-            connection.request(method, path, data)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-        finally:
-            connection.close()
-
-    def complete(self, model, prompt, length=5, **options):
-        body = {"model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, **options}
-        status, found = self.ask("POST", "/v1/completions", body)
-        assert status == 200, found
-        return found["choices"][0]["token_ids"]
-
-    def events(self, path, body):
-        """The events of a streamed answer."""
-        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=120)
-        try:
-            connection.request("POST", path, json.dumps({"stream": True, **body}))
-            answer = connection.getresponse()
-            assert answer.getheader("Content-Type") == "text/event-stream"
-            lines = answer.read().decode().split("\n\n")
-        finally:
-            connection.close()
-        assert lines[-2:] == ["data: [DONE]", ""]
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-
-    def rest(self):
-        """Wait until no request is left."""
-        while self.engine._running:
-            time.sleep(0.01)
-
-
-def random_tensors(bank, seed):
-    stack = random_stack(bank, 1, seed)
-    return {name: [tensor[0] for tensor in tensors] for name, tensors in stack.items()}
-
-
 def prompt_of(k):
     draw = torch.Generator().manual_seed(k)
     return torch.randint(1, 60, (3 + k % 5,), generator=draw).tolist()
-
-
-def alone(running, adapter, prompt, length=5):
-    """The answer of an ordinary adapter on a model without a bank."""
-    model = LlamaForCausalLM(running.model.config).double().eval()
-    model.load_state_dict(running.model.state_dict())
-    if adapter is not None:
-        own = put(model, "indscal", 4, dtype=torch.float64)
-        own.networks.load_state_dict(adapter.networks.state_dict())
-    out = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=length,
-        do_sample=False,
-        eos_token_id=[0],
-        pad_token_id=0,
-    )
-    tokens = out[0, len(prompt) :].tolist()
-    return tokens[: tokens.index(0)] if 0 in tokens else tokens
 
 
 @pytest.mark.parametrize("shared", [("in", "out"), ()], ids=["shared", "own"])
@@ -340,7 +236,7 @@ def test_an_answer_ends_before_a_stop_text_and_its_request_is_given_up():
             assert found[-1]["finish_reason"] == "stop"
         running.rest()
         assert len(tokens) < 50
-        stream = running.server.complete({**body, "stream": True})
+        stream = running.server.complete({**body, "stream": True}, lambda: False)
         next(stream)
         stream.close()
         running.rest()

@@ -95,24 +95,14 @@ def score(model: nn.Module, language: str) -> float:
         return loss(model, rows_of(language)["test"]).mean().item()
 
 
-def train_cp(languages: Sequence[str], rate: float, steps: int, folder: Path, shared: Any) -> Any:
-    """Train a CP adapter; return the model with it."""
+def train_cp(
+    languages: Sequence[str], rate: float, steps: int, folder: Path, **options: Any
+) -> Any:
+    """Train a CP adapter made with further options; return the model with it."""
     model = base()
     draw = torch.Generator().manual_seed(0)
-    adapter = lortalib.nn.apply(model, "cp", RANK, shared=shared, generator=draw)
+    adapter = lortalib.nn.apply(model, "cp", RANK, generator=draw, **options)
     learn(model, batches(languages), rate, steps)
-    adapter.save(folder)
-    return model
-
-
-def train_on(sides: Path, language: str, rate: float, folder: Path) -> Any:
-    """Train an adapter further, except for what its line marks ``(shared)``; return the model with it."""
-    model = base()
-    adapter = lortalib.nn.load(model, sides)
-    for network in adapter.networks.values():
-        for term, tensor in zip(network.legs.terms, network.stored):
-            tensor.requires_grad_(not term.shared)
-    learn(model, batches([language]), rate, STEPS)
     adapter.save(folder)
     return model
 
@@ -157,7 +147,7 @@ class Study:
         folder = RUNS / "sides"
 
         def train() -> str:
-            train_cp(self.languages[::2], self.rate("own"), SIDE_STEPS, folder, SIDES)
+            train_cp(self.languages[::2], self.rate("own"), SIDE_STEPS, folder, shared=SIDES)
             return "trained"
 
         self.once("sides", train)
@@ -168,11 +158,13 @@ class Study:
         folder = RUNS / how / language
         if how == "lora":
             model = train_lora(language, rate, folder)
-        elif how == "continued":
-            model = train_on(self.sides(), language, rate, folder)
         else:
-            donor = lortalib.nn.load(base(), self.sides()) if how == "shared" else ()
-            model = train_cp([language], rate, STEPS, folder, donor)
+            options: dict[str, Any] = {}
+            if how != "own":
+                options["shared"] = donor = lortalib.nn.load(base(), self.sides())
+                if how == "continued":
+                    options["init"] = donor
+            model = train_cp([language], rate, STEPS, folder, **options)
         return score(model, language)
 
     def rate(self, how: str) -> float:

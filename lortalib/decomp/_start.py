@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._hashed import make_hashes
 from ._legs import Legs
@@ -128,7 +128,7 @@ def get_start(init: StartLike) -> Start:
     Raises:
         ValueError: an unknown name.
     """
-    if callable(init):
+    if callable(init) and not isinstance(init, nn.Module):  # every module looks callable
         return init
     if not isinstance(init, str) or init not in STARTS:
         raise ValueError(

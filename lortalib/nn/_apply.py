@@ -14,7 +14,7 @@ from ._adapter import Adapter
 from ._adapters import check_name, install
 from ._anatomy import MLP_ROLES, BlockRule, UnsupportedModelError
 from ._bank import Bank, check_rows
-from ._from_shared import on_shared
+from ._from_adapter import on_shared, start_from
 from ._lora_words import explains_lora_words
 from ._plan import Decomposition
 from ._plan_model import plan
@@ -34,7 +34,7 @@ def apply(
     dropout: float = 0.0,
     targets: Targets = "qkvo",
     layers: int | Iterable[int] | None = None,
-    init: StartLike = "invariant",
+    init: StartLike | Adapter = "invariant",
     gqa: str = "pool",
     acts_on: str | None = None,
     name: str = "default",
@@ -71,7 +71,9 @@ def apply(
             (or ``"all-linear"``), a list of module names, paths or roles, one regular expression that whole
             paths match, or a predicate on an attention `Site`.
         layers: only these layers of each stack; all by default.
-        init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable.
+        init: ``"invariant"``, ``"lorta"`` (the published start), ``"normal"``, or a callable. Or an `Adapter`
+            of the same networks, at a copy of whose values the new adapter starts, and so with its update;
+            ``bank.adapter("ann")`` is one, and so is `lortalib.nn.read` of a folder.
         gqa: with grouped queries, ``"pool"`` (a key/value head takes the mean of its query heads'
             slices) or ``"split"`` (k and v have a tensor of their own).
         acts_on: ``"weights"``: the updates are added to the weights. ``"stream"``: the tensor is
@@ -84,9 +86,10 @@ def apply(
         share_residual: let the networks of one stack with equal width and rank, such as those of attention
             and MLP, share one factor for ``in``, the residual stream.
         shared: an adapter or a `Bank` with parameters marked ``(shared)``: the new adapter has frozen copies
-            of these, and trains what is its own. Or legs, such as ``("in", "out")``: the parameters that
-            carry one of them are marked ``(shared)``, which matters to adapters and banks that take them
-            from this one. The networks must be those of the other: the same decomposition, rank, targets.
+            of these, and trains what is its own, from the start that ``init`` names. Or legs, such as
+            ``("in", "out")``: the parameters that carry one of them are marked ``(shared)``, which matters to
+            adapters and banks that take them from this one. The networks must be those of the other: the
+            same decomposition, rank, targets.
         tasks: names of tasks, for a decomposition with the mode ``task``, such as ``"metatt_41d"``, ``"cp"``
             or a line of legs. The adapter is then a `TaskAdapter`, and a forward uses the task that
             ``adapter.using("sst2")`` chooses; see docs/tasks.md. Not with ``dropout`` or ``shared``.
@@ -125,6 +128,10 @@ def apply(
     if isinstance(shared, (Adapter, Bank)):
         sharing = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
         shared = ()
+    if isinstance(init, Bank):
+        raise ValueError("a bank has no single adapter to start from: use init=bank.adapter(name)")
+    donor = init.snapshot() if isinstance(init, Adapter) else None
+    start = "normal" if isinstance(init, Adapter) else init
     planned = plan(
         model,
         decomposition,
@@ -133,7 +140,7 @@ def apply(
         dropout=dropout,
         targets=targets,
         layers=layers,
-        init=init,
+        init=start,
         gqa=gqa,
         acts_on=acts_on,
         share_residual=share_residual,
@@ -143,8 +150,10 @@ def apply(
         generator=generator,
         dtype=dtype,
     )
+    if donor is not None:
+        planned = start_from(planned, donor)
     if sharing is not None:
-        planned = on_shared(planned, sharing, init, generator)
+        planned = on_shared(planned, sharing, start if donor is None else None, generator)
     for site in planned.sites if planned.tasks else ():
         check_rows(model, site)
     paths = find_modules(model, train_also, (site.path for site in planned.sites))

@@ -41,6 +41,12 @@ class Group:
         return frozenset(self.sites)
 
     @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the tensor means: groups of equal meaning turn equal tensors into equal updates."""
+        keys = [site.key for site in self.sites]
+        return self.heads, self.layers, self.roles, self.on_stream, keys
+
+    @property
     def shape(self) -> Shape:
         """The shape of the group's tensor."""
         site = self.sites[0]

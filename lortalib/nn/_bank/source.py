@@ -188,7 +188,7 @@ class SourceReader:
         """
         for group in groups:
             own = self._groups.get(group.name)
-            if own is None or _meaning(group) != _meaning(own):
+            if own is None or group.meaning != own.meaning:
                 raise ValueError(
                     f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
                     "make the bank with the adapter's targets, layers and gqa"
@@ -328,12 +328,6 @@ def check_name(name: Hashable) -> None:
     """
     if name is None:
         raise ValueError("None stands for rows without an adapter; give the adapter another name")
-
-
-def _meaning(group: Group) -> tuple[object, ...]:
-    """Describe a group such that two descriptions are equal if equal tensors make equal updates."""
-    keys = [site.key for site in group.sites]
-    return group.heads, group.layers, group.roles, group.on_stream, keys
 
 
 def _wide(tensor: Tensor) -> Tensor:
