@@ -14,6 +14,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .._stacklevel import outside
 from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site, plain_name
@@ -204,7 +205,7 @@ class AdapterHost(AdapterDict):
                 f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
                 "hooks are gone, so that backward would repeat the forward of the base, with other "
                 "gradients. Call backward() first, or drop what the forward returned",
-                stacklevel=3,
+                stacklevel=outside(),
             )
         kept_merged = False
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Union, overload
 import torch
 from torch import nn
 
+from .._kinds import DEVICE, FLAG, GENERATOR, takes
 from ..decomp import Rank, RankTable, StartLike
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
 from ._budget import budget_of_sites
@@ -16,6 +17,7 @@ from ._lora_words import explains_lora_words
 from ._meta_model import as_model
 from ._plan import Decomposition, Device, Plan, check_whole, execution_device, plan_sites
 from ._targets import Targets, choose_sites, find_candidates
+from ._task_lines import check_task_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,6 +69,7 @@ def plan(
 
 
 @explains_lora_words
+@takes(share_residual=FLAG, generator=GENERATOR, device=DEVICE)
 def plan(  # type: ignore[misc]
     model: ModelLike,
     decomposition: Decomposition | Sequence[str] | None = None,
@@ -121,6 +124,7 @@ def plan(  # type: ignore[misc]
 
     Raises:
         UnsupportedModelError: the model's attention was not found, or only in part.
+        TypeError: an argument of another kind.
         ValueError: a bad argument, or targets that choose no projection.
 
     Example:
@@ -140,6 +144,7 @@ def plan(  # type: ignore[misc]
     """
     model = check_model(as_model(model))
     check_settings(alpha, dropout, init, acts_on)
+    tasks = check_task_names(tasks)
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
@@ -165,7 +170,7 @@ def plan(  # type: ignore[misc]
         shared=shared,
         tasks=tasks,
         generator=generator,
-        device=device or (lambda site: _device_of(model, site)),
+        device=(lambda site: _device_of(model, site)) if device is None else device,
         dtype=dtype,
     )
 
