@@ -16,9 +16,12 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-#: Packages that others may only use by public names; torch facts, tables and the version are everybody's.
+#: Packages that others may only use by public names; what belongs to none of them is for all.
 PACKAGES = ("decomp", "nn", "peft", "plot", "cli")
-COMMON = {"lortalib._columns", "lortalib._stacklevel", "lortalib._torch", "lortalib._version"}
+COMMON = {
+    f"lortalib.{name}"
+    for name in ("_columns", "_kinds", "_numbers", "_stacklevel", "_torch", "_version")
+}
 
 
 def module_of(name, node):

@@ -74,8 +74,14 @@ def _told_of(name: str) -> Iterator[None]:
 
 def _checked(name: str) -> str:
     path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"there is no folder {name}; give a folder of a model, or a name on the hub, user/name"
+        )
     if path.exists() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no config.json: it is no folder of a model")
+        raise FileNotFoundError(
+            f"{name} holds no config.json: it is no folder of a model. Give one"
+        )
     return name
 
 

@@ -48,6 +48,10 @@ class Output:
     def error(self, error: BaseException) -> None:
         """Print an error's message, without a traceback."""
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        if isinstance(error, OSError) and error.strerror and error.filename:  # of the system itself
+            text = (
+                f"{error.filename}: {error.strerror}. Give another path, or change its permissions"
+            )
         text = text.strip() or type(error).__name__
         if self.machine:
             print(json.dumps({"error": text, "kind": type(error).__name__}))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
+from torch import Tensor
+
+from .._kinds import Kind
 from ._tensor_network import TensorNetwork
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+#: The kind of an argument that is a network.
+NETWORK = Kind(
+    "a network, such as cp(shape, rank) makes", lambda value: isinstance(value, TensorNetwork)
+)
 
 
 def takes_network(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,29 +62,20 @@ def check_finite(net: TensorNetwork, what: str) -> None:
             )
 
 
-def check_number(
-    name: str, value: Any, *, least: float, is_integer: bool = False, above: bool = False
-) -> None:
-    """Refuse an argument that is no number, or too small, or not finite.
+def check_values(tensors: Iterable[Tensor], what: str) -> None:
+    """Refuse tensors on the meta device, which have shapes alone.
 
     Args:
-        name: the name of the argument.
-        value: what was given.
-        least: the smallest number allowed.
-        is_integer: whether only integers are allowed.
-        above: whether ``least`` itself is not allowed.
+        tensors: the tensors.
+        what: what is to be computed, for the error message.
 
     Raises:
-        TypeError: no number, or no integer.
-        ValueError: a number out of range.
+        ValueError: a tensor is on the meta device.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral if is_integer else Real):
-        kind = "an integer" if is_integer else "a number"
-        raise TypeError(f"{name} must be {kind}; found {value!r}")
-    number = float(value)
-    if not (number > least if above else number >= least) or not math.isfinite(number):
-        bound = f"above {least}" if above else f"at least {least}"
-        raise ValueError(f"{name} must be finite and {bound}; found {value!r}")
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            f"a tensor on the meta device has no numbers, and {what} needs them; make it on another device"
+        )
 
 
 def check_ranks(rank: Any) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Union
 
+from .._kinds import TEXTS, takes
 from ._formats import Format, formats, get_format
 from ._full import check_full
 from ._legs import Legs
@@ -19,6 +20,7 @@ from ._rank_table import RankRow, RankTable
 Shapes = Union[ShapeLike, Sequence[Mapping[str, int]]]
 
 
+@takes(lines=TEXTS.or_none)
 def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -> RankTable:
     """List, for each format, the ranks whose trainable parameters come closest to a budget from below.
 
@@ -60,6 +62,10 @@ def budget(shape: Shapes, parameters: int, lines: Iterable[str] | None = None) -
 
 
 def _shapes(shape: Shapes) -> list[Shape]:
+    if not isinstance(shape, Iterable):
+        raise TypeError(
+            f"a shape must be a tuple or a mapping, or a list of these; found {shape!r}"
+        )
     several = not isinstance(shape, Mapping) and all(isinstance(each, Mapping) for each in shape)
     found = [Shape(each) for each in shape] if several else [Shape(shape)]  # type: ignore
     if not found:

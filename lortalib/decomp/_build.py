@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Union
+from typing import Union, cast
 
 import torch
 from torch import Tensor
 
+from .._kinds import DEVICE, GENERATOR, is_integer
 from .._stacklevel import outside
 from ._full import check_full
 from ._hashed import make_hashes, start_vectors
@@ -34,6 +35,8 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> Network:
     """Make the network that a parsed line describes; see `network` for arguments and errors."""
+    GENERATOR.check("generator", generator)
+    DEVICE.check("device", device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype; found {dtype!r}")
     legs.check(shape.modes)
@@ -42,6 +45,7 @@ def build(
     sizes = {**shape, **_ranks(legs, shape, rank)}
     legs.check_tied_sizes(sizes)
     check_full(legs, sizes, modes)
+    _check_sizes(legs, sizes)
     hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
     tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
     if callable(init):
@@ -50,6 +54,21 @@ def build(
     target = torch.device(device) if device is not None else torch.get_default_device()
     made = [t.to(target, dtype).contiguous() for t in tensors]
     return Network(legs, [made[holder] for holder in legs.holders], modes, sizes=sizes)
+
+
+def _check_sizes(legs: Legs, sizes: Mapping[str, int]) -> None:
+    """Refuse parameters with more entries than any memory holds.
+
+    Raises:
+        ValueError: the bytes of a parameter are no number of 64 bits.
+    """
+    for term in legs.terms:
+        number = math.prod(sizes[leg] for leg in term.legs)
+        if number >= 2**59:
+            raise ValueError(
+                f"({term}) would have {number:,} entries, more than 64 bits can address; lower its ranks, "
+                f"or split its modes, in\n    {legs.line or legs}"
+            )
 
 
 def _check_start(
@@ -103,11 +122,11 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
         # A vector may be left out, as where one integer is given.
         if not set(bonds) <= set(rank) <= set(names):
             raise ValueError(
-                f"ranks were given for {', '.join(rank) or 'no bond'}; the {what} are "
+                f"ranks were given for {', '.join(map(str, rank)) or 'no bond'}; the {what} are "
                 f"{', '.join(names) or 'none'}, in\n    {line}"
             )
         asked = {name: rank[name] for name in names if name in rank}
-    elif isinstance(rank, Sequence) and not isinstance(rank, str):
+    elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
         if len(rank) != len(names):
             raise ValueError(
                 f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(names)} {what} "
@@ -115,9 +134,9 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
             )
         asked = dict(zip(names, rank))
     else:
-        asked = dict.fromkeys(bonds, rank)
+        asked = dict.fromkeys(bonds, cast(int, rank))
     for bond, size in asked.items():
-        if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        if not is_integer(size) or size < 1:
             kind = "size of vector" if bond in legs.vectors else "rank of bond"
             raise ValueError(f"the {kind} {bond!r} must be an integer >= 1; found {size!r}")
     asked = {bond: int(size) for bond, size in asked.items()}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arguments import check_number
+from .._kinds import FUNCTION, GENERATOR, takes
+from .._numbers import check_number
 from ._legs import Legs
 from ._lines import train_line
 from ._maxvol import maxvol
@@ -40,6 +41,7 @@ class Cross:
     converged: bool
 
 
+@takes(function=FUNCTION, generator=GENERATOR)
 def cross(
     function: Callable[[Tensor], Tensor],
     shape: ShapeLike,

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._kinds import Kind
 from ._als import condition
-from ._arguments import check_finite, takes_network
+from ._arguments import check_finite, check_values, takes_network
 from ._canonical import joins_all
 from ._environment import gram_parts
 from ._inner import check_modes
@@ -35,6 +36,7 @@ def multilinear_ranks(net: TensorNetwork, *, tolerance: float = 1e-6) -> dict[st
         >>> multilinear_ranks(net)
         {'layer': 2, 'in': 2, 'out': 2}
     """
+    check_values(net.stored, "a rank")
     ranks = {}
     for mode, values in singular_values(net).items():
         ranks[mode] = int((values > tolerance * values.max()).sum())
@@ -135,6 +137,9 @@ def congruence(
     return products / torch.where(norms > 0, norms, 1.0)
 
 
+_TARGET = Kind("a tensor or a network", lambda value: isinstance(value, (Tensor, TensorNetwork)))
+
+
 @takes_network
 def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> float:
     """Compute the core consistency of a CP: how far the target asks for interactions of components.
@@ -162,6 +167,7 @@ def core_consistency(net: TensorNetwork, target: Tensor | TensorNetwork) -> floa
         '100.000'
     """
     check_finite(net, "core consistency")
+    _TARGET.check("target", target)
     bond = joins_all(net)
     if bond is None or any(len(term.legs) != 2 for term in net.legs.terms):
         raise ValueError(
@@ -211,6 +217,7 @@ def conditioning(net: TensorNetwork) -> dict[str, float]:
         >>> sorted(conditioning(cp({"layer": 3, "in": 8, "out": 4}, 1, init="normal")).values())
         [1.0, 1.0, 1.0]
     """
+    check_values(net.stored, "a condition number")
     pieces, found = _wide(net), dict[str, float]()
     for k, name in enumerate(net.names):
         value = condition(gram_parts(pieces, k, net.open_legs))
@@ -225,7 +232,7 @@ def _wide(net: TensorNetwork) -> Pieces:
 def _numbering(net: TensorNetwork, bond: str | None) -> str:
     """Find the bond that numbers the summands."""
     if bond is not None:
-        if bond not in net.ranks:
+        if not isinstance(bond, str) or bond not in net.ranks:
             raise ValueError(f"no bond {bond!r}: the bonds are {', '.join(net.ranks) or 'none'}")
         return bond
     widths = {name: len(net.legs.carriers[name]) for name in net.ranks}

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._kinds import FUNCTION, GENERATOR, takes
+from .._numbers import check_number
 from .._stacklevel import outside
 from ._als import Progress, Sweeper
-from ._arguments import check_number
 from ._build import Rank
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
@@ -64,6 +65,7 @@ class Fit:
     how: str
 
 
+@takes(generator=GENERATOR, progress=FUNCTION.or_none)
 def fit(
     target: TargetLike,
     line: str,
@@ -134,6 +136,7 @@ def fit(
     _check_options(tolerance, ridge, restarts, sweeps)
     begin = time.perf_counter()
     form = get_format(line)
+    ridge = float(ridge)
     read = read_target(target, modes, mask, weights, ridge=ridge, split=form.legs)
     source = generator or torch.Generator().manual_seed(0)
     if isinstance(start, TensorNetwork):

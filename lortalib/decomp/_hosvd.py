@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import check_values
 from ._factors import mode_of
 from ._legs import Legs
 from ._modes import LORTA_MODES
@@ -50,6 +51,7 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
     """
     if not isinstance(dense, Tensor):
         raise TypeError(f"start_along takes a torch tensor; found {type(dense).__name__}")
+    check_values([dense], "a start along it")
     names = tuple(modes.split()) if isinstance(modes, str) else tuple(modes)
     if len(names) != dense.ndim or len(set(names)) != len(names):
         raise ValueError(

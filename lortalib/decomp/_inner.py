@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import takes_network
+from .._kinds import NAMES, takes
+from ._arguments import NETWORK, takes_network
 from ._pieces import Pieces, joined, pieces_of
 from ._refine import on_common_factors
 from ._tensor_network import NetworkView, TensorNetwork
@@ -38,6 +39,7 @@ def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str]
         torch.Size([3])
     """
     check_modes(one, other)
+    NAMES.check("over", over)
     modes = tuple(over.split()) if isinstance(over, str) else tuple(over)
     absent = [mode for mode in modes if mode not in one.modes]
     if absent or len(set(modes)) < len(modes):
@@ -83,6 +85,7 @@ def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
 
 
 @takes_network
+@takes(other=NETWORK)
 def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
     """Compute the Frobenius norm of the difference of two networks.
 
@@ -123,8 +126,10 @@ def check_modes(one: TensorNetwork, other: TensorNetwork) -> None:
     """Refuse two networks whose modes or sizes differ; the order of the modes does not matter.
 
     Raises:
+        TypeError: the second is no network.
         ValueError: the modes or their sizes differ.
     """
+    NETWORK.check("the other", other)
     if dict(one.shape) != dict(other.shape):
         raise ValueError(
             f"the networks need the same modes and sizes; found {one.shape} and {other.shape}"

@@ -124,4 +124,6 @@ def _integer(mode: str, size: object) -> int:
         raise TypeError(f"the size of mode {mode!r} must be an integer; found {size!r}")
     if operator.index(size) < 1:
         raise ValueError(f"the size of mode {mode!r} must be at least 1; found {size}")
+    if operator.index(size) >= 2**63:
+        raise ValueError(f"the size of mode {mode!r} must fit 64 bits; found {size}")
     return operator.index(size)

@@ -6,7 +6,8 @@ from numbers import Real
 
 from torch import Tensor
 
-from ._arguments import takes_network
+from .._kinds import takes
+from ._arguments import NETWORK, takes_network
 from ._sum import weighted_parameter
 from ._tensor_network import NetworkView, TensorNetwork
 
@@ -49,6 +50,7 @@ def scale(net: TensorNetwork, factor: float | Tensor) -> TensorNetwork:
 
 
 @takes_network
+@takes(other=NETWORK)
 def hadamard(one: TensorNetwork, other: TensorNetwork) -> TensorNetwork:
     """Multiply two networks of the same line entry by entry; their ranks multiply.
 

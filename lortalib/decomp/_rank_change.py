@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .._kinds import is_integer
 from ._build import Rank
 from ._einsum import Names
 from ._network import Network
@@ -118,7 +120,7 @@ def read_ranks(net: TensorNetwork, rank: Rank) -> dict[str, int]:
                 f"no bond {unknown[0]!r}: the bonds are {', '.join(net.ranks) or 'none'}, in\n    {net.legs}"
             )
         found = {**net.ranks, **rank}
-    elif isinstance(rank, Sequence):
+    elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
         if len(rank) != len(net.ranks):
             raise ValueError(
                 f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(net.ranks)} bonds "
@@ -126,9 +128,9 @@ def read_ranks(net: TensorNetwork, rank: Rank) -> dict[str, int]:
             )
         found = dict(zip(net.ranks, rank))
     else:
-        found = dict.fromkeys(net.ranks, rank)
+        found = dict.fromkeys(net.ranks, cast(int, rank))
     for bond, size in found.items():
-        if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        if not is_integer(size) or size < 1:
             raise ValueError(f"the rank of bond {bond!r} must be an integer >= 1; found {size!r}")
     return {bond: int(size) for bond, size in found.items()}
 

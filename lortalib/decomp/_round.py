@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ._arguments import check_finite, check_ranks, takes_network
+from ._arguments import check_finite, check_ranks, check_values, takes_network
 from ._build import Rank
 from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
@@ -73,6 +73,7 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
         check_ranks(rank)
     if error is not None and not (isinstance(error, Real) and 0 <= error < 1):
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
+    check_values(net.stored, "rounding")
     check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
     wanted = None if rank is None else _wanted(net, rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import is_tracing
 from ._einsum import contract
 from ._factors import product
 from ._legs import Legs
@@ -56,8 +58,8 @@ class Slices(NamedTuple):
             positions: integers of shape (number,).
             open_legs: the legs that are not summed over.
         """
-        _check_positions(mode, positions)
         own = self.legs.open_legs([mode])
+        _check_positions(mode, math.prod([self.sizes[leg] for leg in own]), positions)
         if own == (mode,):
             found = [
                 tensor.index_select(term.legs.index(mode), positions)
@@ -165,9 +167,10 @@ def _check_matrix(mode: str, matrix: object, size: int, like: Tensor) -> None:
     )
 
 
-def _check_positions(mode: str, positions: object) -> None:
+def _check_positions(mode: str, size: int, positions: object) -> None:
     if isinstance(positions, Tensor) and positions.dtype in (torch.int32, torch.int64):
         if positions.ndim == 1:
+            _check_range(mode, size, positions)
             return
         found = f"shape {tuple(positions.shape)}"
     else:
@@ -176,3 +179,15 @@ def _check_positions(mode: str, positions: object) -> None:
         f"positions of {mode!r} have to be a vector of integers, a tensor of int64 or int32; found {found}. "
         "Of a mask take mask.nonzero()[:, 0]"
     )
+
+
+def _check_range(mode: str, size: int, positions: Tensor) -> None:
+    """Refuse positions outside a mode. On a GPU, which refuses them itself, a look at the numbers would wait;
+    while torch traces there are no numbers."""
+    if positions.device.type != "cpu" or is_tracing() or not positions.numel():
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or high >= size:
+        raise IndexError(
+            f"positions of {mode!r} must be from 0 to {size - 1}; found {low if low < 0 else high}"
+        )

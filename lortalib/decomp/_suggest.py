@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._kinds import GENERATOR, LIST, takes
+from .._numbers import check_number
 from ._build import Rank
 from ._canonical import joins_all
 from ._diagnose import core_consistency, knee
@@ -19,6 +21,7 @@ from ._tensor_network import TensorNetwork
 from ._tensorly import Modes
 
 
+@takes(ranks=LIST, generator=GENERATOR)
 def suggest_rank(
     target: TargetLike,
     line: str,
@@ -58,7 +61,8 @@ def suggest_rank(
     """
     if len(ranks) < 2:
         raise ValueError(f"give at least two ranks to compare; found {list(ranks)}")
-    if not 0 <= held_out <= 0.9:
+    check_number("held_out", held_out, least=0)
+    if held_out > 0.9:
         raise ValueError(f"held_out is a fraction from 0 to 0.9; found {held_out!r}")
     if "mask" in options or "weights" in options:
         raise ValueError(

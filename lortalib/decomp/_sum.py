@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .._kinds import are
+from ._arguments import NETWORK
 from ._network import Network
 from ._notation import Term
 from ._tensor_network import TensorNetwork
@@ -41,9 +43,7 @@ def direct_sum(
         >>> total.ranks, torch.allclose(total.dense(), one.dense() - 0.5 * two.dense(), atol=1e-6)
         ({'r': 8}, True)
     """
-    if isinstance(networks, TensorNetwork) or not all(
-        isinstance(each, TensorNetwork) for each in networks
-    ):
+    if not are(NETWORK.fits)(networks):
         raise TypeError("direct_sum takes a list of networks; found something else among them")
     if not networks:
         raise ValueError("nothing to add: give at least one network")

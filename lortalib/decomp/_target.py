@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
+from ._arguments import check_values
 from ._inner import check_modes
 from ._legs import Legs
 from ._modes import Shape
@@ -67,6 +68,8 @@ def read_target(
     else:
         nets, first = [], real(target, "a tensor")
         shape = Shape(dict(zip(axis_names(modes, tuple(first.shape)), first.shape)))
+    parts = [tensor for net in nets for tensor in net.stored] if nets else [first]
+    check_values(parts, "a fit")
     refinement = _refinement(shape, [*nets, weights], split)
     legs = refinement.open_legs
     if nets:

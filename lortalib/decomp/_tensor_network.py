@@ -177,7 +177,11 @@ class TensorNetwork(ABC):
                 raise KeyError(
                     f"cannot select {mode!r}: the modes of this network are {', '.join(self.modes)}"
                 )
-        return {mode: operator.index(at) for mode, at in (*index.items(), *named.items())}
+        found = {**index, **named}
+        for mode, at in found.items():
+            if not hasattr(at, "__index__"):
+                raise TypeError(f"select takes one integer for {mode!r}; found {at!r}")
+        return {mode: operator.index(at) for mode, at in found.items()}
 
     def index_select(self, mode: str, positions: Tensor) -> TensorNetwork:
         """Keep some positions of one mode, in the order given; positions may repeat.

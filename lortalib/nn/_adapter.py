@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .._kinds import FLAG, Kind, takes
 from ..decomp import Cut, Network, TensorNetwork
 from ._adapter_files import AdapterFiles
 from ._anatomy import Site
@@ -80,6 +81,7 @@ class Adapter(AdapterFiles):
         """The probability of dropping an input feature of the adapter in training."""
         return self.config.dropout
 
+    @takes(trainable_only=FLAG)
     def count(self, trainable_only: bool = True) -> int:
         """Count the parameters of the networks; modules trained as a whole are not counted.
 
@@ -89,8 +91,18 @@ class Adapter(AdapterFiles):
         return count_parameters(self.all_networks().values(), trainable_only)
 
     def network(self, group: Group) -> Network:
-        """Return the network of a group."""
-        return self.all_networks()[group.name]
+        """Return the network of a group.
+
+        Raises:
+            KeyError: the adapter has no such group.
+        """
+        networks = self.all_networks()
+        if not isinstance(group, Group) or group.name not in networks:
+            raise KeyError(
+                f"adapter {self.name!r} has no group {group!r}; take one of adapter.groups, which are "
+                f"{', '.join(each.name for each in self.groups)}"
+            )
+        return networks[group.name]
 
     def all_networks(self) -> dict[str, Network]:
         """Return every network that owns parameters: one for each group, and of tasks one for each task."""
@@ -157,16 +169,18 @@ class Adapter(AdapterFiles):
             weight = whole(weight)
         return group.delta(self._whole(group), site, weight) * self.scaling
 
-    def base_weight(self, site: Site) -> Tensor:
+    def base_weight(self, site: Site | str) -> Tensor:
         """Return the base's weight of a site, without any merged update, in the shape in which it is stored.
 
         Args:
-            site: one of `sites`.
+            site: one of `sites`, or its module path.
 
         Raises:
+            KeyError: no such site.
             RuntimeError: the adapter is on no model.
             ValueError: the weight is quantised.
         """
+        _, site = self._find(site)
         return self.require_host().base_weight(site)
 
     def norms(self, site: Site | str) -> Tensor:
@@ -199,7 +213,7 @@ class Adapter(AdapterFiles):
             if isinstance(site, str):
                 known = next((each for each in group.sites if each.path == site), None)
             else:
-                known = site if site in group.members else None
+                known = site if isinstance(site, Site) and site in group.members else None
             if known is not None:
                 return group, known
         raise KeyError(
@@ -276,6 +290,7 @@ class Adapter(AdapterFiles):
         """Take the update out of the weights and restore the base bit for bit. May be called again."""
         self.require_host().unmerge(self)
 
+    @takes(merged=FLAG)
     def remove(self, *, merged: bool = False) -> None:
         """Remove the adapter from its model, which is then the same as before `apply`.
 
@@ -293,3 +308,9 @@ class Adapter(AdapterFiles):
     def __repr__(self) -> str:
         networks = {group.name: self.tensor(group) for group in self.groups}
         return describe(self, networks)
+
+
+#: The kind of an argument that is an adapter.
+ADAPTER = Kind(
+    "an adapter, which apply, load and read return", lambda value: isinstance(value, Adapter)
+)

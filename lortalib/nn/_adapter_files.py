@@ -10,12 +10,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .._kinds import FLAG, MAPPING, MODULE, TEXT, TOKEN, takes
 from ._adapter_module import AdapterModule
+from ._anatomy import unwrapped
 
 
 class AdapterFiles(AdapterModule):
     """The part of an adapter that writes files. Files know adapters, so their modules are imported late."""
 
+    @takes(model=MODULE.or_none)
     def save(
         self,
         folder: str | PathLike[str],
@@ -34,10 +37,16 @@ class AdapterFiles(AdapterModule):
             OSError: the folder cannot be written. Files in it are then unchanged.
             AdapterFileError: the folder is that of a bank.
             RuntimeError: the adapter is on no model, and no model is given.
-            ValueError: the factors are on the meta device, NaN or infinite.
+            TypeError: an argument of another kind.
+            ValueError: the factors are on the meta device, NaN or infinite; or ``model`` is another one than
+                the adapter is on.
         """
         from ._files import save
 
+        if self._host and model is not None and unwrapped(model) is not self._host[0].model:
+            raise ValueError(
+                f"adapter {self.name!r} is on a model, whose modules it saves; leave out model="
+            )
         if self._host or model is None:
             self.require_host().prepare_files(self)
         return save(cast(Any, self), folder, state, model)
@@ -59,6 +68,18 @@ class AdapterFiles(AdapterModule):
             self._host[0].prepare_files(self)
         return export_lora(cast(Any, self), folder)
 
+    @takes(
+        repository=TEXT,
+        private=FLAG.or_none,
+        revision=TEXT.or_none,
+        token=TOKEN.or_none,
+        message=TEXT,
+        base_model=TEXT.or_none,
+        data=TEXT.or_none,
+        scores=MAPPING.or_none,
+        lora=FLAG,
+        replace_card=FLAG,
+    )
     def push_to_hub(
         self,
         repository: str,

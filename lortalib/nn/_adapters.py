@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .._kinds import TEXT, TEXTS
 from .._stacklevel import outside
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE, check_model, unwrapped, wrappers
@@ -98,8 +99,12 @@ def host_of(model: nn.Module) -> AdapterHost | None:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Return the adapters of a model by name, in the order in which they were applied."""
-    host = host_of(model)
+    """Return the adapters of a model by name, in the order in which they were applied.
+
+    Raises:
+        TypeError: the model is no torch module.
+    """
+    host = host_of(check_model(model))
     return {adapter.name: adapter for adapter in host.adapters()} if host else {}
 
 
@@ -114,6 +119,7 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         KeyError: a name that no adapter has.
+        TypeError: the model is no torch module, or a name is no text.
         ValueError: two of them train the same module. After any error the model is unchanged.
 
     Example:
@@ -127,7 +133,9 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
         >>> [name for name, adapter in adapters(model).items() if adapter.active]
         ['two']
     """
-    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    TEXTS.check("names", names)
+    wanted = list(dict.fromkeys(names))
     known = adapters(model)
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -164,8 +172,11 @@ def check_name(model: nn.Module, name: str) -> nn.Module:
             stacklevel=outside(),
         )
     model = check_model(model)
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"an adapter's name is a non-empty string without dots; found {name!r}")
+    if not TEXT.fits(name) or not name or "." in name:
+        raise ValueError(
+            "an adapter's name, which files hold as UTF-8, must be a non-empty string without dots; "
+            f"found {name!r}"
+        )
     if name in adapters(model):
         raise ValueError(
             f"the model already has an adapter called {name!r}; give name=..., or remove that one "

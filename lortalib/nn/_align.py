@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._kinds import FUNCTION, GENERATOR, MAPPING, TEXT, Kind, takes
 from ..decomp import network, start_along
 from ._adapter import Adapter
 from ._adapters import adapters, install
 from ._tasks import refuse_tasks
 from ._trained_modules import TrainedModules
 
+_BATCHES = Kind(
+    "batches, such as a list of mappings or a loader", lambda value: hasattr(value, "__iter__")
+)
 
+
+@takes(batches=_BATCHES, loss=FUNCTION.or_none, name=TEXT, generator=GENERATOR)
 def align_to_gradient(
     model: nn.Module,
     batches: Iterable[Any],
@@ -65,7 +72,7 @@ def align_to_gradient(
         )
     adapter = known[name]
     _check(adapter)
-    gradients = _gradients(model, adapter, batches, loss or (lambda batch: model(**batch).loss))
+    gradients = _gradients(model, adapter, batches, loss or partial(_loss_of_model, model))
     found = []
     for group in adapter.groups:
         net, gradient = adapter.network(group), gradients[group.name]
@@ -94,6 +101,13 @@ def align_to_gradient(
         _copy(kept)
         raise
     adapter.config = config
+
+
+def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss that a model of transformers computes itself."""
+    MAPPING.check("a batch without loss=", batch)
+    loss: Tensor = model(**batch).loss
+    return loss
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._kinds import FLAG, NAMES, takes
 from ..decomp import Rank, StartLike
 from ._adapter import Adapter
 from ._adapters import check_name, install
@@ -19,12 +20,14 @@ from ._lora_words import explains_lora_words
 from ._plan import Decomposition
 from ._plan_model import plan
 from ._targets import Targets
+from ._task_lines import check_task_names
 from ._tasks import TaskAdapter
 from ._trained_modules import TrainedModules, find_modules
 from ._verify import check_effect, verify
 
 
 @explains_lora_words
+@takes(train_also=NAMES, freeze=FLAG)
 def apply(
     model: nn.Module,
     decomposition: Decomposition = "indscal",
@@ -107,6 +110,7 @@ def apply(
 
     Raises:
         UnsupportedModelError: the model's attention was not found, or only in part.
+        TypeError: an argument of another kind.
         ValueError: a bad argument, a name that is in use, targets that choose no projection, or a plan
             that the live model contradicts. The model is then unchanged.
 
@@ -120,6 +124,7 @@ def apply(
     """
     model = check_name(model, name)
     sharing = None  # the adapter whose shared parameters the new one takes
+    tasks = check_task_names(tasks)
     if tasks and (not isinstance(shared, (list, tuple, set, frozenset)) or shared):
         raise ValueError(
             "tasks= says itself what tasks have in common: the parameters without the leg 'task'. Leave out "

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._kinds import GENERATOR, OPTIMIZER, takes
 from .._torch import forget_compiled, has_gradient_hooks
 from ..decomp import Network, Rank, RankChange, grow, prune
-from ._adapter import Adapter
+from ._adapter import ADAPTER, Adapter
 from ._optimizer_state import carried_over
 from ._sharded import is_divided, is_zero_parameter
 from ._tasks import refuse_tasks
 
 
+@takes(adapter=ADAPTER, optimizer=OPTIMIZER, generator=GENERATOR)
 def change_rank(
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,

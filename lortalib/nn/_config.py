@@ -46,7 +46,7 @@ def check_settings(
     """
     if acts_on is not None:
         check_acts_on(acts_on)
-    if not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
         raise ValueError(f"dropout must be at least 0 and below 1; found {dropout!r}")
     check_alpha(alpha)
     get_start(init)
@@ -59,7 +59,7 @@ def check_alpha(alpha: object) -> None:
         ValueError: alpha is zero, or beyond the range of float32.
     """
     largest = torch.finfo(torch.float32).max
-    if not isinstance(alpha, Real) or not 0 < abs(alpha) <= largest:  # type: ignore[operator]
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < abs(alpha) <= largest:  # type: ignore[operator]
         raise ValueError(f"alpha must be a finite number other than 0; found {alpha!r}")
 
 

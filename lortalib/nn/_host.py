@@ -15,6 +15,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .._stacklevel import outside
 from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site
@@ -228,7 +229,7 @@ class AdapterHost(AdapterDict):
                 f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
                 "hooks are gone, so that backward would repeat the forward of the base, with other "
                 "gradients. Call backward() first, or drop what the forward returned",
-                stacklevel=3,
+                stacklevel=outside(),
             )
         kept_merged = False
         try:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
+from .._kinds import PATH, TEXT, TOKEN, takes
+
 
 def is_repository(name: object) -> bool:
     """Return True if a text has the form of a repository's name, ``user/name``; nothing is looked up.
@@ -33,8 +35,9 @@ def is_repository(name: object) -> bool:
     return True
 
 
+@takes(folder=PATH, revision=TEXT.or_none, token=TOKEN.or_none, subfolder=TEXT.or_none)
 def local_folder(
-    name: str | PathLike[str],
+    folder: str | PathLike[str],
     files: Sequence[str],
     revision: str | None = None,
     token: str | bool | None = None,
@@ -47,13 +50,14 @@ def local_folder(
     are kept in the cache of huggingface_hub.
 
     Args:
-        name: a path, or the name of a repository.
+        folder: a path, or the name of a repository.
         files: the names of the files to download; no others are.
         revision: a branch, tag or commit of the repository; by default ``main``.
         token: a token of the hub; by default the one that ``hf auth login`` stored.
         subfolder: the folder in the repository that has the files; by default its top.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a revision is given, and the name is no repository's or that of a local path; or
             the subfolder is no relative path below the folder.
         FileNotFoundError: the hub has no such repository or revision, or it has none of the files.
@@ -65,29 +69,29 @@ def local_folder(
             f"subfolder={subfolder!r} is a path below the folder or repository, such as 'lora'; give the "
             "path of a folder elsewhere as the folder itself"
         )
-    path = Path(name)
-    if path.exists() or not is_repository(name):
+    path = Path(folder)
+    if path.exists() or not is_repository(folder):
         if revision is not None:
             found = "is a path on this machine" if path.exists() else "is no repository's name"
             raise ValueError(
-                f"revision={revision!r} goes with a repository of the hub, user/name, but {str(name)!r} "
+                f"revision={revision!r} goes with a repository of the hub, user/name, but {str(folder)!r} "
                 f"{found}"
             )
         return path / inside if subfolder else path
     import huggingface_hub
 
-    with _explained(f"there is no folder {name!r} here", str(name), revision):
-        folder = huggingface_hub.snapshot_download(
-            str(name),
+    with _explained(f"there is no folder {folder!r} here", str(folder), revision):
+        downloaded = huggingface_hub.snapshot_download(
+            str(folder),
             revision=revision,
             token=token,
             allow_patterns=[str(inside / file) for file in files],
         )
-    place = Path(folder) / inside
+    place = Path(downloaded) / inside
     if not any((place / file).is_file() for file in files):
         where = f"in its folder {str(inside)!r}" if subfolder else "at its top"
         raise FileNotFoundError(
-            f"the repository {name!r} has none of {', '.join(files)} {where}. If its adapters are in "
+            f"the repository {folder!r} has none of {', '.join(files)} {where}. If its adapters are in "
             "folders, give the name of one as subfolder="
         )
     return place

@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from .._kinds import MAPPING, takes
+from .._numbers import check_number
 from ..decomp import Term
-from ._adapter import Adapter
+from ._adapter import ADAPTER, Adapter
 
 
+@takes(adapter=ADAPTER, speeds=MAPPING.or_none)
 def parameter_groups(
     adapter: Adapter,
     lr: float,
@@ -38,7 +41,8 @@ def parameter_groups(
         group is empty.
 
     Raises:
-        ValueError: a rate or factor is not a positive number, or no network has the leg.
+        TypeError: a rate, factor or decay is no number.
+        ValueError: a rate or factor is not positive, the decay is negative, or no network has the leg.
         RuntimeError: the adapter is on no model.
 
     Example:
@@ -55,12 +59,8 @@ def parameter_groups(
     speeds = dict(speeds or {})
     modules_lr = lr if modules_lr is None else modules_lr
     for what, value in (("lr", lr), ("modules_lr", modules_lr), *speeds.items()):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
-        ):
-            raise ValueError(f"{what} must be a positive number; found {value!r}")
+        check_number(str(what), value, least=0, above=True)
+    check_number("weight_decay", weight_decay, least=0)
     networks = list(adapter.all_networks().values())
     legs = {leg: None for network in networks for term in network.legs.terms for leg in _legs(term)}
     unknown = [leg for leg in speeds if leg not in legs]

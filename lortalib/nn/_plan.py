@@ -11,6 +11,8 @@ from typing import Any, Union
 import torch
 from torch import nn
 
+from .._kinds import FLAG, takes
+from .._numbers import check_number
 from ..decomp import Network, Rank, Shape, StartLike, get_format, mark_shared
 from ._anatomy import Site
 from ._config import AdapterConfig, check_legs, check_settings, choose_acts_on
@@ -45,6 +47,7 @@ class Plan:
         """Every projection that would be updated."""
         return [site for group in self.groups for site in group.sites]
 
+    @takes(trainable_only=FLAG, shared=FLAG)
     def count(self, trainable_only: bool = True, *, shared: bool = True) -> int:
         """Count the parameters of the networks; a parameter that several networks share counts once.
 
@@ -59,7 +62,11 @@ class Plan:
 
         Args:
             rank: rank of the LoRA.
+
+        Raises:
+            TypeError, ValueError: the rank is no integer of at least 1.
         """
+        check_number("rank", rank, least=1, is_integer=True)
         return lora_count(self.groups, rank)
 
     def __str__(self) -> str:
@@ -206,7 +213,12 @@ def make_network(
 
 def _call(function: Callable[..., Network], shape: Shape, options: dict[str, Any]) -> Network:
     """Call a function with the options that it takes by name; a second positional parameter gets the rank."""
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # a builtin, which no network comes from
+        raise ValueError(
+            f"decomposition must be a function (shape, rank, ...) that returns a network; found {function!r}"
+        ) from None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(shape, **options)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

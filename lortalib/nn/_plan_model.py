@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Union, overload
 import torch
 from torch import nn
 
+from .._kinds import DEVICE, FLAG, GENERATOR, takes
 from ..decomp import Rank, RankTable, StartLike
 from ._anatomy import BlockRule, Site, check_experts, check_model, site_weight
 from ._budget import budget_of_sites
@@ -17,6 +18,7 @@ from ._meta_model import as_model
 from ._offloaded import execution_device
 from ._plan import Decomposition, Device, Plan, check_whole, plan_sites
 from ._targets import Targets, choose_sites, find_candidates
+from ._task_lines import check_task_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,6 +70,7 @@ def plan(
 
 
 @explains_lora_words
+@takes(share_residual=FLAG, generator=GENERATOR, device=DEVICE)
 def plan(  # type: ignore[misc]
     model: ModelLike,
     decomposition: Decomposition | Sequence[str] | None = None,
@@ -122,6 +125,7 @@ def plan(  # type: ignore[misc]
 
     Raises:
         UnsupportedModelError: the model's attention was not found, or only in part.
+        TypeError: an argument of another kind.
         ValueError: a bad argument, or targets that choose no projection.
 
     Example:
@@ -141,6 +145,7 @@ def plan(  # type: ignore[misc]
     """
     model = check_model(as_model(model))
     check_settings(alpha, dropout, init, acts_on)
+    tasks = check_task_names(tasks)
     chosen = choose_sites(find_candidates(model, targets, rules), targets, layers)
     check_experts(model, chosen)
     if numbers is not None:
@@ -166,7 +171,7 @@ def plan(  # type: ignore[misc]
         shared=shared,
         tasks=tasks,
         generator=generator,
-        device=device or (lambda site: _device_of(model, site)),
+        device=(lambda site: _device_of(model, site)) if device is None else device,
         dtype=dtype,
     )
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from .._kinds import GENERATOR, OPTIMIZER, takes
 from ..decomp import Rank
-from ._adapter import Adapter
+from ._adapter import ADAPTER, Adapter
 from ._change_rank import change_rank, changes_of, check_changeable
 
 
@@ -49,6 +50,7 @@ class RankSchedule:
         (100, [1, 2])
     """
 
+    @takes(adapter=ADAPTER, optimizer=OPTIMIZER, generator=GENERATOR)
     def __init__(
         self,
         adapter: Adapter,

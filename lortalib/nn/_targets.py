@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Union
 
 from torch import nn
 
+from .._kinds import INTEGERS
 from ._anatomy import BlockRule, Site, UnsupportedModelError, mlp_sites, sites
 
 #: The roles that each letter of targets means; q, k and v may first project to a latent ("q_a", "kv_a").
@@ -49,7 +50,7 @@ def choose_sites(
     """Choose the sites that ``targets`` and ``layers`` name.
 
     Raises:
-        ValueError: no site is chosen, or a name or layer fits no site.
+        ValueError: no site is chosen, a name or layer fits no site, or layers are no integers.
     """
     if not callable(targets) and not isinstance(targets, (str, Sequence)):
         raise ValueError(
@@ -74,10 +75,11 @@ def choose_sites(
                     "regular expression that whole paths match, or a function of a site"
                 )
         chosen = [site for site in sites if any(site in fits for fits in named)]
-    if isinstance(layers, str):
-        raise ValueError(f"layers must be integers, or None for all; found {layers!r}")
     if layers is not None:
-        wanted = {layers} if isinstance(layers, int) else set(layers)
+        layers = list(layers) if isinstance(layers, Iterator) else layers
+        if not INTEGERS.fits(layers):
+            raise ValueError(f"layers must be integers, or None for all; found {layers!r}")
+        wanted = set(layers) if isinstance(layers, Iterable) else {layers}
         absent = wanted - {site.layer for site in sites}
         if absent:
             raise ValueError(

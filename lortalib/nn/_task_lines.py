@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from .._kinds import TEXT
 from ..decomp import Legs, LegsError
 
 #: The mode whose positions are the tasks.
@@ -29,7 +30,7 @@ def check_task_names(tasks: object) -> tuple[str, ...]:
         raise ValueError(f"tasks must list names, such as ['sst2', 'mrpc']; found {tasks!r}")
     for name in tasks:
         # `add_task(name, start="mean")` takes the name of a task or this word.
-        if not isinstance(name, str) or not name or "." in name or name == "mean":
+        if not TEXT.fits(name) or not name or "." in name or name == "mean":
             raise ValueError(
                 f"the name of a task is a non-empty text without dots, and not 'mean'; found {name!r}"
             )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
-from numbers import Integral
 from reprlib import repr as short
 from typing import Any, Union
 
 from peft import PeftConfig
 
+from .._kinds import is_integer
 from ..decomp import Legs, get_format
 from ..nn.door import LORA_WORDS, check_settings
 from ._peft_type import peft_type
@@ -28,17 +28,13 @@ _REFUSED = {
 }
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _are(fits: Callable[[object], bool], value: object) -> bool:
     """Return True if a value is a list of values that fit; a text does not count as a list of letters."""
     return isinstance(value, (list, tuple, set)) and all(map(fits, value))
 
 
 def _are_names(value: object) -> bool:
-    return _are(lambda each: isinstance(each, str), value)
+    return _are(lambda each: isinstance(each, str) and each != "", value)
 
 
 def _are_named(fits: Callable[[object], bool], value: object) -> bool:
@@ -47,11 +43,11 @@ def _are_named(fits: Callable[[object], bool], value: object) -> bool:
 
 
 def _are_sizes(value: object) -> bool:
-    return _are_named(_is_integer, value)
+    return _are_named(is_integer, value)
 
 
 def _are_integers(value: object) -> bool:
-    return _are(_is_integer, value)
+    return _are(is_integer, value)
 
 
 _A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
@@ -61,7 +57,7 @@ _A_PATTERN_OR_NAMES: tuple[Callable[[Any], bool], str] = (
 #: A check for each field, and its description. Configurations are read from files of other people.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (
-        lambda value: _is_integer(value) or _are_sizes(value),
+        lambda value: is_integer(value) or _are_sizes(value),
         "an integer, or a mapping from bonds to integers",
     ),
     "decomposition": (
@@ -71,7 +67,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": _A_PATTERN_OR_NAMES,
     "exclude_modules": _A_PATTERN_OR_NAMES,
     "layers_to_transform": (
-        lambda value: value is None or _is_integer(value) or _are_integers(value),
+        lambda value: value is None or is_integer(value) or _are_integers(value),
         "an integer, a list of integers, or None",
     ),
     "layers_pattern": (

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 
+from .._kinds import TEXT, Kind, takes
 from ..nn import Adapter, Group, Site
 from ._axes import Axes, heat_map, new_axes
 
+_ADAPTER = Kind(
+    "an adapter, which lortalib.nn.apply returns", lambda value: isinstance(value, Adapter)
+)
 
+
+@takes(adapter=_ADAPTER, group=TEXT.or_none)
 def layers(adapter: Adapter, *, group: str | None = None, ax: Axes | None = None) -> Axes:
     """Plot the Frobenius norm of each weight's update, by layer and matrix.
 
@@ -45,6 +51,7 @@ def layers(adapter: Adapter, *, group: str | None = None, ax: Axes | None = None
     return ax
 
 
+@takes(adapter=_ADAPTER, matrix=TEXT, group=TEXT.or_none)
 def heads(
     adapter: Adapter, matrix: str = "q", *, group: str | None = None, ax: Axes | None = None
 ) -> Axes:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .._kinds import Kind
+
 #: Matplotlib's axes; the type is loose because matplotlib is optional.
 Axes = Any
+
+_AXES = Kind(
+    "axes of matplotlib, such as pyplot.subplots() returns, or None",
+    lambda value: value is None or (hasattr(value, "imshow") and hasattr(value, "plot")),
+)
 
 
 def new_axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
@@ -18,6 +25,7 @@ def new_axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
         height: its height in inches.
 
     Raises:
+        TypeError: the axes are none.
         ImportError: matplotlib is not installed.
     """
     try:
@@ -26,6 +34,7 @@ def new_axes(ax: Axes | None, width: float = 5.0, height: float = 3.5) -> Axes:
         raise ImportError(
             'plots need matplotlib, which is not installed; pip install "lortalib[plots]"'
         ) from missing
+    _AXES.check("ax", ax)
     if ax is not None:
         return ax
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import decomp
+from .._kinds import Kind, takes
 from ..decomp import RankTable, TensorNetwork
 from ._axes import Axes, heat_map, new_axes
 
@@ -76,6 +77,13 @@ def congruence(
     return ax
 
 
+_TABLE = Kind(
+    "the table that lortalib.decomp.suggest_rank returns",
+    lambda value: isinstance(value, RankTable),
+)
+
+
+@takes(table=_TABLE)
 def ranks(table: RankTable, *, ax: Axes | None = None) -> Axes:
     """Plot the errors of fits against the number of parameters, with the suggested rank marked.
 

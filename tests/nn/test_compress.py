@@ -381,6 +381,20 @@ def test_tensors_on_the_stream_are_refused(line, folder, llama):
         compress(llama, folder, line, 4)
 
 
+@pytest.mark.parametrize("made", [LLAMA, FAMILIES["Bert"]], ids=["Llama", "Bert"])
+def test_a_configuration_that_names_no_head_is_told_from_the_model_with_it(made, tmp_path):
+    model = made.model("ForSequenceClassification")
+    put(model).export_lora(tmp_path / "lora")
+    config = type(model.config)(**model.config.to_dict() | {"architectures": None})
+    with pytest.raises(
+        AdapterFileError, match=r"so the head differs.*config.architectures"
+    ) as caught:
+        compress(config, tmp_path / "lora", "cp", 2)
+    assert f"adapts {model.base_model_prefix}." in str(caught.value)
+    config.architectures = [type(model).__name__]
+    assert compress(config, tmp_path / "lora", "cp", 2).names == ("lora",)
+
+
 def test_impossible_arguments_are_refused(folder, llama, tmp_path):
     with unchanged(llama):
         for line in (max, lambda shape: None):

@@ -54,15 +54,16 @@ def test_modules_have_a_rate_and_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"lr": 0}, "lr must be a positive number; found 0"),
+        ({"lr": 0}, "lr must be finite and above 0; found 0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"lr": 1e-2, "modules_lr": -1}, "modules_lr must be"),
-        ({"lr": 1e-2, "speeds": {"in": "fast"}}, "in must be a positive number; found 'fast'"),
+        ({"lr": 1e-2, "speeds": {"in": "fast"}}, "in must be a number; found 'fast'"),
+        ({"lr": 1e-2, "weight_decay": -1}, "weight_decay must be finite and at least 0"),
         ({"lr": 1e-2, "speeds": {"inn": 2}}, "no network has the leg 'inn'; there are in, r"),
     ],
 )
 def test_wrong_values_are_refused(options, what):
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises((TypeError, ValueError), match=what):
         parameter_groups(put(llama()), **options)
 
 

@@ -96,6 +96,93 @@ CALLS = {
     "environment": (lambda: D.environment(net(), 1.5), "no parameter 1.5"),
 }  # fmt: skip
 
+CALLS |= {
+    f"device {device!r}": (
+        lambda device=device: D.cp(SHAPE, 2, device=device),
+        "device must be a device of torch",
+    )
+    for device in (-1, 1.5, "x", [], 2**70, True)
+}
+CALLS |= {
+    f"{name}, generator {odd!r}": (
+        lambda call=call, odd=odd: call(odd),
+        "generator must be a torch.Generator",
+    )
+    for name, call in {
+        "network": lambda odd: D.cp(SHAPE, 2, generator=odd),
+        "fit": lambda odd: fitted(generator=odd),
+        "cross": lambda odd: D.cross(entry, SHAPE, 2, generator=odd),
+        "grow": lambda odd: D.grow(net(), 3, generator=odd),
+        "suggest_rank": lambda odd: D.suggest_rank(net(), "cp", generator=odd),
+    }.items()
+    for odd in (0, "", "x", torch.ones(2))
+}
+CALLS |= {
+    "fit, progress": (
+        lambda: fitted(progress="x"),
+        "progress must be a function, or None; found 'x'",
+    ),
+    "fit, meta": (
+        lambda: D.fit(torch.ones(3, 4, 5, device="meta"), "cp", 2, modes="a b c"),
+        "meta .* a fit needs",
+    ),
+    "start_along, meta": (
+        lambda: D.start_along(torch.ones(2, 2, device="meta"), "in out"),
+        "has no numbers",
+    ),
+    "round, meta": (lambda: D.round(net().to("meta"), rank=1), "rounding needs them"),
+    "conditioning, meta": (lambda: D.conditioning(net().to("meta")), "has no numbers"),
+    "multilinear_ranks, meta": (lambda: D.multilinear_ranks(net().to("meta")), "has no numbers"),
+    "norm, over": (
+        lambda: D.norm(net(), over=3),
+        "over must be a name, or a list of names; found 3",
+    ),
+    "norm, over a number": (lambda: D.norm(net(), over=[3]), "over must be a name"),
+    "budget, None": (
+        lambda: D.budget(None, 9),
+        "a shape must be a tuple or a mapping.*; found None",
+    ),
+    "budget, lines": (
+        lambda: D.budget(SHAPE, 999, 3),
+        "lines must be a list of texts, or None; found 3",
+    ),
+    "suggest_rank, ranks": (
+        lambda: D.suggest_rank(net(), "cp", 3),
+        "ranks must be a list; found 3",
+    ),
+    "suggest_rank, held_out": (
+        lambda: D.suggest_rank(net(), "cp", held_out="x"),
+        "held_out must be a number",
+    ),
+    "select": (lambda: net().select(layer=1.5), "select takes one integer for 'layer'; found 1.5"),
+    "size beyond 64 bits": (
+        lambda: D.cp({"in": 2**63, "out": 2}, 1),
+        "'in' must fit 64 bits; found",
+    ),
+    "parameter beyond 64 bits": (lambda: D.cp({"in": 2**58, "out": 2}, 2), "64 bits can address"),
+    "ridge beyond floats": (lambda: fitted(ridge=10**400), "ridge must be finite"),
+    "rank, bytes": (lambda: D.cp(SHAPE, b"x"), "must be an integer >= 1; found b'x'"),
+    "rank, tensor": (lambda: D.cp(SHAPE, torch.ones(2)), "must be an integer >= 1; found tensor"),
+    "prune, tensor": (
+        lambda: D.prune(net(), torch.ones(2)),
+        "must be an integer >= 1; found tensor",
+    ),
+    "rank by number": (lambda: D.cp(SHAPE, {3: 1}), "ranks were given for 3"),
+    "congruence, bond": (lambda: D.congruence(net(), None, []), r"no bond \[\]"),
+    "core_consistency": (
+        lambda: D.core_consistency(net(), 3),
+        "target must be a tensor or a network; found 3",
+    ),
+    "direct_sum": (lambda: D.direct_sum(3), "direct_sum takes a list of networks"),
+}
+CALLS |= {
+    f"{name}, other": (
+        lambda name=name: getattr(D, name)(net(), "x"),
+        "other must be a network.*; found 'x'",
+    )
+    for name in ("inner", "distance", "hadamard", "congruence")
+}
+
 #: What takes a network first, and whatever else it needs.
 FUNCTIONS = {
     "absorb": (0,), "balance": (), "canonical": (), "component_norms": (), "conditioning": (),
@@ -142,6 +229,15 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
         NEED_FINITE[name](net("cp" if name == "core_consistency" else "tt", value))
 
 
+@pytest.mark.parametrize("line", ["cp", "in.1 r, in.2 r, layer r, out r"])
+@pytest.mark.parametrize("positions", [[4], [-1], [0, -5], [2**40]])
+def test_positions_outside_a_mode_are_refused(line, positions):
+    with pytest.raises(
+        IndexError, match=f"positions of 'in' must be from 0 to 3; found {positions[-1]}"
+    ):
+        net(line).index_select("in", torch.tensor(positions))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
@@ -150,6 +246,13 @@ def folders(tmp_path_factory):
     put(model).save(root / "adapter")
     (root / "file").write_text("x")
     return root
+
+
+def paths_of(folders, empty):
+    return {
+        "MODEL": folders / "model", "ADAPTER": folders / "adapter", "FILE": folders / "file",
+        "FILE/x": folders / "file" / "x", "OUT": empty / "out", "RO": "/proc/nowhere/out",
+    }  # fmt: skip
 
 
 #: Arguments of a command, and a part of the message; MODEL, ADAPTER and FILE stand for paths.
@@ -185,18 +288,50 @@ COMMANDS = [
 ]
 
 
+#: The same for paths that only the command itself can judge; RO stands for one that cannot be made.
+PATHS = [
+    (("export-lora", "ADAPTER", "FILE"), "a folder is needed; .*file is a file. Give another path"),
+    (
+        ("export-lora", "ADAPTER", "FILE/x"),
+        "a folder is needed; .*file is a file. Give another path",
+    ),
+    (
+        ("export-lora", "ADAPTER", "MODEL", "--format", "gguf", "--model", "MODEL"),
+        "a file is needed; .*is a folder",
+    ),
+    (("convert", "ADAPTER", "RO"), "/proc/.*: No such file or directory. Give another path"),
+    (("export-lora", "ADAPTER", "RO"), "/proc/.*: No such file or directory. Give another path"),
+    (("merge", "MODEL", "ADAPTER", "RO"), "/proc/.*: No such file or directory. Give another path"),
+    (("info", "FILE"), "file is damaged or cut short"),
+    (("info", "FILE/x"), "no adapter.safetensors in .*file/x; a saved adapter is a folder"),
+    (("merge", "FILE", "ADAPTER", "OUT"), "file holds no config.json.*Give one"),
+    (("merge", "MODEL", "FILE", "OUT"), "file is damaged or cut short"),
+    (("plan", "FILE/x"), "there is no folder .*file/x; give a folder of a model"),
+    (("sites", "OUT"), "there is no folder .*out; give a folder of a model"),
+    (("compress", "ADAPTER", "OUT", "--model", "FILE/x"), "there is no folder .*file/x"),
+]
+
+
 @pytest.mark.parametrize(("arguments", "message"), COMMANDS, ids=lambda each: " ".join(each)[:40])
 def test_a_command_names_the_argument_and_writes_nothing(
     arguments, message, folders, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    paths = {
-        "MODEL": folders / "model", "ADAPTER": folders / "adapter", "FILE": folders / "file",
-        "FILE/x": folders / "file" / "x", "OUT": tmp_path / "out",
-    }  # fmt: skip
+    paths = paths_of(folders, tmp_path)
     with pytest.raises(SystemExit) as caught:
         main([str(paths.get(each, each)) for each in arguments])
     assert caught.value.code == 2
     text = " ".join(capsys.readouterr().err.split())
     assert re.search(message, text), text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "message"), PATHS, ids=lambda each: " ".join(each)[:40])
+def test_a_command_names_the_path_and_writes_nothing(arguments, message, folders, tmp_path, capsys):
+    paths = paths_of(folders, tmp_path)
+    before = sorted(folders.rglob("*"))
+    assert main([str(paths.get(each, each)) for each in arguments]) == 1
+    text = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, text), text
+    assert not list(tmp_path.iterdir())
+    assert sorted(folders.rglob("*")) == before

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Union
 
+from ..._kinds import FLAG, FUNCTION, MAPPING, TEXT, Kind, are, is_integer
 from .site import FeatureRows, feature_rows
 
 #: A function from query heads, key/value heads, and the components of a query and of a value.
@@ -88,6 +89,10 @@ class BlockRule:
             the heads.
         refuse: the reason why such a block is not supported.
 
+    Raises:
+        TypeError: a value of another kind.
+        ValueError: ``match`` is no regular expression.
+
     Example:
         >>> BlockRule(r"My\\w*Attention", fused="per_head").fits(type("MyFlashAttention", (), {})())
         True
@@ -101,6 +106,16 @@ class BlockRule:
     output_offset: int | None = None
     refuse: str = ""
 
+    def __post_init__(self) -> None:
+        for name, kind in _FIELDS.items():
+            kind.check(name, getattr(self, name))
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(
+                f"match must be a regular expression; found {self.match!r}: {error}"
+            ) from None
+
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(self.match)
@@ -108,6 +123,35 @@ class BlockRule:
     def fits(self, module: object) -> bool:
         """Return True if the rule applies to this module."""
         return bool(self._pattern.fullmatch(type(module).__name__))
+
+
+#: The kinds of the attributes of a rule.
+_FIELDS = {
+    "match": TEXT,
+    "fused": Kind(
+        "the name of a layout, a function, or None",
+        lambda value: value is None or callable(value) or value in tuple(LAYOUTS),
+    ),
+    "projections": MAPPING,
+    "skip": FLAG,
+    "weight_read_directly": Kind(
+        "True, False, a function, or None",
+        lambda value: value is None or FLAG.fits(value) or FUNCTION.fits(value),
+    ),
+    "output_offset": Kind(
+        "an integer of at least 0, or None",
+        lambda value: value is None or (is_integer(value) and value >= 0),
+    ),
+    "refuse": TEXT,
+}
+
+#: The kind of an argument that gives rules.
+RULES_KIND = Kind(
+    "a lortalib.nn.BlockRule, or a list of these",
+    lambda value: (
+        isinstance(value, BlockRule) or are(lambda each: isinstance(each, BlockRule))(value)
+    ),
+)
 
 
 def _falcon(block: Any) -> str:

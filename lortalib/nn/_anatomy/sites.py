@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..._kinds import takes
 from .attention import claimed_twice, find_blocks, overlooked_blocks
 from .block import BlockError, read_block
 from .mlp import read_mlps
-from .rules import RULES, BlockRule
+from .rules import RULES, RULES_KIND, BlockRule
 from .site import Site
 from .stacks import SiteList, bare_prefix, join_tied, number_layers
 from .wrappers import named_modules, unwrapped
@@ -29,6 +30,7 @@ class NoAttentionError(UnsupportedModelError):
     """Raised for a model in which no attention was found."""
 
 
+@takes(rules=RULES_KIND)
 def sites(model: nn.Module, *, rules: BlockRule | Sequence[BlockRule] = ()) -> SiteList:
     """Find every attention projection of a transformers model.
 

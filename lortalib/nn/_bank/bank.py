@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..._kinds import MAPPING, takes
 from .._anatomy import BlockRule
 from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
@@ -99,6 +100,7 @@ class Bank(BankContents):
         with self._current.use(BatchTensors(tensors, chosen.layout, chosen.shape)):
             yield self
 
+    @takes(tensors=MAPPING)
     @contextmanager
     def using_tensors(self, tensors: Mapping[str, Sequence[Tensor]]) -> Iterator[Bank]:
         """Let every row of a batch use tensors that are not in the bank, within this context.

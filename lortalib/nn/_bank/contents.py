@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
@@ -19,6 +20,23 @@ from .file import read_bank, write_bank
 from .shared import SharedParameters, check_same_marks
 from .source import Source, SourceReader
 from .store import Store
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+#: The kinds of names and sources.
+NAME = Kind("a name, which is hashable", _is_hashable)
+LIST_OF_NAMES = Kind("a list of names, which are hashable", are(_is_hashable))
+SOURCES = Kind(
+    "a mapping from names to adapters, folders or tensors, or a bank",
+    lambda value: isinstance(value, (Mapping, BankContents)),
+)
 
 
 class BankContents:
@@ -110,6 +128,7 @@ class BankContents:
 
     # Adding and reading
 
+    @takes(name=NAME)
     def add(self, name: Hashable, source: Source) -> None:
         """Store an adapter; one with the same name is replaced.
 
@@ -141,6 +160,7 @@ class BankContents:
         """
         self.update({name: source})
 
+    @takes(sources=SOURCES)
     def update(self, sources: Mapping[Hashable, Source] | BankContents) -> None:
         """Store several adapters, replacing adapters of the same names. If one is refused, none is stored.
 
@@ -176,6 +196,7 @@ class BankContents:
         read = self._reader.read_all(sources)
         self._store.put(list(sources), read.own, shared=read.shared)
 
+    @takes(names=LIST_OF_NAMES, tensors=MAPPING)
     def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Store many adapters from stacked tensors, in a few copies.
 
@@ -208,6 +229,7 @@ class BankContents:
     def __setitem__(self, name: Hashable, source: Source) -> None:
         self.add(name, source)
 
+    @takes(name=NAME)
     def __getitem__(self, name: Hashable) -> dict[str, list[Tensor]]:
         """Copy an adapter's own tensors, by the name of the group; None gives zeros.
 
@@ -219,6 +241,7 @@ class BankContents:
         found = self._store.gather([name])
         return {group: [tensor[0] for tensor in tensors] for group, tensors in found.items()}
 
+    @takes(name=NAME)
     def adapter(self, name: Hashable) -> Adapter:
         """Copy an adapter out of the bank, as an ordinary one that is on no model.
 
@@ -309,5 +332,6 @@ class BankContents:
         stacked = self._reader.read_stacked(saved.names, own)
         self._store.put(saved.names, stacked, shared=base.shared)
 
+    @takes(name=NAME)
     def __delitem__(self, name: Hashable) -> None:
         self._store.drop(name)

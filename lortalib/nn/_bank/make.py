@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 
 import torch
 from torch import nn
 
+from ..._kinds import DEVICE, DTYPE, is_integer, takes
 from ...decomp import Rank
 from .._anatomy import BlockRule, check_model, site_weight
 from .._plan import Decomposition
@@ -17,6 +17,7 @@ from .bank import Bank
 from .hooks import check_rows
 
 
+@takes(dtype=DTYPE, device=DEVICE)
 def bank(
     model: nn.Module,
     decomposition: Decomposition = "indscal",
@@ -77,7 +78,7 @@ def bank(
         >>> len(bank), bank.count()
         (2, 100)
     """
-    if not isinstance(capacity, Integral) or capacity < 1:
+    if not is_integer(capacity) or not 1 <= capacity < 2**62:
         raise ValueError(f"capacity must be a positive integer; found {capacity!r}")
     model = check_model(model)
     planned = plan(

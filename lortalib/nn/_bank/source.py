@@ -9,6 +9,7 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
+from ..._kinds import LIST
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
@@ -231,6 +232,7 @@ class SourceReader:
             lead: the leading axes.
 
         Raises:
+            TypeError: a group without a list of tensors.
             ValueError: other groups, shapes or kinds of tensors.
         """
         unknown = [group for group in tensors if group not in self.shapes]
@@ -240,6 +242,7 @@ class SourceReader:
             )
         for group, shapes in self.shapes.items():
             given = tensors.get(group, ())
+            LIST.check(f"{label}: its group {group!r}", given)
             wanted = [(*lead, *shape) for shape in shapes]
             found = [tuple(getattr(tensor, "shape", ())) for tensor in given]
             if found != wanted:

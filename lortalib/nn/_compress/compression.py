@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..._kinds import FLAG, PATH, takes
 from ...decomp import Network, get_format
 from .._adapter import Adapter
 from .._config import AdapterConfig
@@ -90,6 +91,7 @@ class Compression:
         """
         return table(self.errors, by)
 
+    @takes(trainable_only=FLAG)
     def count(self, trainable_only: bool = True) -> int:
         """Count the parameters of the tensors, with those of all adapters.
 
@@ -128,6 +130,7 @@ class Compression:
         trained = copy.deepcopy(self._trained[name])
         return Adapter(name, config, self.groups, networks, trained)
 
+    @takes(folder=PATH)
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the adapters: a single one to the folder itself, several each to a folder of its name in it.
 

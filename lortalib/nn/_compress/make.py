@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..._kinds import FUNCTION, GENERATOR, takes
 from ...decomp import Legs, LegsError, Network, Rank, Shape, balance, get_format
 from .._anatomy import check_model, site_weight
 from .._config import AdapterConfig, check_settings, choose_acts_on
@@ -17,12 +18,13 @@ from .._group import Group, group_sites
 from .._meta_model import as_model
 from .._plan import check_whole
 from .compression import Compression
-from .sources import Folders, read_sources
+from .sources import FOLDERS, Folders, read_sources
 
 #: Called after every sweep with the name of the group, the number of sweeps and the relative error.
 Progress = Callable[[str, int, float], object]
 
 
+@takes(folders=FOLDERS, generator=GENERATOR, progress=FUNCTION.or_none)
 def compress(
     model: Any,
     folders: Folders,

@@ -9,12 +9,22 @@ from typing import Union
 
 from torch import nn
 
+from ..._kinds import PATH, Kind, are, is_writable
 from .._files import Lora, Rules, read_pairs
 
 #: A folder; several, which are named after themselves; or a mapping from names to folders.
 Folders = Union[
     str, "PathLike[str]", Iterable[Union[str, "PathLike[str]"]], Mapping[str, "str | PathLike[str]"]
 ]
+
+
+#: The kind of an argument that gives folders.
+FOLDERS = Kind(
+    "a path, a list of paths, or a mapping from names to paths",
+    lambda value: (
+        PATH.fits(value) or are(PATH.fits)(value.values() if isinstance(value, Mapping) else value)
+    ),
+)
 
 
 def read_sources(model: nn.Module, folders: Folders, rules: Rules) -> dict[str, Lora]:
@@ -49,7 +59,12 @@ def _named(folders: Folders) -> dict[str, str | PathLike[str]]:
     if not named:
         raise ValueError("there is nothing to compress: give at least one folder")
     for name in named:
-        if not isinstance(name, str) or not name or set(name) & set("./\\"):
+        if (
+            not isinstance(name, str)
+            or not name
+            or set(name) & set("./\\")
+            or not is_writable(name)
+        ):
             raise ValueError(
                 f"the name of an adapter, which becomes that of its folder, is a non-empty string without "
                 f"dots and slashes; found {name!r}"

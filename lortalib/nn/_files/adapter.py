@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
+from ..._kinds import FLAG, MAPPING, MODULE, PATH, takes
 from ...decomp import Network
-from .._adapter import Adapter
+from .._adapter import ADAPTER, Adapter
 from .._adapters import check_name, install
 from .._anatomy import ATTRIBUTE, check_model, site_weight
 from .._group import Group
@@ -30,6 +31,7 @@ from .tensors import TensorSpec, dtype_name, first_not_finite, plain
 from .weights import SavedModules, shared_weights
 
 
+@takes(adapter=ADAPTER, folder=PATH, state=MAPPING.or_none, model=MODULE.or_none)
 def save(
     adapter: Adapter,
     folder: str | PathLike[str],
@@ -137,6 +139,7 @@ def check_numbers(tensors: Mapping[str, Tensor], outcome: str) -> None:
         )
 
 
+@takes(active=FLAG, freeze=FLAG)
 def load(
     model: nn.Module,
     folder: str | PathLike[str],

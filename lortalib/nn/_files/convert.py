@@ -5,11 +5,13 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+from ..._kinds import PATH, takes
 from .folder import TENSORS, TENSORS_OF_PEFT, put_files
 from .peft_folder import write_peft
 from .saved import open_saved, write_saved
 
 
+@takes(out=PATH)
 def convert(
     folder: str | PathLike[str],
     out: str | PathLike[str],

@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..._kinds import MODULE, PATH, TEXT, Kind, takes
+from ..._stacklevel import outside
 from ..._version import __version__
-from .._adapter import Adapter
+from .._adapter import ADAPTER, Adapter
 from .._anatomy import named_modules
 from .._sharded import divide_again
 from .._trained_modules import Values
@@ -40,6 +42,25 @@ _HEADS = {
 }
 
 
+_VALUES = Kind(
+    "a mapping from paths to mappings from names to tensors",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(
+            isinstance(own, Mapping) and all(isinstance(each, Tensor) for each in own.values())
+            for own in value.values()
+        )
+    ),
+)
+
+
+@takes(
+    adapter=ADAPTER,
+    folder=PATH,
+    model=MODULE.or_none,
+    trained_modules=_VALUES.or_none,
+    base_model=TEXT.or_none,
+)
 def export_lora(
     adapter: Adapter,
     folder: str | PathLike[str],
@@ -146,7 +167,7 @@ def _check_shared(adapter: Adapter, model: nn.Module | None) -> None:
         warnings.warn(
             f"whether the weights of {', '.join(trained.paths)} are other modules' too can only be told "
             "with the model; where they are, PEFT computes something else. Pass model=...",
-            stacklevel=3,
+            stacklevel=outside(),
         )
     for path, others in (shared or {}).items():
         if others:

@@ -196,6 +196,7 @@ def put_files(folder: Path, files: Mapping[str, Callable[[BinaryIO], None]]) -> 
     Raises:
         OSError: the folder cannot be written. Files that were there stay unchanged.
     """
+    _check_place(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(folder)
     aside = folder / f"{_ASIDE}{uuid4().hex}"
@@ -212,6 +213,22 @@ def put_files(folder: Path, files: Mapping[str, Callable[[BinaryIO], None]]) -> 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _sync(folder)
+
+
+def _check_place(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder that a file stands in the way of, and names of files that folders have.
+
+    Raises:
+        NotADirectoryError, IsADirectoryError: what stands there.
+    """
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise NotADirectoryError(f"a folder is needed; {each} is a file. Give another path")
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(
+                f"a file is needed; {folder / name} is a folder. Give another path"
+            )
 
 
 def write_text(file: BinaryIO, text: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from .._adapter import Adapter
+from ..._kinds import MODULE, PATH, takes
+from .._adapter import ADAPTER, Adapter
 from .._sharded import divide_again
 from .adapter import check_numbers
 from .folder import TENSORS, TENSORS_OF_PEFT, put_files
@@ -34,6 +35,7 @@ _ARCHITECTURES = {
 }
 
 
+@takes(adapter=ADAPTER, file=PATH, model=MODULE.or_none)
 def export_gguf(
     adapter: Adapter, file: str | PathLike[str], model: nn.Module | None = None
 ) -> Path:

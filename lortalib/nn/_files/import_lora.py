@@ -7,6 +7,7 @@ from os import PathLike
 
 from torch import nn
 
+from ..._kinds import FLAG, takes
 from .._adapter import Adapter
 from .._adapters import check_name, install
 from .._anatomy import site_weight
@@ -22,6 +23,7 @@ from .lora_modules import check_modules, take_modules
 from .lora_sites import Pairs, check_fit, lora_network, lora_sites
 
 
+@takes(active=FLAG, freeze=FLAG)
 def load_lora(
     model: nn.Module,
     folder: str | PathLike[str],

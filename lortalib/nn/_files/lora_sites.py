@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,10 +41,7 @@ def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
     for path, shape in shapes.items():
         module = modules.get(path)
         if module is None:
-            raise AdapterFileError(
-                f"the LoRA adapts {path}, which the model does not have; is it the model it was "
-                "trained on, with the same head?"
-            )
+            raise AdapterFileError(_why_absent(model, path, modules))
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             raise AdapterFileError(f"the LoRA adapts {path}, a {type(module).__name__}")
         read, written = widths(module)
@@ -53,6 +50,22 @@ def check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
                 f"the LoRA's pair for {path} is of a {shape[0]} x {shape[1]} matrix; the model's is "
                 f"{written} x {read}"
             )
+
+
+def _why_absent(model: nn.Module, path: str, paths: Iterable[str]) -> str:
+    """Say that a model lacks a path, and which one it has instead if only the model around it differs."""
+    name = type(model).__name__
+    near = next((p for p in paths if "." in p and path.endswith(f".{p}")), None)
+    near = near or next((p for p in paths if p.endswith(f".{path}")), None)
+    lacks = f"the LoRA adapts {path}, which the model does not have, a {name}"
+    if near is None:
+        return f"{lacks}; give the model it was trained on, with the same head"
+    return (
+        f"{lacks}: there it is {near}, so the head differs. Give a model of the class that the LoRA was "
+        "trained on. A configuration stands for the class that its architectures name, and without them for "
+        "a model without a head: set config.architectures, for instance to "
+        f"['{name.removesuffix('Model')}ForSequenceClassification']"
+    )
 
 
 def lora_sites(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..._kinds import TEXTS
 from ...decomp import Network, TensorNetwork
 from .._adapter import Adapter
 from .._bank import Chosen, Names, attach_rows, check_rows, read_names, row_pairs
@@ -148,8 +149,16 @@ class TaskAdapter(Adapter):
         Args:
             group: the name of the group.
             task: the name of the task.
+
+        Raises:
+            KeyError: no such group or task.
         """
-        return self.all_networks()[key_of(group, task)]
+        found = self.all_networks().get(key_of(group, task))
+        if found is None:
+            raise KeyError(
+                f"there is no network of {group!r} for {task!r}; the tasks are {self.tasks}"
+            )
+        return found
 
     def tensor(self, group: Group) -> TensorNetwork:
         """Return the network of a group over all tasks, T[task, layer, ...]; gradients reach the parameters.
@@ -195,23 +204,13 @@ class TaskAdapter(Adapter):
             own = self.network_of(group.name, name)
             networks[group.name] = own.like([t.detach().clone() for t in own.stored])
         if config.share_residual and any(map(owns_input, networks.values())):
-            config = replace(
-                config, share_residual=False
-            )  # no network had it in common with another
+            config = replace(config, share_residual=False)  # no network has it in common
         if config.share_residual:
             share_input_factor(self.groups, networks)
         model = self.model if self.is_on_model else None
         paths = self.trained_modules.paths
         modules = TrainedModules(paths, self.trained_modules.values(model) if paths else None)
         return Adapter(name, config, self.groups, networks, modules)
-
-    def count(self, trainable_only: bool = True) -> int:
-        """Count the parameters of all tasks; those that tasks have in common count once.
-
-        Args:
-            trainable_only: whether parameters marked ``(frozen)`` are left out.
-        """
-        return super().count(trainable_only)
 
     # Tasks
 
@@ -288,7 +287,9 @@ class TaskAdapter(Adapter):
             raise TypeError(
                 f"train_tasks() takes a list of names; found {names!r}: give [{names!r}]"
             )
-        chosen = self.tasks if names is None else tuple(names)
+        listed = names if isinstance(names, Iterable) else (names,)
+        chosen = self.tasks if names is None else tuple(listed)
+        TEXTS.check("names", chosen)
         self._check_known(chosen)
         for task in self.tasks:
             for group in self.groups:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._kinds import takes
+from ..._numbers import check_number
 from ...decomp import Network
-from .._adapter import Adapter
+from .._adapter import ADAPTER, Adapter
 from .running import arguments, evaluating
 
 #: Sizes of the perturbation, tried in turn, because low precision rounds small ones away.
 _SIZES = (0.01, 1.0, 100.0)
 
 
+@takes(adapter=ADAPTER)
 def check_effect(
     adapter: Adapter, example_inputs: Any, *, tolerance: float = 0.0
 ) -> dict[str, bool]:
@@ -49,6 +52,7 @@ def check_effect(
         >>> check_effect(adapter, torch.tensor([[3, 14, 15, 9]]))
         {'encoder': True}
     """
+    check_number("tolerance", tolerance, least=0)
     if adapter.merged or not adapter.active:
         state, remedy = ("merged", "unmerge") if adapter.merged else ("not active", "enable")
         raise ValueError(

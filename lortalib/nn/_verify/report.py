@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..._columns import aligned
+from ..._kinds import Kind, are, takes
 from .._adapters import adapters
 from .._anatomy import Site, UnsupportedModelError, check_model
 from .._anatomy import sites as find_sites
@@ -128,6 +129,13 @@ class Report:
         return "\n".join(lines)
 
 
+_SITES = Kind(
+    "a list of sites, such as lortalib.nn.sites(model) returns",
+    are(lambda each: isinstance(each, Site)),
+)
+
+
+@takes(sites=_SITES.or_none)
 def verify(model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | None = None) -> Report:
     """Run the model to check that its attention projections are what the sites say.
 
