@@ -72,6 +72,11 @@ class AdapterModule(nn.Module):
             return self.active and not self.merged
         return added_in_forward(self)
 
+    @property
+    def weights_state(self) -> object:
+        """Stands for what is merged into the model's weights; see `Host`."""
+        return self._host[0].weights_state if self._host else None
+
     def keep_pairs(self) -> AbstractContextManager[None]:
         """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.
 

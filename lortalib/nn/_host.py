@@ -8,6 +8,7 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,10 +21,11 @@ from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site
 from ._base_weights import BaseWeights, weight_name
+from ._finite import check_finite
 from ._forward import Handle, detach
 from ._found_modules import FoundModules
 from ._gradient_flags import GradientFlags
-from ._sharded import divide_again, is_finite
+from ._sharded import divide_again
 from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
 
@@ -43,6 +45,8 @@ class AdapterHost(AdapterDict):
         self._weights = BaseWeights(model, self._modules_found)
         # Snapshots of the merged adapters, as they were merged.
         self._merged_copies: dict[str, Adapter] = {}
+        # The count of changes that no later change takes back: merged for good, or removed too early.
+        self._lost = 0
         self._handles: dict[str, list[Handle]] = {}
         self._flags = GradientFlags(model)
 
@@ -57,6 +61,11 @@ class AdapterHost(AdapterDict):
     def _trained_by_others(self, adapter: Adapter, active: bool) -> list[TrainedModules]:
         others = self._others(adapter)
         return [other.trained_modules for other in others if other.active or not active]
+
+    @property
+    def weights_state(self) -> object:
+        """Stands for what is merged into the weights: equal values stand for equal weights."""
+        return self._lost, tuple(map(weakref.ref, self._in_order(self._merged_copies)))
 
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
@@ -137,7 +146,7 @@ class AdapterHost(AdapterDict):
     def merge(self, adapter: Adapter) -> None:
         """Merge an adapter into the weights, as `Adapter.merge` describes."""
         if not adapter.merged:
-            _check_finite(adapter)
+            check_finite(adapter)
             self._merge(adapter, adapter.snapshot())
 
     def _merge(self, adapter: Adapter, copy: Adapter) -> None:
@@ -152,6 +161,7 @@ class AdapterHost(AdapterDict):
             self._enable(adapter)
             self._weights.write(adapter.sites, self._in_order(copies))
             vars(self)["_merged_copies"] = copies
+            adapter.remembered.was_merged = True
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
             self._detach_merged(adapter)
         except BaseException:
@@ -224,7 +234,8 @@ class AdapterHost(AdapterDict):
         """Remove an adapter from the model, as `Adapter.remove` describes."""
         if merged:
             check_kept(adapter, [a for a in self._others(adapter) if a.merged])
-        if adapter.remembered.is_waiting:
+        waiting = adapter.remembered.is_waiting
+        if waiting:
             warnings.warn(
                 f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
                 "hooks are gone, so that backward would repeat the forward of the base, with other "
@@ -240,6 +251,7 @@ class AdapterHost(AdapterDict):
             else:
                 self.disable(adapter)
             self._take_off(adapter)
+            vars(self)["_lost"] += waiting
         except BaseException:
             if kept_merged or not (merged or adapter.active):
                 self._take_off(adapter)
@@ -254,6 +266,7 @@ class AdapterHost(AdapterDict):
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
             self._weights.keep_merged(self._merged_copies[adapter.name])
+            vars(self)["_lost"] += 1
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
@@ -328,20 +341,6 @@ def home_of(model: nn.Module) -> nn.Module:
     while isinstance(model, nn.Sequential) and model._modules:
         model = next(model.children())
     return model
-
-
-def _check_finite(adapter: Adapter) -> None:
-    for group in adapter.groups:
-        for name, tensor in adapter.network(group).named_parameters():
-            if tensor.is_meta:
-                raise ValueError(
-                    f"adapter {adapter.name!r} is on the meta device: it has no numbers to merge"
-                )
-            if not is_finite(tensor):
-                raise ValueError(
-                    f"factor {name!r} of network {group.name!r} holds NaN or infinity, so adapter "
-                    f"{adapter.name!r} was not merged; nothing was changed"
-                )
 
 
 def _set_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:

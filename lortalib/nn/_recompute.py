@@ -30,7 +30,7 @@ _STACK = {
 
 
 #: Stands in `Remembered.recall` for a checkpoint whose first run did not see the adapter.
-_UNKNOWN = object()
+_UNKNOWN: Any = object()
 
 
 def _suspended(generator: Any) -> dict[str, Any]:
@@ -90,39 +90,43 @@ class Remembered:
     """Remembers if an adapter added its update in the forwards that checkpoints may run again."""
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[Any, bool | None] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, tuple[bool, object] | None] = WeakKeyDictionary()
         self._repeated: WeakSet[Any] = WeakSet()
+        self.was_merged = False  # while it is merged, forwards may run without its hooks
 
-    def record(self, now: bool) -> None:
-        """Remember for every running checkpoint whether the adapter adds its update.
+    def record(self, now: bool, weights: object) -> None:
+        """Remember for every running checkpoint whether the adapter adds its update, and to which weights.
 
         Args:
             now: whether the update is added now.
+            weights: stands for what is merged into the weights; equal values stand for equal weights.
         """
         for each in checkpoints():
-            if self._known.setdefault(each, now) is not now:
-                self._known[each] = None  # the function itself switches the adapter
+            if self._known.setdefault(each, (now, weights)) != (now, weights):
+                self._known[each] = None  # the function itself switches or merges adapters
 
-    def recall(self, now: bool, merged: bool, name: str) -> bool:
+    def recall(self, now: bool, weights: object, name: str) -> bool:
         """Return whether the update was added in the forward that runs again; ``now`` if none runs again.
 
         Args:
             now: whether the update is added now.
-            merged: whether the update is merged into the weights now.
+            weights: as for `record`.
             name: name of the adapter.
 
         Raises:
-            RuntimeError: the adapter was merged, unmerged or applied since that forward.
+            RuntimeError: an adapter was merged, unmerged, applied or removed since that forward.
         """
         running = list(checkpoints())
         self._repeated.update(running)
         known = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
-        if (merged and known is not _UNKNOWN) or (running and now and known is _UNKNOWN):
+        if known is None or not running:
+            return now
+        if (now or self.was_merged) if known is _UNKNOWN else known[1] != weights:
             raise RuntimeError(
-                f"adapter {name!r} was merged, unmerged or applied after the forward that a checkpoint "
-                "runs again now; call backward() before such a change, or run the forward again"
+                f"adapter {name!r} or another was merged, unmerged, applied or removed after the forward "
+                "that a checkpoint runs again now; call backward() before such a change, or run it anew"
             )
-        return now if known is _UNKNOWN or known is None else bool(known)
+        return now if known is _UNKNOWN else bool(known[0])
 
     def __len__(self) -> int:
         """Return the number of remembered checkpoints."""
@@ -132,7 +136,8 @@ class Remembered:
     def is_waiting(self) -> bool:
         """True if a remembered checkpoint added the update and has not run again yet."""
         return any(
-            added is not False and each not in self._repeated for each, added in self._known.items()
+            (known is None or known[0]) and each not in self._repeated
+            for each, known in self._known.items()
         )
 
     def __reduce__(self) -> Any:
@@ -150,13 +155,12 @@ def added_in_forward(adapter: Any) -> bool:
             adapter, have other values now.
     """
     remembered: Remembered = adapter.remembered
-    merged: bool = adapter.merged
-    now: bool = adapter.active and not merged
+    now: bool = adapter.active and not adapter.merged
     if not is_in_backward():
-        if not merged and adapter.scope.may_be_checkpointed():
-            remembered.record(now)
+        if adapter.scope.may_be_checkpointed():
+            remembered.record(now, adapter.weights_state)
         return now
-    then = remembered.recall(now, merged, adapter.name)
+    then = remembered.recall(now, adapter.weights_state, adapter.name)
     if then is not now and adapter.trained_modules.paths:
         raise RuntimeError(
             f"adapter {adapter.name!r} was switched between a forward and its backward, and a checkpoint "

@@ -121,6 +121,24 @@ def test_merging_writes_into_main_memory(options, first, tmp_path):
     assert same_bits(output(model, INPUTS), output(base(), INPUTS))
 
 
+@pytest.mark.parametrize("offload", [to_memory, to_disk])
+@pytest.mark.parametrize("family", ["Bert", "OPT"])
+def test_the_bias_of_a_writer_on_the_stream_is_that_which_accelerate_keeps(
+    offload, family, tmp_path
+):
+    """The update reads the writer's output without its bias, which is a placeholder behind the forward."""
+    plain, model = (FAMILIES[family].model("Model") for _ in range(2))
+    with torch.no_grad():
+        for one, other in zip(plain.parameters(), model.parameters()):
+            one.copy_(one + 0.1)
+            other.copy_(one)
+    offload(model, tmp_path)
+    for each in (plain, model):
+        put(each, "cp", acts_on="stream", targets="o")
+    inputs = {"input_ids": INPUTS["input_ids"]}
+    assert close(output(model, inputs), output(plain, inputs))
+
+
 @pytest.mark.parametrize("offload", [to_disk, partly_to_disk])
 def test_merging_into_a_disk_is_refused_and_changes_nothing(offload, tmp_path):
     *_, model, adapter = pair({}, offload, "offload", tmp_path)

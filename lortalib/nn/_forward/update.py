@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..._torch import has_global_forward_hooks, is_autocast, is_tracing
 from .._anatomy import Site, is_conv1d
+from .._offloaded import offloaded_numbers
 from .module_sites import ModuleSites, Pair
 from .pairs import PairSource
 from .rows import EvenRows, Layout, RowMaps
@@ -97,6 +98,10 @@ def without_bias(module: nn.Module, y: Tensor) -> Tensor:
     bias: object = getattr(module, "bias", None)
     if callable(bias) and not isinstance(bias, Tensor):  # a method in quantised modules
         bias = bias()
+    if isinstance(bias, Tensor) and bias.is_meta and not y.is_meta:
+        # accelerate keeps the numbers elsewhere, and its hook has left already
+        kept = offloaded_numbers(module, "bias")
+        bias = bias if kept is None else kept.to(y.device)
     return y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
 
 
