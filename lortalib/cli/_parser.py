@@ -81,7 +81,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def _add_readers(add: Add) -> None:
-    _add_revision(
+    _add_place(
         add(info, "describe an adapter: by tensor, layer, matrix and head", "FOLDER", "my-adapter")
     )
     planned = add(
@@ -168,7 +168,7 @@ def _add_checks(add: Add) -> None:
             metavar="MODEL",
             help="folder or name (default: the folder that the adapter names, if there is one)",
         )
-        _add_revision(sub)
+        _add_place(sub)
         _add_trust(sub, " of --model")
     verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
     compared = add(
@@ -187,6 +187,7 @@ def _add_checks(add: Add) -> None:
     compared.add_argument(
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
+    _add_subfolders(compared, "A and B")
     _add_trust(compared, " of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
@@ -271,14 +272,30 @@ def _add_writers(add: Add) -> None:
     )
     _add_trust(merged)
     _add_trust(exported, " of --model")
+    _add_subfolders(compressed, "LORA")
     _add_trust(compressed, " of --model")
     for sub in (merged, exported, converted):
-        _add_revision(sub)
+        _add_place(sub)
 
 
-def _add_revision(sub: argparse.ArgumentParser) -> None:
+def _add_place(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)"
+    )
+    sub.add_argument(
+        "--subfolder",
+        metavar="PATH",
+        help="folder in the repository, or below FOLDER, that has the adapter (default: its top)",
+    )
+
+
+def _add_subfolders(sub: argparse.ArgumentParser, each: str) -> None:
+    sub.add_argument(
+        "--subfolder",
+        metavar="PATH",
+        action="append",
+        help=f"folder in each repository or folder that has the adapter; give it once, or once for each of "
+        f"{each}, where '.' is the top (default: the top)",
     )
 
 

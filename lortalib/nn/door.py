@@ -44,6 +44,7 @@ from ._forward import (
     watch_forwards,
     without_bias,
 )
+from ._hub import each_subfolder
 from ._lora_words import LORA_WORDS
 from ._meta_model import meta_model, model_class
 from ._plan import Plan, check_whole, plan_sites
@@ -74,6 +75,7 @@ __all__ = [
     "detach",
     "divide_again",
     "divided_like",
+    "each_subfolder",
     "find_candidates",
     "is_divided",
     "is_finite",
