@@ -74,7 +74,7 @@ def choose_sites(
                     "regular expression that whole paths match, or a function of a site"
                 )
         chosen = [site for site in sites if any(site in fits for fits in named)]
-    if isinstance(layers, str):
+    if isinstance(layers, str) or not (layers is None or isinstance(layers, (int, Iterable))):
         raise ValueError(f"layers must be integers, or None for all; found {layers!r}")
     if layers is not None:
         wanted = {layers} if isinstance(layers, int) else set(layers)
