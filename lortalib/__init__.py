@@ -8,6 +8,7 @@ when it is first touched.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,19 @@ __all__ = ["__version__", "cli", "decomp", "nn", "peft", "plot"]
 
 def __getattr__(name: str) -> ModuleType:
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def _hint(name: str) -> str:
+    """Say which module of the library has a name; `peft` is not loaded for this."""
+    if name.startswith("_"):
+        return ""
+    peft = ["peft"] if f"{__name__}.peft" in sys.modules else []
+    for door in ("nn", "decomp", *peft):
+        if name in importlib.import_module(f".{door}", __name__).__all__:
+            return f"; use lortalib.{door}.{name}"
+    return ""
 
 
 def __dir__() -> list[str]:

@@ -24,6 +24,19 @@ def torch_alone():
     return loaded("import torch")
 
 
+@pytest.mark.parametrize(
+    ("name", "place"), [("apply", "nn"), ("cp", "decomp"), ("LortaConfig", "peft")]
+)
+def test_a_name_of_a_module_is_found(name, place):
+    import lortalib
+    import lortalib.peft
+
+    with pytest.raises(AttributeError, match=rf"use lortalib\.{place}\.{name}$"):
+        getattr(lortalib, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        _ = lortalib.nothing
+
+
 def test_lortalib_alone_loads_nothing():
     assert not loaded("import lortalib") & {"torch", "numpy", *HEAVY}
 

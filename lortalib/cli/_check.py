@@ -17,16 +17,17 @@ from ..nn import AdapterFileError
 from ..nn.door import Difference, compare_updates
 from ._models import example_inputs, load, shape_of
 from ._output import Output
+from ._place import place
 
 
 def check(options: Namespace, output: Output) -> bool:
     """Check that an adapter is sound, and fits a model: ``check FOLDER``."""
     _refuse_code_that_a_file_names(options)
-    folder, revision = options.folder, options.revision
+    folder, where = options.folder, place(options)
     findings: dict[str, Any] = {"adapter": folder, "sound": False, "fits": None, "why": None}
     try:
-        adapter = lnn.read(folder, revision=revision)
-        named = lnn.read_description(folder, revision=revision)["base_model"].get("name")
+        adapter = lnn.read(folder, **where)
+        named = lnn.read_description(folder, **where)["base_model"].get("name")
         findings["sound"] = True
     except (AdapterFileError, FileNotFoundError) as error:
         findings["why"] = str(error)
@@ -37,7 +38,7 @@ def check(options: Namespace, output: Output) -> bool:
     if options.model or (named and _is_folder(named)):
         findings["model"] = name
         try:
-            lnn.load(shape_of(name, options.trust_remote_code), folder, revision=revision)
+            lnn.load(shape_of(name, options.trust_remote_code), folder, **where)
             findings["fits"] = True
         except (OSError, ValueError, ImportError) as error:
             # Without --model, a failure to load says nothing against the adapter.
@@ -68,7 +69,7 @@ def _is_folder(name: str) -> bool:
 def verify(options: Namespace, output: Output) -> bool:
     """Load an adapter on its model and check effect, merge and export: ``verify FOLDER``."""
     _refuse_code_that_a_file_names(options)
-    description = lnn.read_description(options.folder, revision=options.revision)
+    description = lnn.read_description(options.folder, **place(options))
     named = description["base_model"].get("name")
     name = options.model or (named if named and _is_folder(named) else None)
     if name is None:
@@ -77,7 +78,7 @@ def verify(options: Namespace, output: Output) -> bool:
             "--model"
         )
     model = load(name, options.dtype, options.trust_remote_code).eval()
-    adapter = lnn.load(model, options.folder, revision=options.revision)
+    adapter = lnn.load(model, options.folder, **place(options))
     inputs = example_inputs(model)
 
     def forward() -> Tensor:
@@ -149,7 +150,7 @@ def _exported(adapter: lnn.Adapter, forward: Callable[[], Tensor], near: Any) ->
 def compare(options: Namespace, output: Output) -> bool:
     """Compare the updates of two adapters, or of an adapter and its LoRA: ``compare A B``."""
     model = load(options.model, "float32", options.trust_remote_code) if options.model else None
-    found = compare_updates(options.a, options.b, model)
+    found = compare_updates(options.a, options.b, model, subfolder=options.subfolder)
     rows = [
         {"module": d.module, "norm of A": d.one, "norm of B": d.other, "distance": d.distance,
          "relative": d.relative}

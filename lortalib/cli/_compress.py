@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import nn as lnn
 from ..nn import AdapterFileError
-from ..nn.door import lora_config
+from ..nn.door import each_subfolder, lora_config
 from ._models import load, shape_of
 from ._output import Output
 
@@ -21,7 +21,8 @@ def compress(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before minutes of fitting
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    bases = [_base_of(folder) for folder in options.lora]
+    within = each_subfolder(options.subfolder, len(options.lora))
+    bases = [_base_of(*each) for each in zip(options.lora, within)]
     name = _model_of(options.model, [base for base, _ in bases])
     on_stream = any(acts_on_stream for _, acts_on_stream in bases)
     model: nn.Module = (
@@ -35,6 +36,7 @@ def compress(options: Namespace, output: Output) -> bool:
             options.lora,
             options.to,
             options.rank,
+            subfolder=options.subfolder,
             gqa=options.gqa,
             sweeps=options.sweeps,
             progress=lambda group, number, error: step(f"{group} {error:.4f}"),
@@ -78,12 +80,12 @@ def _sites(found: lnn.Compression) -> list[dict[str, Any]]:
     ]
 
 
-def _base_of(folder: str) -> tuple[str | None, bool]:
+def _base_of(folder: str, subfolder: str | None) -> tuple[str | None, bool]:
     """Return the name of the model that an adapter was trained on, and whether it acts on the stream."""
     try:
-        description = lnn.read_description(folder)
+        description = lnn.read_description(folder, subfolder=subfolder)
     except (AdapterFileError, FileNotFoundError):
-        return lora_config(folder).get("base_model_name_or_path"), False
+        return lora_config(folder, subfolder=subfolder).get("base_model_name_or_path"), False
     return description["base_model"].get("name"), description["config"]["acts_on"] == "stream"
 
 

@@ -11,12 +11,13 @@ import torch
 from .. import nn as lnn
 from ..decomp import TensorNetwork
 from ._output import Output
+from ._place import place
 
 
 def info(options: Namespace, output: Output) -> bool:
     """Describe an adapter: ``info FOLDER``."""
-    adapter = lnn.read(options.folder, revision=options.revision)
-    description = lnn.read_description(options.folder, revision=options.revision)
+    adapter = lnn.read(options.folder, **place(options))
+    description = lnn.read_description(options.folder, **place(options))
     tasks: tuple[str, ...] = ()
     updates = [adapter]
     network_of: Callable[[lnn.Group], TensorNetwork] = adapter.network

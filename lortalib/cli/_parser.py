@@ -21,12 +21,12 @@ from ._write import convert, export_lora, merge
 Command = Callable[[argparse.Namespace, Output], bool]
 
 _POSITIONAL = {
-    "LORA...": "folders of saved LoRAs or adapters, each called after its folder",
+    "LORA...": "folders of LoRAs or adapters, or their names on the hub; each is called after its folder",
     "FOLDER": "folder of a saved adapter, of lortalib or of PEFT, or its name on the hub",
     "MODEL": "folder of a model, or its name on the hub",
     "OUT": "folder to write",
     "A": "folder or name on the hub of an adapter, of lortalib or PEFT, or of a LoRA",
-    "B": "the same",
+    "B": "what A is compared with, likewise",
 }
 
 
@@ -81,7 +81,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def _add_readers(add: Add) -> None:
-    _add_revision(
+    _add_place(
         add(info, "describe an adapter: by tensor, layer, matrix and head", "FOLDER", "my-adapter")
     )
     planned = add(
@@ -166,10 +166,10 @@ def _add_checks(add: Add) -> None:
             "--model",
             type=text,
             metavar="MODEL",
-            help="folder or name (default: the folder that the adapter names, if there is one)",
+            help="folder of the model, or its name on the hub (default: the folder that the adapter names)",
         )
-        _add_revision(sub)
-        _add_trust(sub, " of --model")
+        _add_place(sub)
+        _add_trust(sub, "the model of --model")
     verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
     compared = add(
         compare,
@@ -182,12 +182,14 @@ def _add_checks(add: Add) -> None:
         "--model",
         type=text,
         metavar="MODEL",
-        help="folder or name; needed for adapters on the residual stream (default: none)",
+        help="folder of the model, or its name on the hub; needed for adapters on the residual stream "
+        "(default: none)",
     )
     compared.add_argument(
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
-    _add_trust(compared, " of --model")
+    _add_subfolders(compared, "A and B")
+    _add_trust(compared, "the model of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
             "--tolerance",
@@ -219,13 +221,14 @@ def _add_writers(add: Add) -> None:
         "--model",
         type=text,
         metavar="MODEL",
-        help="folder or name; needed for adapters on the residual stream, and for gguf (default: none)",
+        help="folder of the model, or its name on the hub; needed for adapters on the residual stream, and "
+        "for gguf (default: none)",
     )
     exported.add_argument(
         "--format",
         choices=("peft", "gguf"),
         default="peft",
-        help="a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
+        help="OUT is a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
     )
     converted = add(
         convert,
@@ -254,13 +257,14 @@ def _add_writers(add: Add) -> None:
         "--model",
         type=text,
         metavar="MODEL",
-        help="folder or name (default: the folder that the first adapter names)",
+        help="folder of the model, or its name on the hub (default: the folder that the first adapter names)",
     )
     compressed.add_argument(
         "--gqa",
         choices=("pool", "split"),
         default="pool",
-        help="fewer key/value heads: one tensor with the queries, or one of their own (default: pool)",
+        help="where a model has fewer key/value heads than query heads: one tensor for all, or one for k "
+        "and v alone (default: pool)",
     )
     compressed.add_argument(
         "--sweeps",
@@ -270,23 +274,41 @@ def _add_writers(add: Add) -> None:
         help="largest number of sweeps of the fit (default: 100)",
     )
     _add_trust(merged)
-    _add_trust(exported, " of --model")
-    _add_trust(compressed, " of --model")
+    _add_trust(exported, "the model of --model")
+    _add_subfolders(compressed, "LORA")
+    _add_trust(compressed, "the model of --model")
     for sub in (merged, exported, converted):
-        _add_revision(sub)
+        _add_place(sub)
 
 
-def _add_revision(sub: argparse.ArgumentParser) -> None:
+def _add_place(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)"
+        "--revision",
+        metavar="REV",
+        help="branch, tag or commit of FOLDER on the hub (default: main)",
+    )
+    sub.add_argument(
+        "--subfolder",
+        metavar="PATH",
+        help="folder in the repository, or below FOLDER, that has the adapter (default: its top)",
     )
 
 
-def _add_trust(sub: argparse.ArgumentParser, of: str = "") -> None:
+def _add_subfolders(sub: argparse.ArgumentParser, each: str) -> None:
+    sub.add_argument(
+        "--subfolder",
+        metavar="PATH",
+        action="append",
+        help=f"folder in each repository or folder that has the adapter; give it once, or once for each of "
+        f"{each}, where '.' is the top (default: the top)",
+    )
+
+
+def _add_trust(sub: argparse.ArgumentParser, of: str = "MODEL") -> None:
     sub.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help=f"run code that comes with the model{of} (default: no)",
+        help=f"run Python code that comes with {of} (default: no)",
     )
 
 

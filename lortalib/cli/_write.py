@@ -12,6 +12,7 @@ from .. import nn as lnn
 from ..nn.door import lora_config
 from ._models import load
 from ._output import Output
+from ._place import place
 
 
 def merge(options: Namespace, output: Output) -> bool:
@@ -19,12 +20,10 @@ def merge(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    lnn.read_description(
-        options.folder, revision=options.revision
-    )  # fails before a large model is read
+    lnn.read_description(options.folder, **place(options))  # fails before a large model is read
     model = load(options.model, options.dtype, options.trust_remote_code)
     output.say(f"read {type(model).__name__} from {options.model}")
-    adapter = lnn.load(model, options.folder, revision=options.revision)
+    adapter = lnn.load(model, options.folder, **place(options))
     adapter.remove(merged=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
@@ -61,9 +60,9 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
 
 def export_lora(options: Namespace, output: Output) -> bool:
     """Write an adapter as a LoRA of PEFT or llama.cpp: ``export-lora FOLDER OUT``."""
-    base = lnn.read_description(options.folder, revision=options.revision)["base_model"].get("name")
+    base = lnn.read_description(options.folder, **place(options))["base_model"].get("name")
     if options.model is None:
-        adapter = lnn.read(options.folder, revision=options.revision)
+        adapter = lnn.read(options.folder, **place(options))
         if adapter.config.acts_on == "stream":
             raise ValueError(
                 f"the adapter in {options.folder} acts on the residual stream, so a LoRA of it is a product "
@@ -71,7 +70,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
             )
     else:
         model = load(options.model, "float32", options.trust_remote_code)
-        adapter = lnn.load(model, options.folder, revision=options.revision)
+        adapter = lnn.load(model, options.folder, **place(options))
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)
         findings = {"adapter": options.folder, "written": str(file), "bytes": file.stat().st_size}
@@ -91,7 +90,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
 
 def convert(options: Namespace, output: Output) -> bool:
     """Convert an adapter's folder between the kinds of lortalib and PEFT: ``convert FOLDER OUT``."""
-    folder = lnn.convert(options.folder, options.out, revision=options.revision)
+    folder = lnn.convert(options.folder, options.out, **place(options))
     files = sorted(file.name for file in folder.iterdir())
     findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}
     output.show(findings, [findings])

@@ -89,12 +89,39 @@ def local_folder(
         )
     place = Path(downloaded) / inside
     if not any((place / file).is_file() for file in files):
-        where = f"in its folder {str(inside)!r}" if subfolder else "at its top"
+        where = f"in its folder {str(inside)!r}" if inside.parts else "at its top"
         raise FileNotFoundError(
             f"the repository {folder!r} has none of {', '.join(files)} {where}. If its adapters are in "
             "folders, give the name of one as subfolder="
         )
     return place
+
+
+def each_subfolder(subfolder: str | Sequence[str] | None, number: int) -> list[str | None]:
+    """Return the subfolder of each of several folders.
+
+    Args:
+        subfolder: one for all of them, or a list with one for each, where ``"."`` is the top; None is the
+            top of all.
+        number: how many folders there are.
+
+    Raises:
+        ValueError: the list is of another length.
+
+    Example:
+        >>> each_subfolder("lora", 2), each_subfolder([".", "lora"], 2), each_subfolder(None, 1)
+        (['lora', 'lora'], ['.', 'lora'], [None])
+    """
+    if subfolder is None or isinstance(subfolder, str):
+        return [subfolder] * number
+    if len(subfolder) == 1:
+        return [subfolder[0]] * number
+    if len(subfolder) != number:
+        raise ValueError(
+            f"subfolder must be one for all folders or one for each, with '.' for the top; found "
+            f"{len(subfolder)} for {number} folders"
+        )
+    return list(subfolder)
 
 
 def upload(

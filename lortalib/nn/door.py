@@ -44,6 +44,7 @@ from ._forward import (
     watch_forwards,
     without_bias,
 )
+from ._hub import each_subfolder
 from ._lora_words import LORA_WORDS
 from ._meta_model import meta_model, model_class
 from ._offloaded import execution_device
@@ -75,6 +76,7 @@ __all__ = [
     "detach",
     "divide_again",
     "divided_like",
+    "each_subfolder",
     "execution_device",
     "find_candidates",
     "is_divided",

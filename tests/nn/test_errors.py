@@ -70,6 +70,7 @@ BAD = {
     "gqa": ({"gqa": "mean"}, r"gqa must be 'pool' or 'split'; found 'mean'"),
     "init": ({"init": "zeros"}, r"unknown init 'zeros'; choose 'invariant', 'lorta', 'normal'"),
     "init number": ({"init": 0}, r"unknown init 0"),
+    "layers, a fraction": ({"layers": 0.5}, r"layers must be integers.*found 0\.5"),
     # decompositions
     "misspelt": ({"decomposition": "tuker"}, r"'tuker' \(did you mean 'tucker'"),
     "number": ({"decomposition": 3}, r"a name, a line of legs or a callable; found 3"),
@@ -278,6 +279,11 @@ def test_what_is_no_model(model):
     for call in (apply, lortalib.nn.sites, lortalib.nn.mlp_sites):
         with pytest.raises(TypeError, match=r"expected a model, a torch\.nn\.Module"):
             call(model)
+
+
+def test_what_is_no_model_is_named_by_its_type(llama):
+    with pytest.raises(TypeError, match=r"found an object of the type LlamaConfig\. Load it first"):
+        apply(llama.config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.int8, None])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import lortalib
 from lortalib.cli import main
+from lortalib.nn.door import compare_updates, lora_config
 from lortalib.peft import LortaConfig
 
 LLAMA = FAMILIES["Llama"]
@@ -234,6 +235,71 @@ def test_a_folder_of_a_repository(hub, folder, inputs):
         lortalib.nn.read("user/name")
     with pytest.raises(FileNotFoundError, match="in its folder 'two'"):
         lortalib.nn.read("user/name", subfolder="two")
+
+
+def test_every_door_takes_a_folder_of_a_repository(hub, capsys):
+    _, adapter = trained()
+    push(adapter, hub, lora=True)
+    within(hub, "runs/one")
+    place = {"subfolder": "runs/one"}
+    bank = lortalib.nn.bank(fresh(), "cp", 2)
+    bank.add("ann", "user/name", **place)
+    assert list(bank) == ["ann"]
+    with pytest.raises(TypeError, match="go with a folder or repository"):
+        bank.add("bob", adapter, **place)
+    assert lora_config("user/name", subfolder="runs/one/lora")["r"] > 0
+    both = ["runs/one", "runs/one/lora"]
+    same = compare_updates("user/name", "user/name", subfolder=both)
+    assert max(each.relative for each in same) < 1e-5
+    found = lortalib.nn.compress(fresh(), ["user/name"] * 2, "tt", 2, sweeps=1, subfolder=both)
+    assert found.names == ("one", "lora")
+    found = lortalib.nn.compress(fresh(), {"a": "user/name"}, "tt", 2, sweeps=1, **place)
+    assert found.names == ("a",)
+    with pytest.raises(ValueError, match="3 for 2 folders"):
+        compare_updates("user/name", "user/name", subfolder=[*both, "."])
+
+    fresh().save_pretrained("base")
+    inside, model = ["--subfolder", "runs/one"], ["--model", "base"]
+    capsys.readouterr()
+    assert main(["info", "user/name", "--json", *inside]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable parameters"] == adapter.count()
+    assert main(["check", "user/name", *inside, *model]) == 0
+    assert main(["verify", "user/name", *inside, *model]) == 0
+    assert main(["merge", "base", "user/name", "merged", *inside]) == 0
+    assert main(["export-lora", "user/name", "lora", *inside]) == 0
+    assert main(["export-lora", "user/name", "lora-2", *inside, *model]) == 0
+    assert main(["convert", "user/name", "theirs", *inside]) == 0
+    each = ["--subfolder", "runs/one", "--subfolder", "runs/one/lora"]
+    assert main(["compare", "user/name", "user/name", *each]) == 0
+    assert main(["compare", "user/name", "user/name", *inside]) == 0
+    assert main(["compare", "lora", "user/name", "--subfolder", ".", *each[2:]]) == 0
+    assert main(["compress", "user/name", "small", "--sweeps", "1", *inside, *model]) == 0
+    capsys.readouterr()
+    assert main(["info", "user/name"]) == 1
+    assert "subfolder" in capsys.readouterr().err
+    assert main(["compress", "user/name", "other", *each, *model]) == 1
+    assert "found 2 for 1 folders" in capsys.readouterr().err
+
+
+def test_a_bank_is_loaded_from_a_folder_and_a_revision_of_a_repository(hub, tmp_path):
+    model, adapter = trained()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    bank["ann"] = adapter
+    folder = bank.save(tmp_path / "bank")
+    files = {f"banks/one/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["user/bank"] = {"main": {}, "old": files}
+    again = lortalib.nn.bank(fresh(), "cp", 2)
+    again.load("user/bank", revision="old", subfolder="banks/one")
+    assert list(again) == ["ann"]
+    again.load(tmp_path, subfolder="bank")
+    with pytest.raises(FileNotFoundError, match="subfolder="):
+        again.load("user/bank", revision="old")
+    push(adapter, hub)
+    adapter.push_to_hub("user/name", token=hub.token, revision="second")
+    again.add("bob", "user/name", revision="second")
+    with pytest.raises(FileNotFoundError, match="no revision 'third'"):
+        again.add("eve", "user/name", revision="third")
+    assert list(again) == ["ann", "bob"]
 
 
 def test_the_lora_beside_an_adapter(hub):

@@ -102,8 +102,13 @@ def check_model(model: object) -> nn.Module:
         TypeError: it is not a module.
     """
     if not isinstance(model, nn.Module):
+        found = (
+            repr(model)
+            if isinstance(model, str)
+            else f"an object of the type {type(model).__name__}"
+        )
         raise TypeError(
-            f"expected a model, a torch.nn.Module; found {model!r}. Load it first, for instance with "
+            f"expected a model, a torch.nn.Module; found {found}. Load it first, for instance with "
             "transformers.AutoModel.from_pretrained"
         )
     return unwrapped(model)

@@ -13,6 +13,7 @@ from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
+from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan, share_input_factor
 from .._trained_modules import TrainedModules
@@ -129,14 +130,25 @@ class BankContents:
     # Adding and reading
 
     @takes(name=NAME)
-    def add(self, name: Hashable, source: Source) -> None:
+    def add(
+        self,
+        name: Hashable,
+        source: Source,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> None:
         """Store an adapter; one with the same name is replaced.
 
         Args:
             name: any hashable name but None.
-            source: an `Adapter` (on any model of this shape), a folder that one was saved to, or a
-                mapping from the name of each group to its own tensors (not those that all adapters share),
-                in the order of the line and without the scaling by `alpha`.
+            source: an `Adapter` (on any model of this shape), a folder that one was saved to, a repository of
+                the Hugging Face hub, or a mapping from the name of each group to its own tensors (not those
+                that all adapters share), in the order of the line and without the scaling by `alpha`.
+            revision: a branch, tag or commit of the repository; by default ``main``.
+            token: a token of the hub; by default the one that ``hf auth login`` stored.
+            subfolder: the folder in the repository, or below a local folder, that has the files.
 
         Raises:
             ValueError: the source has other groups, legs or shapes than the bank, has trained modules,
@@ -158,6 +170,20 @@ class BankContents:
             >>> list(bank)
             ['ann', 'bob']
         """
+        if (revision, token, subfolder) != (None, None, None):
+            if not isinstance(source, (str, PathLike)):
+                raise TypeError(
+                    "revision, token and subfolder go with a folder or repository; found a source that is "
+                    f"of the type {type(source).__name__}"
+                )
+            source = read_adapter(
+                self._model,
+                source,
+                rules=self._rules,
+                revision=revision,
+                token=token,
+                subfolder=subfolder,
+            )
         self.update({name: source})
 
     @takes(sources=SOURCES)
@@ -300,11 +326,21 @@ class BankContents:
         now = self._store.moment()
         return write_bank(folder, self._model, self._adapter(None, now.base), now.names, now.own)
 
-    def load(self, folder: str | PathLike[str]) -> None:
+    def load(
+        self,
+        folder: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> None:
         """Store the adapters that a bank of this shape saved, replacing adapters of the same names.
 
         Args:
             folder: a folder that `save` wrote, or a repository of the Hugging Face hub with its files.
+            revision: a branch, tag or commit of the repository; by default ``main``.
+            token: a token of the hub; by default the one that ``hf auth login`` stored.
+            subfolder: the folder in the repository, or below a local folder, that has the files.
 
         Raises:
             FileNotFoundError: a file of the folder is missing.
@@ -324,7 +360,7 @@ class BankContents:
             >>> list(again)
             ['ann', 'bob']
         """
-        saved = read_bank(folder, self._model, self._rules)
+        saved = read_bank(folder, self._model, self._rules, revision, token, subfolder)
         base = self._reader.read("the folder", saved.base)
         legs = {group.name: saved.base.network(group).legs for group in saved.base.groups}
         check_same_marks("the saved bank", legs, self._reader.legs)

@@ -84,7 +84,12 @@ def write_bank(
 
 
 def read_bank(
-    folder: str | PathLike[str], model: nn.Module, rules: BlockRule | Sequence[BlockRule]
+    folder: str | PathLike[str],
+    model: nn.Module,
+    rules: BlockRule | Sequence[BlockRule],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
 ) -> SavedBank:
     """Read what `write_bank` wrote.
 
@@ -92,13 +97,14 @@ def read_bank(
         folder: the folder, or a repository of the hub.
         model: the model, to which the adapters are fitted.
         rules: as for `bank`.
+        revision, token, subfolder: as for `local_folder`.
 
     Raises:
         FileNotFoundError: a file is missing.
         AdapterFileError: a file is damaged, the files were not written together, or the adapters do not fit
             the model.
     """
-    folder = local_folder(folder, FILES)
+    folder = local_folder(folder, FILES, revision, token, subfolder)
     path = folder / BANK
     if not path.is_file() and adapter_file(folder).is_file():
         raise FileNotFoundError(

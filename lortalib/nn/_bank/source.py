@@ -192,7 +192,7 @@ class SourceReader:
             if own is None or group.meaning != own.meaning:
                 raise ValueError(
                     f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
-                    "make the bank with the adapter's targets, layers and gqa"
+                    "make the bank with the adapter's targets, layers, gqa and acts_on"
                 )
             if legs[group.name].unmarked != self.legs[group.name].unmarked:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ def compress(
     sweeps: int = 100,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
+    subfolder: str | Sequence[str] | None = None,
 ) -> Compression:
     """Fit one tensor of any line to saved LoRAs of PEFT and adapters of lortalib of one model.
 
@@ -65,6 +66,9 @@ def compress(
         tolerance, ridge, restarts, sweeps, generator: as for `lortalib.decomp.fit`.
         progress: called after every sweep with the name of the group, the number of sweeps, and the
             relative error.
+        subfolder: the folder in each repository, or below each local folder, that has the files; or a list
+            with one for each, where ``"."`` is the top. Without names, an adapter with a subfolder of its
+            own is called after that.
 
     Returns:
         `Compression`: the tensors, the adapters, and their errors by layer, matrix and head.
@@ -98,7 +102,7 @@ def compress(
     check_settings(1.0, dropout, "normal")
     _check_line(decomposition)
     model = check_model(as_model(model))
-    originals = read_sources(model, folders, rules)
+    originals = read_sources(model, folders, rules, subfolder)
     shapes = {path: shape for lora in originals.values() for path, shape in lora.shapes.items()}
     chosen = lora_sites(model, shapes, rules)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})

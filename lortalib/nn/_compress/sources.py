@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Union
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..._kinds import PATH, Kind, are, is_writable
 from .._files import Lora, Rules, read_pairs
+from .._hub import each_subfolder
 
 #: A folder; several, which are named after themselves; or a mapping from names to folders.
 Folders = Union[
@@ -27,29 +29,43 @@ FOLDERS = Kind(
 )
 
 
-def read_sources(model: nn.Module, folders: Folders, rules: Rules) -> dict[str, Lora]:
+def read_sources(
+    model: nn.Module,
+    folders: Folders,
+    rules: Rules,
+    subfolder: str | Sequence[str] | None = None,
+) -> dict[str, Lora]:
     """Read saved adapters by their names.
 
     Args:
         model: the model that they were trained on.
         folders: as for `compress`.
         rules: as for `compress`.
+        subfolder: as for `compress`.
 
     Raises:
         ValueError: no folder, two of one name, or an impossible name.
         FileNotFoundError, AdapterFileError: as for `read_pairs`.
     """
-    return {name: read_pairs(model, folder, rules) for name, folder in _named(folders).items()}
+    if not isinstance(folders, Mapping):
+        folders = [folders] if isinstance(folders, (str, PathLike)) else list(folders)
+    within = each_subfolder(subfolder, len(folders))
+    named = _named(folders, within if len(set(within)) > 1 else [])
+    places = zip(named.items(), within)
+    return {name: read_pairs(model, folder, rules, inside) for (name, folder), inside in places}
 
 
-def _named(folders: Folders) -> dict[str, str | PathLike[str]]:
+def _named(
+    folders: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
+    within: Sequence[str | None],
+) -> dict[str, str | PathLike[str]]:
+    """Name the folders, after themselves or after subfolders that differ."""
     if isinstance(folders, Mapping):
         named = dict(folders)
     else:
-        listed = [folders] if isinstance(folders, (str, PathLike)) else list(folders)
         named = {}
-        for folder in listed:
-            name = _name_of(Path(folder))
+        for folder, inside in zip_longest(folders, within):
+            name = _name_of(Path(folder, inside or "."))
             if name in named:
                 raise ValueError(
                     f"{named[name]} and {folder} are both called {name!r}; give names, as in "

@@ -6,14 +6,14 @@ update zero, so adapters on unlike modules compare as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
-from .._hub import local_folder
+from .._hub import each_subfolder, local_folder
 from .adapter import read
 from .folder import FILES, is_lora
 from .lora_file import LowRank, open_lora
@@ -44,7 +44,11 @@ class Difference:
 
 
 def compare_updates(
-    one: str | PathLike[str], other: str | PathLike[str], model: nn.Module | None = None
+    one: str | PathLike[str],
+    other: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    subfolder: str | Sequence[str] | None = None,
 ) -> list[Difference]:
     """Compare two saved adapters, module by module; neither needs a model on which it runs.
 
@@ -52,6 +56,8 @@ def compare_updates(
         one: a folder or repository of an adapter, of lortalib or PEFT, or of a LoRA.
         other: the same.
         model: the model whose weights a tensor on the stream acts through.
+        subfolder: the folder in each repository, or below each local folder, that has the files; or a pair
+            of them, where ``"."`` is the top.
 
     Returns:
         A `Difference` for each module that either of them updates.
@@ -73,8 +79,9 @@ def compare_updates(
         >>> len(found), max(each.relative for each in found) < 1e-5
         (8, True)
     """
-    mine, own = _read(one, model)
-    theirs, others = _read(other, model)
+    within = each_subfolder(subfolder, 2)
+    mine, own = _read(one, model, within[0])
+    theirs, others = _read(other, model, within[1])
     for path in mine.keys() & theirs.keys():
         here, there = ((len(each.b), each.a.shape[1]) for each in (mine[path], theirs[path]))
         if here != there:
@@ -98,10 +105,10 @@ def compare_updates(
 
 
 def _read(
-    folder: str | PathLike[str], model: nn.Module | None
+    folder: str | PathLike[str], model: nn.Module | None, subfolder: str | None
 ) -> tuple[Mapping[str, LowRank], Mapping[str, Tensor]]:
     """Read the low-rank pairs of an adapter by module, and the values that trained as a whole by name."""
-    folder = local_folder(folder, FILES)
+    folder = local_folder(folder, FILES, subfolder=subfolder)
     if is_lora(folder):
         with open_lora(folder) as file:
             return file.read()

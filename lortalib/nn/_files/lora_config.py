@@ -40,11 +40,20 @@ _SEALED = (
 )  # fmt: skip
 
 
-def lora_config(folder: str | PathLike[str]) -> dict[str, Any]:
+def lora_config(
+    folder: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> dict[str, Any]:
     """Read the configuration of a LoRA's folder, and check it.
 
     Args:
         folder: a folder that `export_lora` or PEFT wrote, or a repository of the hub.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Returns:
         The fields of ``adapter_config.json``; ``"r"`` is the rank.
@@ -63,7 +72,7 @@ def lora_config(folder: str | PathLike[str]) -> dict[str, Any]:
         >>> lora_config(folder)["r"]
         2
     """
-    folder = local_folder(folder, (CONFIG, WEIGHTS))
+    folder = local_folder(folder, (CONFIG, WEIGHTS), revision, token, subfolder)
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(

@@ -17,13 +17,19 @@ from .lora_pairs import lora_pairs
 from .lora_sites import check_fit
 
 
-def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ()) -> Lora:
+def read_pairs(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    rules: Rules = (),
+    subfolder: str | None = None,
+) -> Lora:
     """Read a saved adapter as the low-rank pairs of its modules, exactly.
 
     Args:
         model: the model that it was trained on; the meta device is enough for an adapter on the weights.
         folder: a folder or repository of a LoRA of PEFT, or of an adapter of lortalib of either kind.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -31,7 +37,7 @@ def read_pairs(model: nn.Module, folder: str | PathLike[str], rules: Rules = ())
         ValueError: an adapter on the stream and a model without weights, or weights for which there is no
             pair, such as packed experts.
     """
-    folder = local_folder(folder, FILES)
+    folder = local_folder(folder, FILES, subfolder=subfolder)
     if is_lora(folder):
         return read_lora(model, folder)
     adapter = read_adapter(model, folder, rules=rules)
