@@ -64,7 +64,14 @@ def test_what_cannot_be_added_is_refused():
 
 
 @pytest.mark.parametrize(
-    "line", ["in, out", "layer, in r, out r", "in r, layer, out r", "in r, out r, layer"]
+    "line",
+    [
+        "in, out",
+        "layer, in r, out r",
+        "in r, layer, out r",
+        "in r, out r, layer",
+        "layer in, layer out",
+    ],
 )
 def test_pieces_without_a_common_bond_cannot_be_added(line):
     legs = Legs.parse(line)

@@ -78,6 +78,32 @@ def test_every_door_that_takes_a_folder_takes_a_repository(hub, inputs, capsys):
     assert main(["compress", "user/plain", "small", "--sweeps", "1", "--model", "base"]) == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["check"],
+        ["check", "--model", "base"],
+        ["verify", "--model", "base"],
+        ["export-lora"],
+        ["export-lora", "--model", "base"],
+        ["convert"],
+        ["merge"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_reads_the_revision_that_it_is_given(command, hub):
+    """Nothing else of the repository holds an adapter."""
+    push(trained()[1], hub, revision="only here")
+    fresh().save_pretrained("base")
+    name, *options = command
+    places = {"merge": ["base", "user/name", "out"]}
+    out = ["out"] if name in ("export-lora", "convert") else []
+    arguments = [name, *places.get(name, ["user/name", *out]), *options]
+    assert main(arguments) == 1
+    assert main([*arguments, "--revision", "only here"]) == 0
+
+
 def test_a_revision_is_a_state_of_its_own(hub):
     _, one = trained()
     push(one, hub, revision="first try")

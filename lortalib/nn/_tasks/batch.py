@@ -25,6 +25,10 @@ class TaskOwner(Protocol):
         """True if the forward under way adds the update."""
 
     @property
+    def is_on_model(self) -> bool:
+        """True while the adapter is on a model."""
+
+    @property
     def default(self) -> str | None:
         """The task of forwards outside of contexts."""
 
@@ -126,9 +130,12 @@ class CurrentTasks(CurrentBatch):
 
 
 def why_none(owner: TaskOwner) -> str:
-    """Say that a task has to be chosen, and how."""
+    """Say that a task has to be chosen, and how: on a model, or of an adapter that was only read."""
     first = owner.tasks[0]
+    how = f"stay within `with adapter.using({first!r}):`"
+    if not owner.is_on_model:
+        how = f"give one task of it, as lortalib.nn.read(folder).task({first!r})"
     return (
         f"adapter {owner.name!r} has the tasks {', '.join(map(repr, owner.tasks))}, and not one is chosen: "
-        f"stay within `with adapter.using({first!r}):`, or set adapter.default = {first!r}"
+        f"{how}, or set adapter.default = {first!r}"
     )

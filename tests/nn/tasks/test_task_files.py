@@ -254,6 +254,24 @@ def test_one_task_cannot_be_changed_under_the_others(default):
         lortalib.nn.align_to_gradient(model, [inputs_of(FAMILIES[0])])
 
 
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda bank, folder: bank.add("a", folder),
+        lambda bank, folder: lortalib.nn.compress(model_of(), folder, "cp", 2),
+        lambda bank, folder: lortalib.nn.export_lora(lortalib.nn.read(folder), folder, model_of()),
+    ],
+    ids=["bank", "compress", "export"],
+)
+def test_a_folder_of_tasks_where_one_is_needed_says_how_to_take_it(take, tmp_path):
+    line = "in a, layer a b, b c, matrix c d, head out d"
+    bank = lortalib.nn.bank(model_of(), line, 2)
+    folder = adapted(model_of()).save(tmp_path)
+    with pytest.raises(ValueError, match=r"not one is chosen.*nn\.read\(folder\)\.task\('a'\)"):
+        take(bank, folder)
+    bank["a"] = lortalib.nn.read(folder).task("a")
+
+
 def test_no_folder_of_peft_holds_tasks(tmp_path):
     folder = adapted(model_of()).save(tmp_path / "tasks")
     with pytest.raises(ValueError, match=r"tasks 'a', 'b', 'c'.*adapter\.task"):
