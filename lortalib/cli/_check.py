@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..nn import AdapterFileError
 from ..nn.door import Difference, compare_updates
 from ._models import example_inputs, load, shape_of
 from ._output import Output
+from ._task import check_task
 
 
 def check(options: Namespace, output: Output) -> bool:
@@ -69,6 +70,7 @@ def verify(options: Namespace, output: Output) -> bool:
     """Load an adapter on its model and check effect, merge and export: ``verify FOLDER``."""
     _refuse_code_that_a_file_names(options)
     description = lnn.read_description(options.folder, revision=options.revision)
+    check_task(options.folder, description["tasks"], options.task)
     named = description["base_model"].get("name")
     name = options.model or (named if named and _is_folder(named) else None)
     if name is None:
@@ -77,7 +79,7 @@ def verify(options: Namespace, output: Output) -> bool:
             "--model"
         )
     model = load(name, options.dtype, options.trust_remote_code).eval()
-    adapter = lnn.load(model, options.folder, revision=options.revision)
+    adapter = lnn.load(model, options.folder, revision=options.revision, task=options.task)
     inputs = example_inputs(model)
 
     def forward() -> Tensor:
@@ -148,8 +150,12 @@ def _exported(adapter: lnn.Adapter, forward: Callable[[], Tensor], near: Any) ->
 
 def compare(options: Namespace, output: Output) -> bool:
     """Compare the updates of two adapters, or of an adapter and its LoRA: ``compare A B``."""
+    check_task(options.a, _tasks_of(options.a), options.task_a, "--task-a")
+    check_task(options.b, _tasks_of(options.b), options.task_b, "--task-b")
     model = load(options.model, "float32", options.trust_remote_code) if options.model else None
-    found = compare_updates(options.a, options.b, model)
+    found = compare_updates(
+        options.a, options.b, model, task=options.task_a, other_task=options.task_b
+    )
     rows = [
         {"module": d.module, "norm of A": d.one, "norm of B": d.other, "distance": d.distance,
          "relative": d.relative}
@@ -167,6 +173,15 @@ def compare(options: Namespace, output: Output) -> bool:
     if len(shown) < len(rows):
         output.say(f"the {len(shown)} modules that differ most; --all lists every one")
     return all(d.relative <= options.tolerance for d in found)
+
+
+def _tasks_of(folder: str) -> Sequence[str]:
+    """Return the tasks of an adapter; a LoRA has none."""
+    try:
+        tasks: Sequence[str] = lnn.read_description(folder)["tasks"]
+    except (AdapterFileError, FileNotFoundError):  # a LoRA, or nothing that `compare_updates` reads
+        return ()
+    return tasks
 
 
 def _total(found: list[Difference]) -> float:

@@ -171,6 +171,7 @@ def _add_checks(add: Add) -> None:
         _add_revision(sub)
         _add_trust(sub, " of --model")
     verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
+    _add_task(verified)
     compared = add(
         compare,
         "compare the updates of two adapters, or of an adapter and its LoRA, module by module",
@@ -187,6 +188,8 @@ def _add_checks(add: Add) -> None:
     compared.add_argument(
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
+    _add_task(compared, "--task-a", "A")
+    _add_task(compared, "--task-b", "B")
     _add_trust(compared, " of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
@@ -214,6 +217,7 @@ def _add_writers(add: Add) -> None:
         "FOLDER OUT",
         "my-adapter my-lora",
         "my-adapter adapter.gguf --format gguf --model MODEL",
+        "my-tasks my-lora --task sst2",
     )
     exported.add_argument(
         "--model",
@@ -274,11 +278,23 @@ def _add_writers(add: Add) -> None:
     _add_trust(compressed, " of --model")
     for sub in (merged, exported, converted):
         _add_revision(sub)
+        _add_task(sub)
 
 
 def _add_revision(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)"
+    )
+
+
+def _add_task(
+    sub: argparse.ArgumentParser, option: str = "--task", of: str = "the adapter"
+) -> None:
+    sub.add_argument(
+        option,
+        type=text,
+        metavar="NAME",
+        help=f"the task of {of}, if it has several (default: none)",
     )
 
 
