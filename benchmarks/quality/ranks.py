@@ -112,8 +112,8 @@ def all_trials(task: Task) -> Iterator[dict[str, Any]]:
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else []
     known = {key(record): record for record in map(json.loads, lines)}
-    for name in FORMATS:
-        for schedule in SCHEDULES:
+    for schedule in SCHEDULES:
+        for name in FORMATS:
             own: list[dict[str, Any]] = []
             while (due := following(own)) is not None:
                 place = (name, schedule, *due)

@@ -57,7 +57,7 @@ def test_a_save_that_stops_leaves_the_old_or_the_new(
     adapter.save(tmp_path / "new")
     new = (tmp_path / "new" / FILE).read_bytes()
     if place.endswith("remove_old_description"):
-        place = "lortalib.nn._files.save.remove_old_description"
+        place = "lortalib.nn._files.adapter.remove_old_description"
     with monkeypatch.context() as patched, unchanged(llama):
         patched.setattr(place, stops(pkgutil.resolve_name(place), calls, behind, error))
         with suppress(error):

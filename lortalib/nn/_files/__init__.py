@@ -1,5 +1,6 @@
 """Saves adapters and LoRAs to disk, and reads them back."""
 
+from .adapter import save
 from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
@@ -14,7 +15,6 @@ from .lora_sites import lora_network, lora_sites, residual_pair
 from .pairs_of_folder import read_pairs
 from .peft_folder import describe_for_peft
 from .restore import restore
-from .save import save
 from .tensors import digest, open_tensors, plain, write_tensors
 
 __all__ = [

@@ -17,11 +17,11 @@ from .._adapter import Adapter
 from .._anatomy import named_modules
 from .._sharded import divide_again
 from .._trained_modules import Values
+from .adapter import check_numbers
 from .folder import is_of_peft, put_files, write_text
 from .lora_config import CONFIG, WEIGHTS
 from .lora_file import sealed_metadata
 from .lora_pairs import OUTPUT, lora_pairs
-from .save import check_numbers
 from .tensors import plain, write_tensors
 from .weights import SavedModules, SharedWeights, shared_weights
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .._adapter import Adapter
 from .._sharded import divide_again
+from .adapter import check_numbers
 from .folder import TENSORS, TENSORS_OF_PEFT, put_files
 from .lora_pairs import lora_pairs
-from .save import check_numbers
 from .tensors import plain
 
 #: llama.cpp's name of the architecture by transformers' ``model_type``, and whether its converter reorders
