@@ -130,7 +130,7 @@ def test_the_examples_are_read_by_the_parser(command, capsys, monkeypatch):
     [
         (["lortalib", "co"], {"compare", "compress", "convert", "completion"}),
         (["lortalib", "plan", "m", "--n"], {"--numbers"}),
-        (["lortalib", "verify", "--t"], {"--trust-remote-code", "--tolerance"}),
+        (["lortalib", "verify", "--t"], {"--trust-remote-code", "--tolerance", "--task"}),
         (["lortalib", "--v"], {"--version"}),
     ],
 )

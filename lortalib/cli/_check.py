@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..nn.door import Difference, compare_updates
 from ._models import example_inputs, load, shape_of
 from ._output import Output
 from ._place import place
+from ._task import check_task
 
 
 def check(options: Namespace, output: Output) -> bool:
@@ -70,6 +71,7 @@ def verify(options: Namespace, output: Output) -> bool:
     """Load an adapter on its model and check effect, merge and export: ``verify FOLDER``."""
     _refuse_code_that_a_file_names(options)
     description = lnn.read_description(options.folder, **place(options))
+    check_task(options.folder, description["tasks"], options.task)
     named = description["base_model"].get("name")
     name = options.model or (named if named and _is_folder(named) else None)
     if name is None:
@@ -78,7 +80,7 @@ def verify(options: Namespace, output: Output) -> bool:
             "--model"
         )
     model = load(name, options.dtype, options.trust_remote_code).eval()
-    adapter = lnn.load(model, options.folder, **place(options))
+    adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     inputs = example_inputs(model)
 
     def forward() -> Tensor:
@@ -149,8 +151,17 @@ def _exported(adapter: lnn.Adapter, forward: Callable[[], Tensor], near: Any) ->
 
 def compare(options: Namespace, output: Output) -> bool:
     """Compare the updates of two adapters, or of an adapter and its LoRA: ``compare A B``."""
+    check_task(options.a, _tasks_of(options.a), options.task_a, "--task-a")
+    check_task(options.b, _tasks_of(options.b), options.task_b, "--task-b")
     model = load(options.model, "float32", options.trust_remote_code) if options.model else None
-    found = compare_updates(options.a, options.b, model, subfolder=options.subfolder)
+    found = compare_updates(
+        options.a,
+        options.b,
+        model,
+        subfolder=options.subfolder,
+        task=options.task_a,
+        other_task=options.task_b,
+    )
     rows = [
         {"module": d.module, "norm of A": d.one, "norm of B": d.other, "distance": d.distance,
          "relative": d.relative}
@@ -168,6 +179,15 @@ def compare(options: Namespace, output: Output) -> bool:
     if len(shown) < len(rows):
         output.say(f"the {len(shown)} modules that differ most; --all lists every one")
     return all(d.relative <= options.tolerance for d in found)
+
+
+def _tasks_of(folder: str) -> Sequence[str]:
+    """Return the tasks of an adapter; a LoRA has none."""
+    try:
+        tasks: Sequence[str] = lnn.read_description(folder)["tasks"]
+    except (AdapterFileError, FileNotFoundError):  # a LoRA, or nothing that `compare_updates` reads
+        return ()
+    return tasks
 
 
 def _total(found: list[Difference]) -> float:

@@ -171,6 +171,7 @@ def _add_checks(add: Add) -> None:
         _add_place(sub)
         _add_trust(sub, "the model of --model")
     verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
+    _add_task(verified)
     compared = add(
         compare,
         "compare the updates of two adapters, or of an adapter and its LoRA, module by module",
@@ -189,6 +190,8 @@ def _add_checks(add: Add) -> None:
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
     _add_subfolders(compared, "A and B")
+    _add_task(compared, "--task-a", "A")
+    _add_task(compared, "--task-b", "B")
     _add_trust(compared, "the model of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
@@ -216,6 +219,7 @@ def _add_writers(add: Add) -> None:
         "FOLDER OUT",
         "my-adapter my-lora",
         "my-adapter adapter.gguf --format gguf --model MODEL",
+        "my-tasks my-lora --task sst2",
     )
     exported.add_argument(
         "--model",
@@ -279,6 +283,7 @@ def _add_writers(add: Add) -> None:
     _add_trust(compressed, "the model of --model")
     for sub in (merged, exported, converted):
         _add_place(sub)
+        _add_task(sub)
 
 
 def _add_place(sub: argparse.ArgumentParser) -> None:
@@ -291,6 +296,17 @@ def _add_place(sub: argparse.ArgumentParser) -> None:
         "--subfolder",
         metavar="PATH",
         help="folder in the repository, or below FOLDER, that has the adapter (default: its top)",
+    )
+
+
+def _add_task(
+    sub: argparse.ArgumentParser, option: str = "--task", of: str = "the adapter"
+) -> None:
+    sub.add_argument(
+        option,
+        type=text,
+        metavar="NAME",
+        help=f"the task of {of}, if it has several (default: none)",
     )
 
 

@@ -13,6 +13,7 @@ from ..nn.door import lora_config
 from ._models import load
 from ._output import Output
 from ._place import place
+from ._task import check_task
 
 
 def merge(options: Namespace, output: Output) -> bool:
@@ -20,10 +21,12 @@ def merge(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    lnn.read_description(options.folder, **place(options))  # fails before a large model is read
+    # Both fail before a large model is read.
+    description = lnn.read_description(options.folder, **place(options))
+    check_task(options.folder, description["tasks"], options.task)
     model = load(options.model, options.dtype, options.trust_remote_code)
     output.say(f"read {type(model).__name__} from {options.model}")
-    adapter = lnn.load(model, options.folder, **place(options))
+    adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     adapter.remove(merged=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
@@ -60,9 +63,10 @@ def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None
 
 def export_lora(options: Namespace, output: Output) -> bool:
     """Write an adapter as a LoRA of PEFT or llama.cpp: ``export-lora FOLDER OUT``."""
-    base = lnn.read_description(options.folder, **place(options))["base_model"].get("name")
+    description = lnn.read_description(options.folder, **place(options))
+    check_task(options.folder, description["tasks"], options.task)
     if options.model is None:
-        adapter = lnn.read(options.folder, **place(options))
+        adapter = lnn.read(options.folder, **place(options), task=options.task)
         if adapter.config.acts_on == "stream":
             raise ValueError(
                 f"the adapter in {options.folder} acts on the residual stream, so a LoRA of it is a product "
@@ -70,13 +74,14 @@ def export_lora(options: Namespace, output: Output) -> bool:
             )
     else:
         model = load(options.model, "float32", options.trust_remote_code)
-        adapter = lnn.load(model, options.folder, **place(options))
+        adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)
         findings = {"adapter": options.folder, "written": str(file), "bytes": file.stat().st_size}
         output.show(findings, [findings])
         return True
-    folder = lnn.export_lora(adapter, options.out, base_model=options.model or base)
+    base = options.model or description["base_model"].get("name")
+    folder = lnn.export_lora(adapter, options.out, base_model=base)
     findings = {
         "adapter": options.folder,
         "written": str(folder),
@@ -90,7 +95,9 @@ def export_lora(options: Namespace, output: Output) -> bool:
 
 def convert(options: Namespace, output: Output) -> bool:
     """Convert an adapter's folder between the kinds of lortalib and PEFT: ``convert FOLDER OUT``."""
-    folder = lnn.convert(options.folder, options.out, **place(options))
+    description = lnn.read_description(options.folder, **place(options))
+    check_task(options.folder, description["tasks"], options.task)
+    folder = lnn.convert(options.folder, options.out, **place(options), task=options.task)
     files = sorted(file.name for file in folder.iterdir())
     findings = {"adapter": options.folder, "written": str(folder), "files": ", ".join(files)}
     output.show(findings, [findings])

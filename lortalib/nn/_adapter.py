@@ -83,7 +83,7 @@ class Adapter(AdapterFiles):
 
     @takes(trainable_only=FLAG)
     def count(self, trainable_only: bool = True) -> int:
-        """Count the parameters of the networks; modules trained as a whole are not counted.
+        """Count the parameters of the networks, each once; modules trained as a whole are not counted.
 
         Args:
             trainable_only: whether parameters marked ``(frozen)`` are left out.
@@ -129,12 +129,21 @@ class Adapter(AdapterFiles):
     def snapshot(self) -> Adapter:
         """Copy the adapter with the present values of its networks. The copy is on no model and has no
         modules that train as a whole. If the adapter is divided over processes, each has to call this."""
-        networks = {}
-        for group in self.groups:
-            network = self.network(group)
-            self._reshard()
-            networks[group.name] = network.like([whole(t).detach().clone() for t in network.stored])
+        networks = {group.name: self._copy(self.network(group)) for group in self.groups}
         return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
+
+    def task(self, name: str) -> Adapter:
+        """Copy one task out; only a `TaskAdapter` has tasks.
+
+        Raises:
+            ValueError: the adapter has no tasks.
+        """
+        raise ValueError(f"adapter {self.name!r} has no tasks; leave out the task {name!r}")
+
+    def _copy(self, network: Network) -> Network:
+        """Copy a network, with its whole tensors."""
+        self._reshard()
+        return network.like([whole(t).detach().clone() for t in network.stored])
 
     def low_rank_pair(self, site: Site | str) -> Cut:
         """Return the low-rank pair of a site, before scaling: A (p, width), B (heads*head_dim, p).

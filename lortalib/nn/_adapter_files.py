@@ -51,22 +51,25 @@ class AdapterFiles(AdapterModule):
             self.require_host().prepare_files(self)
         return save(cast(Any, self), folder, state, model)
 
-    def export_lora(self, folder: str | PathLike[str]) -> Path:
+    def export_lora(self, folder: str | PathLike[str], *, task: str | None = None) -> Path:
         """Write a standard LoRA of PEFT with the same updates; see `lortalib.nn.export_lora`.
 
         Args:
             folder: the folder, which is made if it does not exist.
+            task: the task of an adapter with several; by default the one that is chosen.
 
         Raises:
             OSError: the folder cannot be written.
             FileExistsError: the folder holds an adapter of lortalib in PEFT's form.
-            ValueError: PEFT's LoRA has no low-rank pair for one of the weights.
+            ValueError: PEFT's LoRA has no low-rank pair for one of the weights; or tasks, as for
+                `lortalib.nn.export_lora`.
+            KeyError: the adapter has other tasks.
         """
         from ._files import export_lora
 
         if self._host:
             self._host[0].prepare_files(self)
-        return export_lora(cast(Any, self), folder)
+        return export_lora(cast(Any, self), folder, task=task)
 
     @takes(
         repository=TEXT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from .._kinds import TEXT
 from ..decomp import Legs, LegsError
@@ -59,8 +58,7 @@ def has_tasks(legs: Legs) -> bool:
 
 
 def line_of_one_task(legs: Legs) -> Legs:
-    """Write the line of one task: without the leg ``task``, and with the mark ``(shared)`` on the parameters
-    that never had it, which are those that all tasks have in common.
+    """Write the line of one task: the line of all tasks without the leg ``task``.
 
     Args:
         legs: the line of the tensor of all tasks.
@@ -70,7 +68,7 @@ def line_of_one_task(legs: Legs) -> Legs:
 
     Example:
         >>> str(line_of_one_task(Legs.parse("in a, layer a b, task b c, out c")))
-        'in a (shared), layer a b (shared), b c, out c (shared)'
+        'in a, layer a b, b c, out c'
     """
     line = legs.line or str(legs)
     if legs.open_legs([TASK]) != (TASK,):
@@ -98,9 +96,20 @@ def line_of_one_task(legs: Legs) -> Legs:
                 "put it at the same place of both, in",
                 line,
             )
-    return Legs(
-        tuple(replace(t.without([TASK]), shared=TASK not in t.legs, spans=()) for t in terms)
-    )
+    return Legs(tuple(t.without([TASK]) for t in terms))
+
+
+def are_common(legs: Legs) -> tuple[bool, ...]:
+    """Tell for each term of the line of all tasks whether the tasks have its parameter in common.
+
+    Args:
+        legs: the line of the tensor of all tasks.
+
+    Example:
+        >>> are_common(Legs.parse("in a, layer a b, task b c, out c"))
+        (True, True, False, True)
+    """
+    return tuple(TASK not in term.legs for term in legs.terms)
 
 
 def _place(legs: Iterable[str]) -> int:

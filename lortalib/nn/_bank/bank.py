@@ -48,8 +48,12 @@ class Bank(BankContents):
         super().__init__(model, plan, capacity=capacity, dtype=dtype, device=device, rules=rules)
         for network in plan.networks.values():
             network.place_index(device)  # the plan's networks are on the meta device
+        networks = [plan.networks[group.name] for group in plan.groups]
         self._current = CurrentBatch(
-            [row_pairs(group, plan.networks[group.name], self.alpha) for group in plan.groups]
+            [
+                row_pairs(group, net, self.alpha, [term.shared for term in net.legs.terms])
+                for group, net in zip(plan.groups, networks)
+            ]
         )
         self._handles: list[Handle] = []
         attach_rows(model, self._current, self._handles)

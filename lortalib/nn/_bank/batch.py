@@ -255,37 +255,41 @@ def _in_order_of_use(middle: Tensor, writer: bool) -> Tensor:
     return middle.unsqueeze(2).mT if writer else middle.unsqueeze(1)
 
 
-def row_pairs(group: Group, network: TensorNetwork, alpha: float) -> PairSource:
+def row_pairs(
+    group: Group, network: TensorNetwork, alpha: float, common: Sequence[bool]
+) -> PairSource:
     """Make the pair source for the rows of a batch: the network with one more mode, the adapters.
 
     Args:
         group: the sites that share the network.
         network: the network of one adapter; only its legs and sizes are used.
         alpha: the factor of the tensor in the update.
+        common: for each term of the line, whether all rows have its parameter in common.
     """
     mode = "adapter"
     while mode in network.sizes:
         mode += "_"
-    return PairSource(group, RowsView(network, mode), alpha, mode)
+    return PairSource(group, RowsView(network, mode, common), alpha, mode)
 
 
 class RowsView(NetworkView):
-    """A network with one more mode, the rows, on every parameter that is not ``(shared)``; it has sizes and
+    """A network with one more mode, the rows, on every parameter that is not common to them; it has sizes and
     no values.
 
     Args:
         network: the network of one row, which also computes the hashed parameters.
         mode: the name of the new mode.
+        common: for each term of the line, whether all rows have its parameter in common.
     """
 
-    def __init__(self, network: TensorNetwork, mode: str) -> None:
+    def __init__(self, network: TensorNetwork, mode: str, common: Sequence[bool]) -> None:
         terms = network.legs.terms
-        legs = Legs(tuple(Term(t.legs if t.shared else (mode, *t.legs)) for t in terms))
+        legs = Legs(tuple(Term(t.legs if c else (mode, *t.legs)) for t, c in zip(terms, common)))
         shapes = network.legs.unhashed.stored_shapes(network.sizes)
         with torch.inference_mode(False):
             like = [
-                torch.zeros(1).expand(*(() if term.shared else (2,)), *shape)
-                for term, shape in zip(terms, shapes)
+                torch.zeros(1).expand(*(() if is_common else (2,)), *shape)
+                for is_common, shape in zip(common, shapes)
             ]
         super().__init__(legs, like, (mode, *network.modes))
         self._network = network

@@ -1,6 +1,6 @@
 """Saves adapters and LoRAs to disk, and reads them back."""
 
-from .adapter import load, read, read_adapter, read_description, save
+from .adapter import save
 from .compare import Difference, compare_updates
 from .convert import convert
 from .export_lora import export_lora
@@ -8,6 +8,7 @@ from .fit import Rules
 from .folder import BANK, FILES, AdapterFileError, adapter_file
 from .gguf_lora import export_gguf
 from .import_lora import Lora, load_lora
+from .load import load, read, read_adapter, read_description
 from .lora_config import lora_config
 from .lora_file import LowRank
 from .lora_sites import lora_network, lora_sites, residual_pair

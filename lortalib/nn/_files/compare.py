@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .._hub import each_subfolder, local_folder
-from .adapter import read
 from .folder import FILES, is_lora
+from .load import read
 from .lora_file import LowRank, open_lora
 from .lora_pairs import lora_pairs
 
@@ -49,6 +49,8 @@ def compare_updates(
     model: nn.Module | None = None,
     *,
     subfolder: str | Sequence[str] | None = None,
+    task: str | None = None,
+    other_task: str | None = None,
 ) -> list[Difference]:
     """Compare two saved adapters, module by module; neither needs a model on which it runs.
 
@@ -58,6 +60,8 @@ def compare_updates(
         model: the model whose weights a tensor on the stream acts through.
         subfolder: the folder in each repository, or below each local folder, that has the files; or a pair
             of them, where ``"."`` is the top.
+        task: the task of the first adapter, if it has several.
+        other_task: the task of the second.
 
     Returns:
         A `Difference` for each module that either of them updates.
@@ -66,7 +70,9 @@ def compare_updates(
         FileNotFoundError: a folder has no adapter.
         AdapterFileError: a file is damaged.
         ValueError: adapters of models of different sizes; an adapter on the stream and no model; or weights
-            that have no low-rank pair (packed experts).
+            that have no low-rank pair (packed experts); a task is asked for and the adapter has none, or it
+            has several and none is asked for.
+        KeyError: an adapter has other tasks.
 
     Example:
         >>> import tempfile, lortalib
@@ -80,8 +86,8 @@ def compare_updates(
         (8, True)
     """
     within = each_subfolder(subfolder, 2)
-    mine, own = _read(one, model, within[0])
-    theirs, others = _read(other, model, within[1])
+    mine, own = _read(one, model, within[0], task)
+    theirs, others = _read(other, model, within[1], other_task)
     for path in mine.keys() & theirs.keys():
         here, there = ((len(each.b), each.a.shape[1]) for each in (mine[path], theirs[path]))
         if here != there:
@@ -105,14 +111,16 @@ def compare_updates(
 
 
 def _read(
-    folder: str | PathLike[str], model: nn.Module | None, subfolder: str | None
+    folder: str | PathLike[str], model: nn.Module | None, subfolder: str | None, task: str | None
 ) -> tuple[Mapping[str, LowRank], Mapping[str, Tensor]]:
     """Read the low-rank pairs of an adapter by module, and the values that trained as a whole by name."""
     folder = local_folder(folder, FILES, subfolder=subfolder)
     if is_lora(folder):
+        if task is not None:
+            raise ValueError(f"{folder} is a LoRA and has no tasks; leave out the task {task!r}")
         with open_lora(folder) as file:
             return file.read()
-    adapter = read(folder)
+    adapter = read(folder, task=task)
     pairs = {path: LowRank(a, b) for path, a, b in lora_pairs(adapter, model)}
     values = adapter.trained_modules.values(None)
     whole = {f"{path}.{own}": t for path, each in values.items() for own, t in each.items()}

@@ -37,7 +37,7 @@ def describe(adapter: Adapter, model: nn.Module) -> Description:
             "name": _text(getattr(config, "_name_or_path", None)),
             "shape_fingerprint": fingerprint(adapter.sites),
         },
-        groups=_groups(adapter)[0],
+        groups=describe_groups(adapter),
         shared_weights=shared_weights(model, adapter.trained_modules.paths),
         tasks=adapter.tasks,
     )
@@ -46,6 +46,11 @@ def describe(adapter: Adapter, model: nn.Module) -> Description:
 def stored_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the parameters of an adapter's networks by their names in its file, each once."""
     return _groups(adapter)[1]
+
+
+def describe_groups(adapter: Adapter) -> tuple[SavedGroup, ...]:
+    """Describe the groups of an adapter and their networks; no number of a tensor is looked at."""
+    return _groups(adapter)[0]
 
 
 def _groups(adapter: Adapter) -> tuple[tuple[SavedGroup, ...], dict[str, Tensor]]:

@@ -68,6 +68,7 @@ def export_lora(
     *,
     trained_modules: Values | None = None,
     base_model: str | None = None,
+    task: str | None = None,
 ) -> Path:
     """Write an adapter as a standard LoRA of PEFT, exactly: from the cut, without an SVD.
 
@@ -83,13 +84,16 @@ def export_lora(
         trained_modules: values of modules that were trained as a whole, by path and name; by default
             those that the adapter trained.
         base_model: name of the model in the configuration; the model's own by default.
+        task: the task of an adapter with several; by default the one that is chosen.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a weight that LoRA has no pair for (see `lora_pairs`), a module trained as a whole
-            whose weight is another module's too, or a number that is NaN or infinite.
+            whose weight is another module's too, or a number that is NaN or infinite; a task is asked for
+            and the adapter has none, or it has several and none is chosen.
+        KeyError: the adapter has other tasks.
         FileExistsError: the folder holds an adapter of lortalib in PEFT's form.
         OSError: the folder cannot be written. Files that were there stay unchanged.
 
@@ -107,6 +111,8 @@ def export_lora(
         model = adapter.model
     if model is not None:
         divide_again(model)
+    if task is not None:
+        adapter = adapter.task(task)
     if trained_modules is None:
         _check_shared(adapter, model)
         own = adapter.trained_modules

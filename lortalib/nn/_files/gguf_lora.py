@@ -37,7 +37,11 @@ _ARCHITECTURES = {
 
 @takes(adapter=ADAPTER, file=PATH, model=MODULE.or_none)
 def export_gguf(
-    adapter: Adapter, file: str | PathLike[str], model: nn.Module | None = None
+    adapter: Adapter,
+    file: str | PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    task: str | None = None,
 ) -> Path:
     """Write an adapter as a LoRA for llama.cpp, exactly: ``llama-cli -m BASE.gguf --lora FILE``.
 
@@ -48,6 +52,7 @@ def export_gguf(
         adapter: an adapter; it need not be active.
         file: the file to write; its folder is made.
         model: the model it belongs to; by default the one that carries it.
+        task: the task of an adapter with several; by default the one that is chosen.
 
     Returns:
         The path of the file.
@@ -57,6 +62,7 @@ def export_gguf(
         ValueError: no model; a ``model_type`` whose rules are not known here; a projection that llama.cpp has
             no name for; modules that train with the adapter, which the format cannot hold; the name
             of a saved adapter's file; or what `export_lora` refuses.
+        KeyError: the adapter has other tasks.
         OSError: the file cannot be written. One that was there stays unchanged.
 
     Example:
@@ -80,6 +86,8 @@ def export_gguf(
             "a GGUF file names the architecture of the model: give the model, or apply the adapter"
         )
     divide_again(model)
+    if task is not None:
+        adapter = adapter.task(task)
     if adapter.trained_modules.paths:
         raise ValueError(
             f"a LoRA of llama.cpp has no place for {', '.join(adapter.trained_modules.paths)}, trained with "

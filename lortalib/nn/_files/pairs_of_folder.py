@@ -8,10 +8,10 @@ from torch import nn
 
 from .._anatomy import site_weight
 from .._hub import local_folder
-from .adapter import read_adapter
 from .fit import Rules
 from .folder import FILES, is_lora
 from .import_lora import Lora, read_lora
+from .load import read_adapter
 from .lora_file import LowRank
 from .lora_pairs import lora_pairs
 from .lora_sites import check_fit
@@ -35,12 +35,17 @@ def read_pairs(
         FileNotFoundError: a file is missing.
         AdapterFileError: a damaged file, another method, or an adapter that does not fit the model.
         ValueError: an adapter on the stream and a model without weights, or weights for which there is no
-            pair, such as packed experts.
+            pair, such as packed experts; or an adapter of several tasks.
     """
     folder = local_folder(folder, FILES, subfolder=subfolder)
     if is_lora(folder):
         return read_lora(model, folder)
     adapter = read_adapter(model, folder, rules=rules)
+    if adapter.tasks:
+        raise ValueError(
+            f"the adapter in {folder} has the tasks {', '.join(map(repr, adapter.tasks))}, and one is "
+            f"wanted: write it alone, with lortalib.nn.convert(folder, out, task={adapter.tasks[0]!r})"
+        )
     on_stream = adapter.config.acts_on == "stream"
     if on_stream and any(site_weight(model, site).is_meta for site in adapter.sites):
         raise ValueError(

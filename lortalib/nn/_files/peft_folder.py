@@ -180,10 +180,22 @@ def _check_peft_holds(description: Description) -> None:
         raise ValueError(
             "share_residual=True: tensors of PEFT have no factor in common; keep the adapter as it is"
         )
+    if description.tasks:
+        raise ValueError(
+            f"the adapter has the tasks {', '.join(map(repr, description.tasks))}, and PEFT chooses whole "
+            f"adapters by name: write one alone, with task={description.tasks[0]!r}"
+        )
     try:
-        get_format(description.config.decomposition)
+        made = get_format(description.config.decomposition)
     except (LegsError, ValueError) as error:
         raise ValueError(
             f"the decomposition {description.config.decomposition!r} is a function, which no configuration "
             "of PEFT can name; keep the adapter as it is"
         ) from error
+    for group in description.groups:
+        if made.legs(group.modes).unmarked != group.line.unmarked:
+            raise ValueError(
+                f"the tensor {group.name!r} has the legs\n    {group.legs}\nand PEFT would make\n    "
+                f"{made.legs(group.modes)}\nof {description.config.decomposition!r}; keep the adapter as it "
+                "is"
+            )

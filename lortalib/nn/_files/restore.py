@@ -10,8 +10,8 @@ from torch import Tensor
 from ...decomp import Network
 from .._adapter import Adapter
 from .._sharded import divided_like
-from .adapter import read
 from .folder import AdapterFileError
+from .load import read
 
 
 def restore(adapter: Adapter, folder: str | PathLike[str]) -> None:

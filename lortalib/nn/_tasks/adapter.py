@@ -20,7 +20,7 @@ from .._shared_parameters import find_aliases
 from .._task_lines import check_task_names
 from .._trained_modules import TrainedModules
 from .batch import CurrentTasks, TaskRows, why_none
-from .network import TaskLine, TaskNetwork, divide, key_of, mean_of, owns_input
+from .network import TaskLine, TaskNetwork, divide, key_of, mean_of
 
 
 class TaskAdapter(Adapter):
@@ -55,7 +55,10 @@ class TaskAdapter(Adapter):
         }
         divided = divide(networks, tasks)
         ones = {group.name: divided[key_of(group.name, tasks[0])] for group in groups}
-        sources = [row_pairs(group, ones[group.name], config.scaling) for group in groups]
+        sources = [
+            row_pairs(group, ones[group.name], config.scaling, lines[group.name].common)
+            for group in groups
+        ]
         super().__init__(name, config, groups, divided, trained_modules, sources)
         self.tasks = tuple(tasks)
         self._lines = lines
@@ -160,6 +163,14 @@ class TaskAdapter(Adapter):
             )
         return found
 
+    def line_of(self, group: str) -> TaskLine:
+        """Return the line of the tensor of a group over tasks.
+
+        Args:
+            group: the name of the group.
+        """
+        return self._lines[group]
+
     def tensor(self, group: Group) -> TensorNetwork:
         """Return the network of a group over all tasks, T[task, layer, ...]; gradients reach the parameters.
 
@@ -199,18 +210,35 @@ class TaskAdapter(Adapter):
             >>> folder = lortalib.nn.export_lora(one, tempfile.mkdtemp(), model)
         """
         self._check_known([name])
-        networks, config = {}, self.config
-        for group in self.groups:
-            own = self.network_of(group.name, name)
-            networks[group.name] = own.like([t.detach().clone() for t in own.stored])
-        if config.share_residual and any(map(owns_input, networks.values())):
-            config = replace(config, share_residual=False)  # no network has it in common
+        networks = {
+            group.name: self._copy(self.network_of(group.name, name)) for group in self.groups
+        }
+        config = self._config_of_one(networks)
         if config.share_residual:
             share_input_factor(self.groups, networks)
         model = self.model if self.is_on_model else None
         paths = self.trained_modules.paths
         modules = TrainedModules(paths, self.trained_modules.values(model) if paths else None)
         return Adapter(name, config, self.groups, networks, modules)
+
+    def snapshot(self) -> Adapter:
+        """Copy the chosen task, as an adapter of one task with the name of this one; see `Adapter.snapshot`.
+
+        Raises:
+            ValueError: not one task is chosen.
+        """
+        networks = {group.name: self._copy(self.network(group)) for group in self.groups}
+        config = self._config_of_one(networks)
+        return Adapter(self.name, config, self.groups, networks, TrainedModules())
+
+    def _config_of_one(self, networks: Mapping[str, Network]) -> AdapterConfig:
+        """Return the settings of one task alone, whose decomposition is the line that is left."""
+        # Where a task owns the parameter for `in`, no network had it in common with another.
+        shares = self.config.share_residual and not any(
+            each.owns_input for each in self._lines.values()
+        )
+        line = str(next(iter(networks.values())).legs)
+        return replace(self.config, decomposition=line, share_residual=shares)
 
     # Tasks
 
@@ -250,7 +278,7 @@ class TaskAdapter(Adapter):
         starts = self.tasks if start == "mean" else (start,)
         made = {
             key_of(group.name, name): mean_of(
-                [self.network_of(group.name, task) for task in starts]
+                self._lines[group.name], [self.network_of(group.name, task) for task in starts]
             )
             for group in self.groups
         }
@@ -294,8 +322,9 @@ class TaskAdapter(Adapter):
         for task in self.tasks:
             for group in self.groups:
                 network = self.network_of(group.name, task)
-                for term, parameter in zip(network.legs.terms, network.stored):
-                    on = names is None if term.shared else task in chosen
+                common = self._lines[group.name].common
+                for term, is_common, parameter in zip(network.legs.terms, common, network.stored):
+                    on = names is None if is_common else task in chosen
                     parameter.requires_grad_(on and not term.frozen)
         if self.is_on_model:
             self.trained_modules.set_trainable(self.model, names is None)
@@ -323,21 +352,3 @@ class TaskAdapter(Adapter):
         for site in self.sites:
             check_rows(self.model, site)
         attach_rows(self.model, self._current, handles)
-
-
-def refuse_tasks(adapter: Adapter, purpose: str) -> None:
-    """Refuse an adapter of several tasks where the networks of one task cannot be changed alone.
-
-    Args:
-        adapter: any adapter.
-        purpose: what the caller would do to it, for the message.
-
-    Raises:
-        ValueError: the adapter has tasks.
-    """
-    if isinstance(adapter, TaskAdapter):
-        raise ValueError(
-            f"adapter {adapter.name!r} has the tasks {', '.join(map(repr, adapter.tasks))}, which have "
-            f"parameters in common: {purpose} would change one task and break the others. Save "
-            "adapter.task(name) and load it, which is an ordinary adapter"
-        )

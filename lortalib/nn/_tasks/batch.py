@@ -11,6 +11,7 @@ from torch import Tensor
 from ...decomp import Network
 from .._bank import BatchTensors, Chosen, CurrentBatch
 from .._forward import ForwardScope, PairSource
+from .network import TaskLine
 
 
 class TaskOwner(Protocol):
@@ -34,6 +35,9 @@ class TaskOwner(Protocol):
 
     def network_of(self, group: str, task: str) -> Network:
         """Return the network of one task of a group."""
+
+    def line_of(self, group: str) -> TaskLine:
+        """Return the line of the tensor of a group over tasks."""
 
 
 class TaskRows(BatchTensors):
@@ -64,8 +68,10 @@ class TaskRows(BatchTensors):
         like = next(iter(named.values()), self._owner.network_of(group, self._owner.tasks[0]))
         stored = {task: network.stored for task, network in named.items()}
         found = []
-        for k, (term, tensor) in enumerate(zip(like.legs.terms, like.stored)):
-            if term.shared:
+        for k, (is_common, tensor) in enumerate(
+            zip(self._owner.line_of(group).common, like.stored)
+        ):
+            if is_common:
                 found.append(tensor)
                 continue
             nothing = torch.zeros_like(tensor)
@@ -134,8 +140,9 @@ def why_none(owner: TaskOwner) -> str:
     first = owner.tasks[0]
     how = f"stay within `with adapter.using({first!r}):`"
     if not owner.is_on_model:
-        how = f"give one task of it, as lortalib.nn.read(folder).task({first!r})"
+        how = f"take one, with lortalib.nn.read(folder, task={first!r})"
     return (
         f"adapter {owner.name!r} has the tasks {', '.join(map(repr, owner.tasks))}, and not one is chosen: "
-        f"{how}, or set adapter.default = {first!r}"
+        f"{how}, or set adapter.default = {first!r}. What reads or writes one adapter takes "
+        f"task={first!r}, or adapter.task({first!r})"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...decomp import Legs, Network, TensorNetwork
-from .._task_lines import TASK, line_of_one_task
+from .._task_lines import TASK, are_common, line_of_one_task
 
 
 class TaskLine(NamedTuple):
@@ -24,6 +24,18 @@ class TaskLine(NamedTuple):
     legs: Legs
     modes: tuple[str, ...]
     names: tuple[str, ...]
+
+    @property
+    def common(self) -> tuple[bool, ...]:
+        """For each term, whether all tasks have its parameter in common."""
+        return are_common(self.legs)
+
+    @property
+    def owns_input(self) -> bool:
+        """True if a parameter for ``in`` is a task's own."""
+        common = self.common
+        carriers = (k for leg in self.legs.open_legs(["in"]) for k in self.legs.carriers[leg])
+        return not all(common[k] for k in carriers)
 
 
 def key_of(group: str, task: str) -> str:
@@ -109,28 +121,18 @@ class TaskNetwork(TensorNetwork):
         return self._networks[0].spread(stored)  # what is hashed carries no task
 
 
-def mean_of(networks: Sequence[Network]) -> Network:
+def mean_of(line: TaskLine, networks: Sequence[Network]) -> Network:
     """Make the network of a new task: its own parameters are the means of those of other tasks, and what all
     tasks have in common is common to it too.
 
     Args:
+        line: the line of the tensor over tasks.
         networks: the networks of the other tasks.
     """
-    one, terms = networks[0], networks[0].legs.terms
+    one = networks[0]
     same = zip(*(network.stored for network in networks))
     made = one.like([torch.stack([t.detach() for t in each]).mean(0) for each in same])
-    for name, term, parameter in zip(made.names, terms, one.stored):
-        if term.shared:
+    for name, is_common, parameter in zip(made.names, line.common, one.stored):
+        if is_common:
             made.register_parameter(name, cast(nn.Parameter, parameter))
     return made.train(one.training)
-
-
-def owns_input(network: Network) -> bool:
-    """Return True if a parameter for ``in`` is a task's own.
-
-    Args:
-        network: the network of one task.
-    """
-    legs = network.legs
-    carriers = (k for leg in legs.open_legs(["in"]) for k in legs.carriers[leg])
-    return not all(legs.terms[k].shared for k in carriers)

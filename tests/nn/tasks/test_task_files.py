@@ -126,6 +126,81 @@ def test_one_task_is_an_ordinary_adapter_and_a_lora(line, tmp_path):
         assert close(output(other, inputs), expected, 1e-10)
 
 
+@pytest.mark.parametrize("line", ["metatt_41d", "cp", LINES[0]])
+def test_one_task_of_a_folder(line, tmp_path):
+    model, inputs = model_of(), inputs_of("encoder")
+    adapter = adapted(model, line)
+    with adapter.using("b"):
+        expected = output(model, inputs)
+    folder = adapter.save(tmp_path / "all")
+    other = model_of()
+    loaded = lortalib.nn.load(other, folder, task="b")
+    assert type(loaded) is lortalib.nn.Adapter
+    assert loaded.name == "b"
+    assert close(output(other, inputs), expected, 1e-10)
+    assert lortalib.nn.load(other, folder, task="a", name="mine", active=False).name == "mine"
+    read = lortalib.nn.read(folder, task="b")
+    for k, write in enumerate(
+        [
+            lambda out: lortalib.nn.export_lora(read, out),
+            lambda out: lortalib.nn.export_lora(adapter, out, task="b"),
+            lambda out: adapter.export_lora(out, task="b"),
+        ]
+    ):
+        other = model_of()
+        lortalib.nn.load_lora(other, write(tmp_path / f"lora{k}"))
+        assert close(output(other, inputs), expected, 1e-6)
+
+
+@pytest.mark.parametrize("line", ["metatt_41d", "cp", LINES[0]])
+def test_one_task_becomes_a_folder_of_peft(line, tmp_path):
+    model, inputs = model_of(), inputs_of("encoder")
+    adapter = adapted(model, line)
+    with adapter.using("b"):
+        expected = output(model, inputs)
+    folder = adapter.save(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"tasks 'a', 'b', 'c', and PEFT chooses.*task='a'"):
+        lortalib.nn.convert(folder, tmp_path / "refused")
+    one = lortalib.nn.convert(folder, tmp_path / "peft", task="b")
+    found = peft.PeftModel.from_pretrained(model_of(), str(one), autocast_adapter_dtype=False)
+    assert close(output(found.base_model.model.double(), inputs), expected, 1e-10)
+    back = lortalib.nn.convert(one, tmp_path / "back")
+    other = model_of()
+    lortalib.nn.load(other, back)
+    assert close(output(other, inputs), expected, 1e-10)
+
+
+def test_a_task_that_is_not_there_is_refused(tmp_path):
+    model = model_of()
+    several = adapted(model).save(tmp_path / "several")
+    with pytest.raises(KeyError, match=r"no task 'x'; its tasks are 'a', 'b', 'c'"):
+        lortalib.nn.read(several, task="x")
+    with pytest.raises(ValueError, match=r"one is wanted: write it alone.*task='a'"):
+        lortalib.nn.compress(model_of(), [several], "cp", 2)
+    plain = lortalib.nn.apply(model_of(), "cp", 2)
+    for refused in [
+        lambda: lortalib.nn.read(plain.save(tmp_path / "plain"), task="a"),
+        lambda: lortalib.nn.load(model_of(), plain.save(tmp_path / "plain"), task="a"),
+        lambda: plain.export_lora(tmp_path / "lora", task="a"),
+    ]:
+        with pytest.raises(ValueError, match="has no tasks; leave out the task 'a'"):
+            refused()
+
+
+@pytest.mark.parametrize("line", ["metatt_41d", *LINES])
+def test_the_line_of_one_task_is_the_user_s(line):
+    adapter = adapted(model_of(), line)
+    written = str(adapter.tensor(adapter.groups[0]).legs)
+    marks = written.count("(shared)")
+    adapter.default = "b"
+    for shown in [adapter.task("b"), adapter.snapshot(), adapter.network(adapter.groups[0])]:
+        assert str(shown).count("(shared)") == marks == 0
+    one = adapter.task("b")
+    legs = str(one.network(one.groups[0]).legs)
+    assert one.config.decomposition == legs
+    assert legs == written.replace("task ", "")
+
+
 def test_one_task_keeps_the_modules_that_train_with_all(tmp_path):
     model, inputs = LAW_FAMILIES["encoder"].model(), inputs_of("encoder")
     adapter = put(model, "metatt_41d", tasks=list(TASKS), train_also=["pooler"])
