@@ -14,11 +14,11 @@ from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
-from .contents import BankContents
+from .bank_files import BankFiles
 from .hooks import attach_rows, check_unmerged
 
 
-class Bank(BankContents):
+class Bank(BankFiles):
     """Stores many adapters of one shape on a model, so that every row of a batch can use its own.
 
     Each parameter of the tensor networks has one more leg, ``adapter``, unless all adapters share it. The

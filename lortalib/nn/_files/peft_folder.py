@@ -164,11 +164,6 @@ def _for_configuration(description: Description, without: Collection[str]) -> di
 
 
 def _check_peft_holds(description: Description) -> None:
-    if description.tasks:
-        raise ValueError(
-            f"the adapter has the tasks {', '.join(map(repr, description.tasks))}, and PEFT chooses whole "
-            "adapters by name: load it, save adapter.task(name), and convert that folder"
-        )
     for site in description.sites():
         if site.experts or site.weight_read_directly:
             what = "packs experts" if site.experts else "is read without its module being called"

@@ -48,11 +48,8 @@ class TaskAdapter(Adapter):
         trained_modules: TrainedModules,
         tasks: Sequence[str],
     ) -> None:
-        lines = {
-            group.name: TaskLine(net.legs, net.modes, net.names)
-            for group in groups
-            for net in [networks[group.name]]
-        }
+        ordered = {group.name: networks[group.name] for group in groups}
+        lines = {name: TaskLine(net.legs, net.modes, net.names) for name, net in ordered.items()}
         divided = divide(networks, tasks)
         ones = {group.name: divided[key_of(group.name, tasks[0])] for group in groups}
         sources = [

@@ -138,11 +138,13 @@ class CurrentTasks(CurrentBatch):
 def why_none(owner: TaskOwner) -> str:
     """Say that a task has to be chosen, and how: on a model, or of an adapter that was only read."""
     first = owner.tasks[0]
-    how = f"stay within `with adapter.using({first!r}):`"
-    if not owner.is_on_model:
-        how = f"take one, with lortalib.nn.read(folder, task={first!r})"
+    how = f"take one, with lortalib.nn.read(folder, task={first!r}) or adapter.task({first!r})"
+    if owner.is_on_model:
+        how = (
+            f"stay within `with adapter.using({first!r}):`, or set adapter.default = {first!r}; what reads "
+            f"or writes one adapter takes task={first!r}"
+        )
     return (
         f"adapter {owner.name!r} has the tasks {', '.join(map(repr, owner.tasks))}, and not one is chosen: "
-        f"{how}, or set adapter.default = {first!r}. What reads or writes one adapter takes "
-        f"task={first!r}, or adapter.task({first!r})"
+        f"{how}"
     )
