@@ -39,6 +39,7 @@ autodoc_member_order = "bysource"
 html_math_renderer = "mathml"
 default_role = "any"
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the default underlines the names of modules, like links
 html_title = f"lortalib {release}"
 html_static_path = ["_static"]
 html_css_files = ["lortalib.css"]

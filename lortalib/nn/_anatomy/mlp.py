@@ -27,6 +27,7 @@ class _Names(NamedTuple):
 
 _KINDS = (
     _Names(gate="gate_proj", up="up_proj", down="down_proj"),
+    _Names(gate="fc1_g", up="fc1_x", down="fc2"),  # timm
     _Names(gate="w1", up="w3", down="w2"),
     _Names(gate="wi_0", up="wi_1", down="wo"),
     _Names(fused="gate_up_proj", down="down_proj"),

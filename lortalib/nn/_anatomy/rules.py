@@ -77,7 +77,8 @@ class BlockRule:
     """A rule: facts about the blocks whose class name matches.
 
     Attributes:
-        match: a regular expression for the whole class name of a block.
+        match: a regular expression for the whole class name of a block, alone or behind its module, as in
+            ``"timm.layers.attention.Attention"``.
         fused: the layout of a fused q, k, v (or k, v) projection: one of ``LAYOUTS``, or a function
             from the block to one.
         projections: a mapping from role to child path, if the names mislead.
@@ -122,7 +123,9 @@ class BlockRule:
 
     def fits(self, module: object) -> bool:
         """Return True if the rule applies to this module."""
-        return bool(self._pattern.fullmatch(type(module).__name__))
+        kind = type(module)
+        names = kind.__name__, f"{kind.__module__}.{kind.__name__}"
+        return any(self._pattern.fullmatch(name) for name in names)
 
 
 #: The kinds of the attributes of a rule.
@@ -165,6 +168,13 @@ def _bigcode(block: Any) -> str:
 
 
 RULES: tuple[BlockRule, ...] = (
+    # timm has many classes called Attention, of which some have another layout or are no softmax attention.
+    BlockRule(
+        r"timm\.layers\.(attention\.Attention(Rope)?|attention_pool\.AttentionPoolLatent)"
+        r"|timm\.models\.(beit|eva|vision_transformer_(sam|relpos))\.\w*Attention\w*"
+        r"|timm\.models\.swin_transformer(_v2)?\.WindowAttention",
+        fused="contiguous",
+    ),
     BlockRule(r"GPTNeoX\w*Attention|(Persimmon|Fuyu)\w*Attention", fused="per_head"),
     BlockRule(
         r"Bloom\w*Attention",

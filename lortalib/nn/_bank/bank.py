@@ -12,9 +12,9 @@ from ..._kinds import MAPPING, takes
 from .._anatomy import BlockRule
 from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
+from .bank_files import BankFiles
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
-from .bank_files import BankFiles
 from .hooks import attach_rows, check_unmerged
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
-from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._files import read_adapter
 from .._group import Group

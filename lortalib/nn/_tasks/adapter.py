@@ -231,9 +231,8 @@ class TaskAdapter(Adapter):
     def _config_of_one(self, networks: Mapping[str, Network]) -> AdapterConfig:
         """Return the settings of one task alone, whose decomposition is the line that is left."""
         # Where a task owns the parameter for `in`, no network had it in common with another.
-        shares = self.config.share_residual and not any(
-            each.owns_input for each in self._lines.values()
-        )
+        owned = any(line.owns_input for line in self._lines.values())
+        shares = self.config.share_residual and not owned
         line = str(next(iter(networks.values())).legs)
         return replace(self.config, decomposition=line, share_residual=shares)
 

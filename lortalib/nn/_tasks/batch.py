@@ -138,13 +138,11 @@ class CurrentTasks(CurrentBatch):
 def why_none(owner: TaskOwner) -> str:
     """Say that a task has to be chosen, and how: on a model, or of an adapter that was only read."""
     first = owner.tasks[0]
-    how = f"take one, with lortalib.nn.read(folder, task={first!r}) or adapter.task({first!r})"
+    names = ", ".join(map(repr, owner.tasks))
+    several = f"adapter {owner.name!r} has the tasks {names}, and not one is chosen"
     if owner.is_on_model:
-        how = (
-            f"stay within `with adapter.using({first!r}):`, or set adapter.default = {first!r}; what reads "
-            f"or writes one adapter takes task={first!r}"
+        return (
+            f"{several}: stay within `with adapter.using({first!r}):`, or set adapter.default = {first!r}; "
+            f"what reads or writes one adapter takes task={first!r}"
         )
-    return (
-        f"adapter {owner.name!r} has the tasks {', '.join(map(repr, owner.tasks))}, and not one is chosen: "
-        f"{how}"
-    )
+    return f"{several}: take one, with lortalib.nn.read(folder, task={first!r}) or adapter.task({first!r})"
