@@ -207,9 +207,8 @@ class TaskAdapter(Adapter):
             >>> folder = lortalib.nn.export_lora(one, tempfile.mkdtemp(), model)
         """
         self._check_known([name])
-        networks = {
-            group.name: self._copy(self.network_of(group.name, name)) for group in self.groups
-        }
+        ones = {group.name: self.network_of(group.name, name) for group in self.groups}
+        networks = {group: self._copy(network) for group, network in ones.items()}
         config = self._config_of_one(networks)
         if config.share_residual:
             share_input_factor(self.groups, networks)
