@@ -75,6 +75,18 @@ def has_global_forward_hooks() -> bool:
     return bool(_global_forward_hooks)
 
 
+def not_compiled(function: Function) -> Function:
+    """Return a function that torch.compile calls as it is, and does not trace.
+
+    If the compiler is not loaded yet, which transformers does with its models, this returns the function
+    itself: to load it takes seconds, and what is traced computes the same.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    found: Function = torch.compiler.disable(function)
+    return found
+
+
 def forget_compiled() -> None:
     """Let torch.compile compile anew what it has compiled: it does not notice hooks that come or go, and
     would run a model without the adapter that was put on it since."""

@@ -112,6 +112,10 @@ class Adapter(AdapterFiles):
             self.bring_back()
         return networks
 
+    def networks_of(self, group: Group) -> list[Network]:
+        """Return the networks of a group that own parameters: one, or one for each task."""
+        return [self.network(group)]
+
     def tensor(self, group: Group) -> TensorNetwork:
         """Return the network of the whole tensor of a group; a `TaskAdapter` has that of all tasks."""
         return self.network(group)

@@ -14,7 +14,7 @@ from .._torch import forget_compiled, has_gradient_hooks
 from ..decomp import Network, Rank, RankChange, grow, prune
 from ._adapter import ADAPTER, Adapter
 from ._optimizer_state import carried_over
-from ._sharded import is_divided, is_zero_parameter
+from ._sharded import is_divided, is_zero_parameter, processes
 from ._tasks import refuse_tasks
 
 
@@ -133,7 +133,7 @@ def check_changeable(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None
             f"the optimiser has no parameter of adapter {adapter.name!r}; make it from "
             "lortalib.nn.parameter_groups(adapter, lr) after the adapter was applied"
         )
-    if _processes() > 1:
+    if processes() > 1:
         raise RuntimeError(
             "several processes train, and what averages their gradients keeps the old parameters; train in "
             "one process while the rank changes: save the adapter, load it there, go on, save it again"
@@ -143,13 +143,6 @@ def check_changeable(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None
             "a checkpointed forward waits for its backward, which runs the forward again with the old ranks; "
             "call backward() first, or drop what the forward returned"
         )
-
-
-def _processes() -> int:
-    """Count the processes that train together."""
-    distributed = torch.distributed
-    running = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if running else 1
 
 
 def _check_parameter(tensor: Tensor) -> None:

@@ -30,8 +30,9 @@ def parameter_groups(
         lr: learning rate of the tensor's parameters.
         speeds: factors of ``lr`` by leg (a mode or a bond). The learning rate of a parameter is ``lr`` times
             the factors of all its legs; a leg without a factor counts as 1. The name of a split mode stands
-            for all its factors. A vector of hashed parameters has
-            the factor of its own name, because several parameters with different legs may share it.
+            for all its factors; ``"task"`` stands for the own parameters of tasks. A vector of hashed
+            parameters has the factor of its own name, because several parameters with different legs may
+            share it.
         modules_lr: learning rate of the modules that train as a whole (``train_also``); ``lr`` by default.
         weight_decay: weight decay of every group. Decay of one factor shrinks the whole tensor, so the
             default is 0.
@@ -61,22 +62,25 @@ def parameter_groups(
     for what, value in (("lr", lr), ("modules_lr", modules_lr), *speeds.items()):
         check_number(str(what), value, least=0, above=True)
     check_number("weight_decay", weight_decay, least=0)
-    networks = list(adapter.all_networks().values())
-    legs = {leg: None for network in networks for term in network.legs.terms for leg in _legs(term)}
+    lines = [(adapter.tensor(group).legs, adapter.networks_of(group)) for group in adapter.groups]
+    legs = {leg: None for line, _ in lines for term in line.terms for leg in _legs(term)}
     unknown = [leg for leg in speeds if leg not in legs]
     if unknown:
-        hashed = any(network.vectors for network in networks)
+        hashed = any(term.of for line, _ in lines for term in line.terms)
         raise ValueError(
             f"no network has the leg {unknown[0]!r}; there are {', '.join(legs)}"
             + " (hashed parameters have the rate of their vector)" * hashed
         )
     by_speed: dict[float, dict[int, Any]] = {}
-    for network in networks:
-        for owner, tensor in zip(network.legs.owners, network.stored):
-            if tensor.requires_grad:
-                own = _legs(network.legs.terms[owner])
-                factor = math.prod(speeds.get(leg, 1.0) for leg in own)
-                by_speed.setdefault(factor, {})[id(tensor)] = tensor
+    for line, networks in lines:
+        factors = [
+            math.prod(speeds.get(leg, 1.0) for leg in _legs(line.terms[owner]))
+            for owner in line.owners
+        ]
+        for network in networks:
+            for factor, tensor in zip(factors, network.stored):
+                if tensor.requires_grad:
+                    by_speed.setdefault(factor, {})[id(tensor)] = tensor
     modules = _modules(adapter.model, adapter.trained_modules.paths)
     found = [
         ("tensor" if factor == 1 else f"tensor x {factor:g}", lr * factor, list(params.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -23,8 +24,7 @@ class RankSchedule:
         generator: the source of randomness for new directions; by default torch's global one.
 
     Attributes:
-        steps: the number of steps that were taken. To go on from a checkpoint, load an adapter, make the
-            optimiser and the schedule, and set it.
+        steps: the number of steps that were taken.
         errors: for each change so far, by its step: the relative error of each network's tensor.
 
     Raises:
@@ -100,6 +100,61 @@ class RankSchedule:
             self.errors[now] = found
         self.steps = now
         return now in self.ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training needs to go on with this schedule: steps, errors, and the generator's state.
+
+        The ranks of the moment are in the file of `Adapter.save`. To go on, load the adapter, make its
+        optimiser and the schedule, and load the state of both. torch's global generator is not in it.
+
+        Returns:
+            Numbers and a tensor, which ``torch.load(..., weights_only=True)`` reads.
+        """
+        random = None if self.generator is None else self.generator.get_state()
+        errors = {step: dict(found) for step, found in self.errors.items()}
+        return {"steps": self.steps, "errors": errors, "generator": random}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called; the ranks of later steps are those that this schedule has.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: something else, or the saved schedule had a generator and this has none, or the other
+                way round. The schedule is then unchanged.
+
+        Example:
+            >>> import lortalib, torch
+            >>> from transformers import BertConfig, BertModel
+            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+            ...                              num_attention_heads=4, intermediate_size=64))
+            >>> adapter = lortalib.nn.apply(model, "cp", rank=4)
+            >>> optimizer = torch.optim.AdamW(lortalib.nn.parameter_groups(adapter, 1e-2))
+            >>> schedule = RankSchedule(adapter, optimizer, {100: 2})
+            >>> schedule.load_state_dict({"steps": 99, "errors": {}, "generator": None})
+            >>> schedule.step(), adapter.count()
+            (True, 100)
+        """
+        names = {"steps", "errors", "generator"}
+        if not isinstance(state, Mapping) or set(state) != names:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"a state with {', '.join(sorted(names))} is needed; found {found}. Give what state_dict() "
+                "of a RankSchedule returned"
+            )
+        random = state["generator"]
+        if (random is None) != (self.generator is None):
+            had, has = ("no", "one") if random is None else ("one", "none")
+            raise ValueError(
+                f"the schedule that was saved had {had} generator, and this has {has}: make it with "
+                "generator= as before"
+            )
+        steps = int(state["steps"])
+        errors = {step: dict(found) for step, found in state["errors"].items()}
+        if self.generator is not None:
+            self.generator.set_state(random)
+        self.steps, self.errors = steps, errors
 
 
 def _aside(adapter: Adapter) -> torch.Generator:

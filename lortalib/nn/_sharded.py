@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from ..decomp import NetworkView, TensorNetwork
 
 
+def processes() -> int:
+    """Count the processes that train together."""
+    distributed = torch.distributed
+    running = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if running else 1
+
+
 def is_divided(tensor: Any) -> bool:
     """Return True if a tensor is divided over processes."""
     return hasattr(tensor, "device_mesh")

@@ -20,6 +20,7 @@ ENGINES = {
     "accelerate": ["accelerate"],
 }
 QUICK = {"ddp", "fsdp"}
+DOORS = ["nn", "peft", "tasks", "tasks apart"]
 
 
 def run(command, out, arguments):
@@ -37,14 +38,17 @@ def alone(tmp_path_factory):
     """What a single process reaches, by door."""
     folder = tmp_path_factory.mktemp("alone")
     return {
-        door: run([sys.executable], folder / door, ["single", "--door", door])
-        for door in ("nn", "peft")
+        door: run([sys.executable], folder / door, ["single", "--door", door]) for door in DOORS
     }
 
 
-@pytest.mark.parametrize("door", ["nn", "peft"])
 @pytest.mark.parametrize(
-    "engine", [e if e in QUICK else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES]
+    ("engine", "door"),
+    [
+        pytest.param(engine, door, marks=[pytest.mark.slow] * (engine not in QUICK))
+        for engine in ENGINES
+        for door in DOORS
+    ],
 )
 def test_two_processes_train_as_one(engine, door, alone, tmp_path):
     torchrun = [

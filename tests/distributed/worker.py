@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/distributed/worker.py ENGINE OUT [--checkpoint
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 
 import peft
 import torch
@@ -17,6 +18,8 @@ import lortalib
 from lortalib.peft import LortaConfig
 
 ROWS, STEPS = 8, 3
+#: The task of each row: both in each process, or one in each.
+TASKS = {"tasks": ["a", "b"] * 4, "tasks apart": ["a"] * 4 + ["b"] * 4}
 
 
 def made(door):
@@ -30,8 +33,18 @@ def made(door):
     )  # fmt: skip
     if door == "peft":
         return peft.get_peft_model(model, LortaConfig(rank=2))
-    lortalib.nn.apply(model, "cp", rank=2)
+    if door in TASKS:
+        lortalib.nn.apply(model, "metatt_41d", rank=2, tasks=["a", "b"])
+    else:
+        lortalib.nn.apply(model, "cp", rank=2)
     return model
+
+
+def using(model, door, rows):
+    """The context in which these rows of the batch have their tasks."""
+    if door not in TASKS:
+        return nullcontext()
+    return lortalib.nn.adapters(model)["default"].using(TASKS[door][rows])
 
 
 def batch(step):
@@ -74,9 +87,11 @@ def train(options):
         model, optimizer = accelerated(model, optimizer)
     own = ROWS // world
     for step in range(STEPS):
-        rows = batch(step)[rank * own : (rank + 1) * own]
-        for part in rows.chunk(options.accumulate):
-            loss = model(input_ids=part, labels=part).loss / options.accumulate
+        mine = range(rank * own, (rank + 1) * own)
+        for part in torch.tensor(mine).chunk(options.accumulate):
+            ids = batch(step)[part]
+            with using(base, options.door, slice(int(part[0]), int(part[-1]) + 1)):
+                loss = model(input_ids=ids, labels=ids).loss / options.accumulate
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -91,7 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=["single", "ddp", "fsdp", "accelerate"])
     parser.add_argument("out")
-    parser.add_argument("--door", default="nn", choices=["nn", "peft"])
+    parser.add_argument("--door", default="nn", choices=["nn", "peft", *TASKS])
     parser.add_argument("--checkpoint", choices=["reentrant", "other"])
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1)

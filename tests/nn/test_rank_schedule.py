@@ -250,3 +250,64 @@ def test_a_checkpoint_that_waits_and_several_processes_are_refused(monkeypatch):
     loss.backward()
     nn.change_rank(adapter, optimizer, 2)
     assert adapter.network(adapter.groups[0]).ranks == {"r": 2}
+
+
+@pytest.mark.parametrize("decomposition", ["cp", "tt"])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_training_goes_on_from_a_checkpoint(decomposition, stop, tmp_path):
+    ranks = {2: 2, 4: 5}
+
+    def started():
+        model, _, adapter, optimizer, step = training(decomposition)
+        return (
+            model,
+            adapter,
+            step,
+            nn.RankSchedule(adapter, optimizer, ranks, generator=generator(1)),
+        )
+
+    model, adapter, step, whole = started()
+    for _ in range(5):
+        step()
+        whole.step()
+    _, part, step, schedule = started()
+    for _ in range(stop):
+        step()
+        schedule.step()
+    part.save(tmp_path)
+    torch.save([schedule.optimizer.state_dict(), schedule.state_dict()], tmp_path / "state")
+
+    other, inputs = bert()
+    loaded = nn.load(other, tmp_path)
+    optimizer = OPTIMIZERS["adamw"](nn.parameter_groups(loaded, 1e-2))
+    of_optimizer, of_schedule = torch.load(tmp_path / "state", weights_only=True)
+    optimizer.load_state_dict(of_optimizer)
+    again = nn.RankSchedule(loaded, optimizer, ranks, generator=generator(7))
+    again.load_state_dict(of_schedule)
+    for _ in range(5 - stop):
+        optimizer.zero_grad()
+        other(**inputs)[0].square().sum().backward()
+        optimizer.step()
+        again.step()
+    assert again.steps == whole.steps == 5
+    assert again.errors == {k: pytest.approx(v, rel=1e-3) for k, v in whole.errors.items()}
+    assert close(output(other, inputs), output(model, inputs), 1e-5)
+    for one, two in zip(loaded.parameters(), adapter.parameters(), strict=True):
+        assert close(one, two, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state.pop("steps"), r"Give what state_dict\(\)"),
+        (lambda state: state.update(generator=None), "had no generator, and this has one"),
+    ],
+)
+def test_another_state_is_refused_and_the_schedule_stays(change, says):
+    _, _, adapter, optimizer, _ = training()
+    schedule = nn.RankSchedule(adapter, optimizer, {2: 2}, generator=generator(1))
+    state = {**schedule.state_dict(), "steps": 9}
+    change(state)
+    with pytest.raises(ValueError, match=says):
+        schedule.load_state_dict(state)
+    assert schedule.steps == 0

@@ -19,7 +19,7 @@ from .._plan import share_input_factor
 from .._shared_parameters import find_aliases
 from .._task_lines import check_task_names
 from .._trained_modules import TrainedModules
-from .batch import CurrentTasks, TaskRows, why_none
+from .batch import CurrentTasks, why_none
 from .network import TaskLine, TaskNetwork, divide, key_of, mean_of
 
 
@@ -119,7 +119,7 @@ class TaskAdapter(Adapter):
                 f"adapter {self.name!r} is merged: the weights hold the update of one task, so none can be "
                 "chosen for a batch; call unmerge() first"
             )
-        with self._current.use(TaskRows(self, chosen)):
+        with self._current.use(self._current.rows(chosen)):
             yield self
 
     def _check_known(self, names: Iterable[object]) -> None:
@@ -180,8 +180,11 @@ class TaskAdapter(Adapter):
             >>> adapter.tensor(adapter.groups[0]).shape
             Shape({'task': 2, 'layer': 2, 'head': 4, 'matrix': 4, 'in': 32, 'out': 8})
         """
-        networks = [self.network_of(group.name, task) for task in self.tasks]
-        return TaskNetwork(self._lines[group.name], networks)
+        return TaskNetwork(self._lines[group.name], self.networks_of(group))
+
+    def networks_of(self, group: Group) -> list[Network]:
+        """Return the networks of a group, one for each task."""
+        return [self.network_of(group.name, task) for task in self.tasks]
 
     def task(self, name: str) -> Adapter:
         """Copy one task out, as an ordinary adapter that is on no model, with the same updates.

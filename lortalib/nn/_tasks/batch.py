@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..._torch import not_compiled
 from ...decomp import Network
 from .._bank import BatchTensors, Chosen, CurrentBatch
 from .._forward import ForwardScope, PairSource
+from .._sharded import processes
 from .network import TaskLine
 
 
@@ -40,6 +42,10 @@ class TaskOwner(Protocol):
         """Return the line of the tensor of a group over tasks."""
 
 
+#: A function as `gather`.
+Gather = Callable[[TaskOwner, Sequence[Hashable], str], list[Tensor]]
+
+
 class TaskRows(BatchTensors):
     """The tasks that the rows of one context chose. Their tensors are those that the parameters have when a
     forward begins, since an optimiser changes them within a context.
@@ -47,43 +53,55 @@ class TaskRows(BatchTensors):
     Args:
         owner: the adapter.
         chosen: the task of each row; None stands for a row that is not updated.
+        gather: `gather`, or a function that does the same.
 
     Attributes:
         names: the task of each row of the layout.
     """
 
-    def __init__(self, owner: TaskOwner, chosen: Chosen) -> None:
+    def __init__(self, owner: TaskOwner, chosen: Chosen, gather: Gather) -> None:
         super().__init__({}, chosen.layout, chosen.shape)
         self.trains = True  # so that every forward makes its pairs
         self.names: Sequence[Hashable] = chosen.names
         self._owner = owner
+        self._gather = gather
 
     def tensors_of(self, group: str) -> list[Tensor]:
         """Return the parameters of a group: the own ones stacked over the rows, and the common ones."""
-        named = {
-            task: self._owner.network_of(group, task)
-            for task in self._owner.tasks
-            if task in self.names
-        }
-        like = next(iter(named.values()), self._owner.network_of(group, self._owner.tasks[0]))
-        stored = {task: network.stored for task, network in named.items()}
-        found = []
-        for k, (is_common, tensor) in enumerate(
-            zip(self._owner.line_of(group).common, like.stored)
-        ):
-            if is_common:
-                found.append(tensor)
-                continue
-            nothing = torch.zeros_like(tensor)
-            found.append(
-                torch.stack([nothing if t is None else stored[t][k] for t in self.names])  # type: ignore[index]
-            )
-        return found
+        return self._gather(self._owner, self.names, group)
 
     def check(self, x: Tensor, path: str, running: object) -> None:
         """Check that an input has the rows or tokens of the batch; one task for all fits every input."""
         if len(self.names) > 1:
             super().check(x, path, running)
+
+
+def gather(owner: TaskOwner, names: Sequence[Hashable], group: str) -> list[Tensor]:
+    """Take the parameters of a group from its networks, in the order of the line.
+
+    Args:
+        owner: the adapter.
+        names: the task of each row; None stands for a row that is not updated.
+        group: the name of the group.
+
+    Returns:
+        The own parameters of the tasks, stacked over the rows, and those that all tasks have in common.
+    """
+    like = owner.network_of(group, owner.tasks[0])
+    stored = {task: owner.network_of(group, task).stored for task in owner.tasks}
+    # Processes reduce the gradients of the same parameters, whatever tasks the rows of each have: FSDP2
+    # would add up those of different ones. Elsewhere a task that no row uses has no gradient.
+    unused = [task for task in owner.tasks if task not in names] if processes() > 1 else []
+    found = []
+    for k, (is_common, tensor) in enumerate(zip(owner.line_of(group).common, like.stored)):
+        if is_common:
+            found.append(tensor)
+            continue
+        nothing = torch.zeros_like(tensor)
+        rows = [nothing if task is None else stored[task][k] for task in names]  # type: ignore[index]
+        zeros = [stored[task][k] for task in unused]
+        found.append(torch.stack([*rows, *zeros])[: len(rows)])
+    return found
 
 
 class CurrentTasks(CurrentBatch):
@@ -99,6 +117,7 @@ class CurrentTasks(CurrentBatch):
         self.scope = owner.scope
         self._owner = owner
         self._rows_of_default: TaskRows | None = None
+        self._gather = not_compiled(gather)  # else the compiler would make code for each name
 
     def get(self) -> BatchTensors | None:
         """Return the rows; None while the adapter adds no update.
@@ -113,6 +132,14 @@ class CurrentTasks(CurrentBatch):
             raise ValueError(why_none(self._owner))
         return found
 
+    def rows(self, chosen: Chosen) -> TaskRows:
+        """Make the rows of a context.
+
+        Args:
+            chosen: the task of each row.
+        """
+        return TaskRows(self._owner, chosen, self._gather)
+
     def chosen(self) -> list[Hashable]:
         """List the tasks that are chosen now, each once."""
         rows = self._open() or self._default()
@@ -123,7 +150,7 @@ class CurrentTasks(CurrentBatch):
         if name is None:
             return None
         if rows is None or rows.names != [name]:
-            self._rows_of_default = rows = TaskRows(self._owner, Chosen.one(name))
+            self._rows_of_default = rows = self.rows(Chosen.one(name))
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +160,7 @@ class CurrentTasks(CurrentBatch):
         CurrentBatch.__init__(self, state["sources"])  # the owner may not be complete yet
         self.scope, self._owner = state["scope"], state["owner"]
         self._rows_of_default = None
+        self._gather = not_compiled(gather)
 
 
 def why_none(owner: TaskOwner) -> str:

@@ -192,3 +192,23 @@ def test_parameter_groups_have_the_parameters_of_all_tasks():
     given = [p for group in found for p in group["params"]]
     assert {id(p) for p in given} == {id(p) for p in adapter.parameters()}
     assert len(given) == len({id(p) for p in given}) == 7
+
+
+@pytest.mark.parametrize("line", ["metatt_41d", "cp", "in p, task layer matrix p q, head out q"])
+def test_the_own_parameters_of_tasks_have_a_learning_rate(line):
+    adapter = adapted(model_of(), line)
+    groups = lortalib.nn.parameter_groups(adapter, 1e-2, speeds={"task": 3, "layer": 2})
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups)
+    assert len(rates) == len(list(adapter.parameters()))
+    whole = adapter.tensor(adapter.groups[0]).legs
+    for task in TASKS:
+        network = adapter.network_of(adapter.groups[0].name, task)
+        for term, parameter in zip(whole.terms, network.stored, strict=True):
+            wanted = 1e-2 * (3 if "task" in term.legs else 1) * (2 if "layer" in term.legs else 1)
+            assert rates[id(parameter)] == pytest.approx(wanted)
+    adapter.train_tasks(["b"])
+    groups = lortalib.nn.parameter_groups(adapter, 1e-2, speeds={"task": 3})
+    assert [group["lr"] for group in groups] == [pytest.approx(0.03)]
+    with pytest.raises(ValueError, match="no network has the leg 'tasks'; there are"):
+        lortalib.nn.parameter_groups(adapter, 1e-2, speeds={"tasks": 3})
