@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import nn
 
 from ..._kinds import TEXTS
-from ...decomp import Network, TensorNetwork
+from ...decomp import Network
 from .._adapter import Adapter
 from .._bank import Chosen, Names, attach_rows, check_rows, read_names, row_pairs
 from .._config import AdapterConfig
 from .._forward import Handle
 from .._group import Group
-from .._plan import share_input_factor
 from .._shared_parameters import find_aliases
 from .._task_lines import check_task_names
 from .._trained_modules import TrainedModules
 from .batch import CurrentTasks, why_none
-from .network import TaskLine, TaskNetwork, divide, key_of, mean_of
+from .network import TaskLine, divide, key_of, mean_of
+from .tensors import TaskTensors
 
 
-class TaskAdapter(Adapter):
+class TaskAdapter(TaskTensors):
     """An adapter of several tasks: one tensor T[task, layer, ...], of which every forward uses slices.
 
     ``lortalib.nn.apply(model, line, tasks=["sst2", "mrpc"])`` makes it for any line of legs with the mode
@@ -36,8 +35,6 @@ class TaskAdapter(Adapter):
     Attributes:
         tasks: the names of the tasks, in the order of the mode ``task``.
     """
-
-    tasks: tuple[str, ...]
 
     def __init__(
         self,
@@ -122,14 +119,6 @@ class TaskAdapter(Adapter):
         with self._current.use(self._current.rows(chosen)):
             yield self
 
-    def _check_known(self, names: Iterable[object]) -> None:
-        unknown = [name for name in names if name is not None and name not in self.tasks]
-        if unknown:
-            raise KeyError(
-                f"adapter {self.name!r} has no task {unknown[0]!r}; its tasks are "
-                f"{', '.join(map(repr, self.tasks))}"
-            )
-
     # Networks
 
     def network(self, group: Group) -> Network:
@@ -143,83 +132,6 @@ class TaskAdapter(Adapter):
             raise ValueError(why_none(self))
         return self.network_of(group.name, str(found[0]))
 
-    def network_of(self, group: str, task: str) -> Network:
-        """Return the network of a group for a task.
-
-        Args:
-            group: the name of the group.
-            task: the name of the task.
-
-        Raises:
-            KeyError: no such group or task.
-        """
-        found = self.all_networks().get(key_of(group, task))
-        if found is None:
-            raise KeyError(
-                f"there is no network of {group!r} for {task!r}; the tasks are {self.tasks}"
-            )
-        return found
-
-    def line_of(self, group: str) -> TaskLine:
-        """Return the line of the tensor of a group over tasks.
-
-        Args:
-            group: the name of the group.
-        """
-        return self._lines[group]
-
-    def tensor(self, group: Group) -> TensorNetwork:
-        """Return the network of a group over all tasks, T[task, layer, ...]; gradients reach the parameters.
-
-        Example:
-            >>> import lortalib
-            >>> from transformers import BertConfig, BertModel
-            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-            ...                              num_attention_heads=4, intermediate_size=64))
-            >>> adapter = lortalib.nn.apply(model, "metatt_41d", rank=2, tasks=["sst2", "mrpc"])
-            >>> adapter.tensor(adapter.groups[0]).shape
-            Shape({'task': 2, 'layer': 2, 'head': 4, 'matrix': 4, 'in': 32, 'out': 8})
-        """
-        return TaskNetwork(self._lines[group.name], self.networks_of(group))
-
-    def networks_of(self, group: Group) -> list[Network]:
-        """Return the networks of a group, one for each task."""
-        return [self.network_of(group.name, task) for task in self.tasks]
-
-    def task(self, name: str) -> Adapter:
-        """Copy one task out, as an ordinary adapter that is on no model, with the same updates.
-
-        It can be saved, merged, stored in a bank and exported as a LoRA, as `Adapter.snapshot` can. Modules
-        that train with all tasks have their present values in it.
-
-        Args:
-            name: the name of the task, which becomes that of the adapter.
-
-        Raises:
-            KeyError: no such task.
-
-        Example:
-            >>> import lortalib, tempfile
-            >>> from transformers import BertConfig, BertModel
-            >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
-            ...                              num_attention_heads=4, intermediate_size=64))
-            >>> adapter = lortalib.nn.apply(model, "metatt_41d", rank=2, tasks=["sst2", "mrpc"])
-            >>> one = adapter.task("sst2")
-            >>> one.name, one.count(), adapter.count()
-            ('sst2', 156, 160)
-            >>> folder = lortalib.nn.export_lora(one, tempfile.mkdtemp(), model)
-        """
-        self._check_known([name])
-        ones = {group.name: self.network_of(group.name, name) for group in self.groups}
-        networks = {group: self._copy(network) for group, network in ones.items()}
-        config = self._config_of_one(networks)
-        if config.share_residual:
-            share_input_factor(self.groups, networks)
-        model = self.model if self.is_on_model else None
-        paths = self.trained_modules.paths
-        modules = TrainedModules(paths, self.trained_modules.values(model) if paths else None)
-        return Adapter(name, config, self.groups, networks, modules)
-
     def snapshot(self) -> Adapter:
         """Copy the chosen task, as an adapter of one task with the name of this one; see `Adapter.snapshot`.
 
@@ -229,14 +141,6 @@ class TaskAdapter(Adapter):
         networks = {group.name: self._copy(self.network(group)) for group in self.groups}
         config = self._config_of_one(networks)
         return Adapter(self.name, config, self.groups, networks, TrainedModules())
-
-    def _config_of_one(self, networks: Mapping[str, Network]) -> AdapterConfig:
-        """Return the settings of one task alone, whose decomposition is the line that is left."""
-        # Where a task owns the parameter for `in`, no network had it in common with another.
-        owned = any(line.owns_input for line in self._lines.values())
-        shares = self.config.share_residual and not owned
-        line = str(next(iter(networks.values())).legs)
-        return replace(self.config, decomposition=line, share_residual=shares)
 
     # Tasks
 
