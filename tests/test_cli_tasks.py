@@ -83,7 +83,7 @@ def test_a_task_that_is_missing_unknown_or_superfluous(command, saved, tmp_path,
 
     assert "has the tasks films, news" in refused(several)
     assert "as in --task films" in refused(several)
-    assert "no task 'sports'; its tasks are films, news" in refused(several, "--task", "sports")
+    assert "no task 'sports'; choose one of films, news" in refused(several, "--task", "sports")
     assert "has no tasks; leave out --task films" in refused(plain, "--task", "films")
     assert not (tmp_path / "out").exists()
 

@@ -26,5 +26,5 @@ def check_task(folder: str, tasks: Sequence[str], task: str | None, option: str 
         raise ValueError(f"the adapter in {folder} has no tasks; leave out {option} {task}")
     if task is not None and task not in tasks:
         raise ValueError(
-            f"the adapter in {folder} has no task {task!r}; its tasks are {', '.join(tasks)}"
+            f"the adapter in {folder} has no task {task!r}; choose one of {', '.join(tasks)}"
         )

@@ -138,8 +138,8 @@ class RankSchedule:
         if not isinstance(state, Mapping) or set(state) != names:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"a state with {', '.join(sorted(names))} is needed; found {found}. Give what state_dict() of a "
-                "RankSchedule returned"
+                f"a state with {', '.join(sorted(names))} is needed; found {found}. Give what state_dict() "
+                "of a RankSchedule returned"
             )
         random = state["generator"]
         if (random is None) != (self.generator is None):
