@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from lora_files import edit, loaded_by_peft, random_lora, tensors_of
 from models import FAMILIES, GPT2, MIXTRAL, PHI3
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import examples
 from transformers import AutoModel
 from updates import features, updates
@@ -269,6 +269,41 @@ def test_a_bank_takes_them(inputs, tmp_path):
         own = {key: value[:1] if name == "bob" else value[1:] for key, value in inputs.items()}
         assert close(output(model, own), row)
         adapter.remove()
+
+
+@pytest.mark.parametrize(
+    ("line", "one"),
+    [
+        ("jd", "jd"),
+        ("jd_diag", "jd_diag"),
+        ("in p, adapter layer matrix p q, head out q", "in p, layer matrix p q, head out q"),
+    ],
+)
+def test_one_folder_of_a_bank_holds_all_with_the_shared_sides_once(line, one, tmp_path):
+    for k, name in enumerate("abc"):
+        random_lora(LLAMA, tmp_path / name, seed=k)
+    found = compress(LLAMA.model(), [tmp_path / name for name in "abc"], line, 2, sweeps=2)
+
+    def made():
+        return lortalib.nn.bank(LLAMA.model(), one, 2, shared=("in", "out"))
+
+    bank = made()
+    bank.update({name: found.adapter(name) for name in found.names})
+    bank.save(tmp_path / "together")
+    read = made()
+    read.load(tmp_path / "together")
+    assert set(read) == {"a", "b", "c"}
+    for name in found.names:
+        adapter, other = found.adapter(name), read.adapter(name)
+        for group in adapter.groups:
+            pairs = zip(adapter.network(group).stored, other.network(group).stored, strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+    numbers = 0
+    for file in ("adapter.safetensors", "bank.safetensors"):
+        tensors = load_file(tmp_path / "together" / file)
+        numbers += sum(t.numel() for t in tensors.values() if t.is_floating_point())
+    # the adapter that changes nothing, which describes the bank, has a core of zeros
+    assert numbers == found.count() + bank.count()
 
 
 def test_one_adapter_is_saved_to_the_folder_itself_with_its_head(tmp_path):
