@@ -11,7 +11,8 @@ import lortalib
 from lortalib.cli import main
 
 COMMANDS = (
-    "info", "plan", "sites", "check", "verify", "compare", "merge", "export-lora", "convert", "completion",
+    "info", "plan", "sites", "check", "verify", "compare", "merge", "export-lora", "from-lora", "convert",
+    "compress", "completion",
 )  # fmt: skip
 
 

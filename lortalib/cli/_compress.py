@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from .. import nn as lnn
 from ..nn import AdapterFileError
 from ..nn.door import each_subfolder, lora_config
-from ._models import load, shape_of
+from ._models import load, named_model, shape_of
 from ._output import Output
 
 
@@ -23,7 +22,7 @@ def compress(options: Namespace, output: Output) -> bool:
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
     within = each_subfolder(options.subfolder, len(options.lora))
     bases = [_base_of(*each) for each in zip(options.lora, within)]
-    name = _model_of(options.model, [base for base, _ in bases])
+    name = named_model(options.model, bases[0][0], "the first adapter")
     on_stream = any(acts_on_stream for _, acts_on_stream in bases)
     model: nn.Module = (
         load(name, "float32", options.trust_remote_code)
@@ -87,15 +86,3 @@ def _base_of(folder: str, subfolder: str | None) -> tuple[str | None, bool]:
     except (AdapterFileError, FileNotFoundError):
         return lora_config(folder, subfolder=subfolder).get("base_model_name_or_path"), False
     return description["base_model"].get("name"), description["config"]["acts_on"] == "stream"
-
-
-def _model_of(given: str | None, named: Sequence[str | None]) -> str:
-    """Choose the model: the one given, or the folder that the adapters name. No name is looked up unasked."""
-    if given is not None:
-        return given
-    name = named[0]
-    if name is None or not Path(name).is_dir():
-        raise ValueError(
-            f"the first adapter names {name!r} as its model, which is no folder here; give --model"
-        )
-    return name

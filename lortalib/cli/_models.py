@@ -58,6 +58,26 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
     return found
 
 
+def named_model(given: str | None, named: str | None, by: str) -> str:
+    """Choose a model: the one given, or the folder that an adapter names. No name is looked up unasked.
+
+    Args:
+        given: what the user gave.
+        named: what the adapter names.
+        by: the adapter, for the message.
+
+    Raises:
+        ValueError: none is given, and none is named that is a folder here.
+    """
+    if given is not None:
+        return given
+    if named is None or not Path(named).is_dir():
+        raise ValueError(
+            f"{by} names {named!r} as its model, which is no folder here; give --model"
+        )
+    return named
+
+
 @contextmanager
 def _told_of(name: str) -> Iterator[None]:
     """Add the model's name to errors that transformers raises for a damaged configuration."""

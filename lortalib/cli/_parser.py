@@ -12,11 +12,12 @@ from ._completion import completion
 from ._compress import compress
 from ._info import info
 from ._models import DTYPES
+from ._options import add_place, add_subfolders, add_task, add_trust
 from ._output import Output
 from ._plan import FORMATS, plan
 from ._sites import sites
 from ._texts import count, folder, names, number, ranks, targets, text, tolerance
-from ._write import convert, export_lora, merge
+from ._write import convert, export_lora, from_lora, merge
 
 Command = Callable[[argparse.Namespace, Output], bool]
 
@@ -81,7 +82,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def _add_readers(add: Add) -> None:
-    _add_place(
+    add_place(
         add(info, "describe an adapter: by tensor, layer, matrix and head", "FOLDER", "my-adapter")
     )
     planned = add(
@@ -144,7 +145,7 @@ def _add_readers(add: Add) -> None:
             help="letters of qkvo, mlp, all, names with commas between them, or a regular expression "
             "(default: qkvo)",
         )
-        _add_trust(sub)
+        add_trust(sub)
 
 
 def _add_checks(add: Add) -> None:
@@ -168,10 +169,10 @@ def _add_checks(add: Add) -> None:
             metavar="MODEL",
             help="folder of the model, or its name on the hub (default: the folder that the adapter names)",
         )
-        _add_place(sub)
-        _add_trust(sub, "the model of --model")
+        add_place(sub)
+        add_trust(sub, "the model of --model")
     verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
-    _add_task(verified)
+    add_task(verified)
     compared = add(
         compare,
         "compare the updates of two adapters, or of an adapter and its LoRA, module by module",
@@ -189,10 +190,10 @@ def _add_checks(add: Add) -> None:
     compared.add_argument(
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
-    _add_subfolders(compared, "A and B")
-    _add_task(compared, "--task-a", "A")
-    _add_task(compared, "--task-b", "B")
-    _add_trust(compared, "the model of --model")
+    add_subfolders(compared, "A and B")
+    add_task(compared, "--task-a", "A")
+    add_task(compared, "--task-b", "B")
+    add_trust(compared, "the model of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
             "--tolerance",
@@ -233,6 +234,18 @@ def _add_writers(add: Add) -> None:
         choices=("peft", "gguf"),
         default="peft",
         help="OUT is a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
+    )
+    imported = add(
+        from_lora,
+        "write a LoRA of PEFT as an adapter of lortalib, exactly",
+        "FOLDER OUT",
+        "my-lora my-adapter --model MODEL",
+    )
+    imported.add_argument(
+        "--model",
+        type=text,
+        metavar="MODEL",
+        help="folder of the model, or its name on the hub (default: the folder that the LoRA names)",
     )
     converted = add(
         convert,
@@ -277,55 +290,15 @@ def _add_writers(add: Add) -> None:
         metavar="N",
         help="largest number of sweeps of the fit (default: 100)",
     )
-    _add_trust(merged)
-    _add_trust(exported, "the model of --model")
-    _add_subfolders(compressed, "LORA")
-    _add_trust(compressed, "the model of --model")
+    add_trust(merged)
+    add_trust(exported, "the model of --model")
+    add_trust(imported, "the model of --model")
+    add_place(imported)
+    add_subfolders(compressed, "LORA")
+    add_trust(compressed, "the model of --model")
     for sub in (merged, exported, converted):
-        _add_place(sub)
-        _add_task(sub)
-
-
-def _add_place(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--revision",
-        metavar="REV",
-        help="branch, tag or commit of FOLDER on the hub (default: main)",
-    )
-    sub.add_argument(
-        "--subfolder",
-        metavar="PATH",
-        help="folder in the repository, or below FOLDER, that has the adapter (default: its top)",
-    )
-
-
-def _add_task(
-    sub: argparse.ArgumentParser, option: str = "--task", of: str = "the adapter"
-) -> None:
-    sub.add_argument(
-        option,
-        type=text,
-        metavar="NAME",
-        help=f"the task of {of}, if it has several (default: none)",
-    )
-
-
-def _add_subfolders(sub: argparse.ArgumentParser, each: str) -> None:
-    sub.add_argument(
-        "--subfolder",
-        metavar="PATH",
-        action="append",
-        help=f"folder in each repository or folder that has the adapter; give it once, or once for each of "
-        f"{each}, where '.' is the top (default: the top)",
-    )
-
-
-def _add_trust(sub: argparse.ArgumentParser, of: str = "MODEL") -> None:
-    sub.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help=f"run Python code that comes with {of} (default: no)",
-    )
+        add_place(sub)
+        add_task(sub)
 
 
 def _dtype(default: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import nn as lnn
 from ..nn.door import lora_config
-from ._models import load
+from ._models import load, named_model
 from ._output import Output
 from ._place import place
 from ._task import check_task
@@ -88,6 +88,23 @@ def export_lora(options: Namespace, output: Output) -> bool:
         "rank": lora_config(folder)["r"],
         "modules": len({path for site in adapter.sites for path in (site.path, *site.tied_paths)}),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+    output.show(findings, [findings])
+    return True
+
+
+def from_lora(options: Namespace, output: Output) -> bool:
+    """Write a LoRA of PEFT as an adapter of lortalib, exactly: ``from-lora FOLDER OUT``."""
+    named = lora_config(options.folder, **place(options)).get("base_model_name_or_path")
+    name = named_model(options.model, named, "the LoRA")
+    model = load(name, "float32", options.trust_remote_code)
+    adapter = lnn.load_lora(model, options.folder, **place(options))
+    written = adapter.save(options.out)
+    findings = {
+        "LoRA": options.folder,
+        "written": str(written),
+        "decomposition": adapter.config.decomposition,
+        "parameters": adapter.count(trainable_only=False),
     }
     output.show(findings, [findings])
     return True
