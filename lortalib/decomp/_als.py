@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ._einsum import Names, contract
+from ._einsum import Names, Path, compile_constant, contract_along, equation_of
 from ._environment import GramPart, gram_parts
 from ._legs import Legs
 from ._objective import Objective
@@ -221,11 +221,14 @@ def _turned(
     The vectors of a part have the axes (*modes, *bonds, *eigenvalues).
     """
     for part, vectors in turns:
-        fresh = tuple(bond + "^" for bond in part.bonds)
-        names = dict(zip(part.bonds, fresh))
-        own = tuple(names.get(leg, leg) for leg in legs) if back else legs
-        output = legs if back else tuple(names.get(leg, leg) for leg in legs)
-        term = (*part.modes, *part.bonds, *fresh)
-        sizes = dict(zip(term, vectors.shape)) | dict(zip(own, tensor.shape))
-        tensor = contract((own, term), (tensor, vectors), output, sizes)
+        tensor = contract_along(_turning(legs, part.modes, part.bonds, back), (tensor, vectors))
     return tensor
+
+
+@compile_constant
+def _turning(legs: Names, modes: Names, bonds: Names, back: bool) -> Path:
+    """Write the contraction of a parameter with the eigenvectors of a part of its Gram matrix."""
+    fresh = dict(zip(bonds, (bond + "^" for bond in bonds)))
+    turned = tuple(fresh.get(leg, leg) for leg in legs)
+    own, output = (turned, legs) if back else (legs, turned)
+    return ((0, 1, equation_of((own, (*modes, *bonds, *fresh.values())), output)),)

@@ -67,21 +67,29 @@ def contraction_path(
             f"a contraction has at most {len(ascii_letters)} legs, one for each letter of einsum; "
             f"found {len(size)}. Join bonds between the same parameters to one"
         )
-    letters = dict(zip(size, ascii_letters, strict=False))
-
-    def word(legs: Names) -> str:
-        return "".join(letters[leg] for leg in legs)
-
     if len(terms) == 1:
-        return ((0, 0, f"{word(terms[0])}->{word(output)}"),)
+        return ((0, 0, equation_of((terms[0],), output)),)
     left, places, steps = terms, list(range(len(terms))), []
     for i, j in _order(terms, output, size)[1]:
         result = _joined(left, (i, j), output)
-        steps.append((places[i], places[j], f"{word(left[i])},{word(left[j])}->{word(result)}"))
+        steps.append((places[i], places[j], equation_of((left[i], left[j]), result)))
         left = _without(left, (i, j), result)
         places = [place for k, place in enumerate(places) if k not in (i, j)]
         places.append(len(terms) + len(steps) - 1)
     return tuple(steps)
+
+
+def equation_of(terms: Sequence[Names], output: Names) -> str:
+    """Write the contraction of one or two tensors for einsum.
+
+    Args:
+        terms: the legs of each tensor.
+        output: the legs of the result.
+    """
+    legs = dict.fromkeys(leg for term in terms for leg in term)
+    letters = dict(zip(legs, ascii_letters, strict=False))
+    words = ["".join(letters[leg] for leg in term) for term in (*terms, output)]
+    return f"{','.join(words[:-1])}->{words[-1]}"
 
 
 def _order(
@@ -158,7 +166,8 @@ def contract_along(path: Path, tensors: Sequence[Tensor]) -> Tensor:
     if is_autocast(device):
         with without_autocast(device):
             return contract_along(path, tensors)
-    if is_tracing() or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    # In this order, because a fit asks thousands of times, and without gradients.
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors) or is_tracing():
         return _values(path, tensors)[-1]
     result: Tensor = _Contraction.apply(path, *tensors)
     return result

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._arguments import takes_network
-from ._einsum import Names
+from ._einsum import Names, compile_constant
 from ._legs import Legs
 from ._pieces import Pieces, joined, pieces_of, position_of
 from ._tensor_network import NetworkView, TensorNetwork
@@ -125,19 +125,29 @@ def gram_parts(
         modes: the modes of the network.
         weight: the tensors of a weight for each entry; None for weights of one.
     """
-    legs = pieces.terms[position]
     rest = pieces.without(position)
     both = joined(rest, rest.renamed("'", modes), weight or Pieces((), ()))
     parts = []
-    for group in _groups(both.terms, len(rest.terms), set(legs) & set(modes)):
-        part = both.subset(group)
-        carried = {leg for term in part.terms for leg in term}
-        batch = tuple(leg for leg in legs if leg in modes and leg in carried)
-        bonds = tuple(leg for leg in legs if leg not in modes and leg in carried)
-        found = part.contract([*batch, *bonds, *(bond + "'" for bond in bonds)])
+    for group, batch, bonds in _plan(both.terms, len(rest.terms), pieces.terms[position], modes):
+        found = both.subset(group).contract([*batch, *bonds, *(bond + "'" for bond in bonds)])
         size = math.prod(found.shape[len(batch) : len(batch) + len(bonds)])
         parts.append(GramPart(batch, bonds, found.reshape(*found.shape[: len(batch)], size, size)))
     return parts
+
+
+@compile_constant
+def _plan(
+    terms: tuple[Names, ...], half: int, legs: Names, modes: Names
+) -> list[tuple[list[int], Names, Names]]:
+    """List the parts of the Gram matrix of a parameter: the positions of their terms, and the modes and bonds
+    of the parameter that they have. It is cached, since a fit asks in every sweep."""
+    found = []
+    for group in _groups(terms, half, set(legs) & set(modes)):
+        carried = {leg for k in group for leg in terms[k]}
+        batch = tuple(leg for leg in legs if leg in modes and leg in carried)
+        bonds = tuple(leg for leg in legs if leg not in modes and leg in carried)
+        found.append((group, batch, bonds))
+    return found
 
 
 def _groups(terms: tuple[Names, ...], half: int, apart: set[str]) -> list[list[int]]:

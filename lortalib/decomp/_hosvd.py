@@ -127,11 +127,12 @@ def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
     """
     rows, columns = matrix.shape[-2:]
     width = min(rows, rank + OVERSAMPLING)
-    if (
-        rows <= 2 * ROUNDS * width
-    ):  # then the Gram matrix takes fewer multiplications than the rounds
+    # Up to this size a Gram matrix takes fewer multiplications than the rounds.
+    small_enough, rounds = 2 * ROUNDS * width, 1
+    if rank <= columns < rows and columns <= small_enough:
+        guess = matrix @ torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[..., -width:]
+    elif rows <= small_enough:
         guess = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[..., -width:]
-        rounds = 1
     else:
         guess, rounds = matrix @ randn([columns, width]).to(matrix), ROUNDS
     q = torch.linalg.qr(guess).Q

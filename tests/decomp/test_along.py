@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, random_networks, registered, usual_modes
 
 from lortalib.decomp import Legs, formats, network, start_along
@@ -121,13 +122,30 @@ def test_what_tucker_misses_is_bounded_by_the_discarded_singular_values():
     assert missed < left_over(random, dense)
 
 
-@pytest.mark.parametrize("size", [(9, 30), (40, 11), (3, 25, 60)])
+@pytest.mark.parametrize(
+    "size", [(9, 30), (40, 11), (3, 25, 60), (3, 60, 25), (600, 3), (600, 500)]
+)
 def test_leading_vectors_are_those_of_the_svd(size):
     a = torch.randn(size, generator=generator(), dtype=torch.float64)
     u, values, v = torch.linalg.svd(a, full_matrices=False)
     matrix = (u * 0.5 ** torch.arange(values.shape[-1], dtype=torch.float64)[:, None].mT) @ v
     found = leading_left_vectors(matrix, 3, lambda shape: torch.randn(shape, generator=generator()))
     assert torch.allclose((found.mT @ u[..., :3]).abs(), torch.eye(3).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(400, 20), (20, 400)])
+def test_no_gram_matrix_of_the_longer_side_is_made(size):
+    matrix = torch.randn(size, generator=generator(), dtype=torch.float64)
+    with LargestTensor() as made:
+        leading_left_vectors(matrix, 20, lambda shape: torch.randn(shape, generator=generator()))
+    assert made.entries <= matrix.numel()
+
+
+def test_more_vectors_than_columns_are_orthonormal():
+    matrix = torch.randn(30, 2, generator=generator(), dtype=torch.float64)
+    found = leading_left_vectors(matrix, 3, lambda shape: torch.randn(shape, generator=generator()))
+    assert torch.allclose(found.mT @ found, torch.eye(3).double())
+    assert torch.allclose(found @ (found.mT @ matrix), matrix)
 
 
 def test_a_shared_mode_gives_every_slice_directions_of_its_own():
