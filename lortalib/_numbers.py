@@ -8,9 +8,15 @@ from typing import Any
 
 
 def check_number(
-    name: str, value: Any, *, least: float, is_integer: bool = False, above: bool = False
+    name: str,
+    value: Any,
+    *,
+    least: float,
+    is_integer: bool = False,
+    above: bool = False,
+    infinite: bool = False,
 ) -> None:
-    """Refuse an argument that is no number, or too small, or not finite.
+    """Refuse an argument that is no number, or NaN, or too small, or infinite.
 
     Args:
         name: the name of the argument.
@@ -18,6 +24,7 @@ def check_number(
         least: the smallest number allowed.
         is_integer: whether only integers are allowed.
         above: whether ``least`` itself is not allowed.
+        infinite: whether infinity is allowed.
 
     Raises:
         TypeError: no number, or no integer.
@@ -30,6 +37,7 @@ def check_number(
         number = float(value)
     except OverflowError:  # an integer that no float holds
         number = math.inf
-    if not (number > least if above else number >= least) or not math.isfinite(number):
-        bound = f"above {least}" if above else f"at least {least}"
-        raise ValueError(f"{name} must be finite and {bound}; found {value!r}")
+    is_large = number > least if above else number >= least  # not if it is NaN
+    if not is_large or not (infinite or math.isfinite(number)):
+        bound = ("" if infinite else "finite and ") + ("above" if above else "at least")
+        raise ValueError(f"{name} must be {bound} {least}; found {value!r}")

@@ -110,6 +110,9 @@ class BlockRule:
     def __post_init__(self) -> None:
         for name, kind in _FIELDS.items():
             kind.check(name, getattr(self, name))
+        if isinstance(self.fused, str) and self.fused not in LAYOUTS:
+            layouts = ", ".join(map(repr, LAYOUTS))
+            raise ValueError(f"unknown layout {self.fused!r} in fused=; choose {layouts}")
         try:
             re.compile(self.match)
         except re.error as error:
@@ -133,7 +136,7 @@ _FIELDS = {
     "match": TEXT,
     "fused": Kind(
         "the name of a layout, a function, or None",
-        lambda value: value is None or callable(value) or value in tuple(LAYOUTS),
+        lambda value: value is None or callable(value) or isinstance(value, str),
     ),
     "projections": MAPPING,
     "skip": FLAG,

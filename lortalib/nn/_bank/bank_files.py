@@ -34,7 +34,7 @@ class BankFiles(BankContents):
             KeyError: the name is not in the bank.
 
         Example:
-            >>> import lortalib
+            >>> import lortalib, torch
             >>> from transformers import BertConfig, BertModel
             >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
             ...                              num_attention_heads=4, intermediate_size=64))

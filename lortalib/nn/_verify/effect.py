@@ -52,7 +52,7 @@ def check_effect(
         >>> check_effect(adapter, torch.tensor([[3, 14, 15, 9]]))
         {'encoder': True}
     """
-    check_number("tolerance", tolerance, least=0)
+    check_number("tolerance", tolerance, least=0, infinite=True)
     if adapter.merged or not adapter.active:
         state, remedy = ("merged", "unmerge") if adapter.merged else ("not active", "enable")
         raise ValueError(
