@@ -130,8 +130,8 @@ def test_an_unknown_fused_layout_is_refused_until_it_is_declared():
     assert [site.rows.index().tolist()[:5] for site in found[:3]] == [
         [0, 1, 2, 3, 12], [4, 5, 6, 7, 16], [8, 9, 10, 11, 20],
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="unknown layout 'by_magic'.*'per_head'"):
+    with pytest.raises(ValueError, match=r"unknown layout 'by_magic'.*'per_head'"):
         BlockRule("MyAttention", fused="by_magic")
     magic = BlockRule("MyAttention", fused=lambda module: "by_magic")
-    with pytest.raises(UnsupportedModelError, match="unknown layout 'by_magic'.*'per_head'"):
+    with pytest.raises(UnsupportedModelError, match=r"unknown layout 'by_magic'.*'per_head'"):
         sites(model, rules=magic)

@@ -42,6 +42,7 @@ ODD = {
     "probability": lambda: [None, -1, 1, NAN, "x", [], True, torch.ones(3)],
     "size": lambda: [None, -1, 0, 1.5, NAN, HUGE, "x", [], True, torch.ones(3)],
     "number": lambda: [None, -1, NAN, INF, "x", [], True, torch.ones(3)],
+    "bound": lambda: [None, -1, NAN, "x", [], True, torch.ones(3)],
     "word": lambda: [-1, 1.5, "x", [], {}, True, torch.ones(3), b"x"],
     "layers": lambda: [-1, 1.5, "x", [None], [1.5], True, HUGE, {"x": 1}, object(), torch.ones(3)],
     "legs": lambda: [None, "in", 0, [None], {}, b"x", torch.ones(3)],
@@ -118,7 +119,7 @@ FUNCTIONS = {
         "adapter": "adapter", "lr": "number", "speeds": "mapping?", "modules_lr": "number?",
         "weight_decay": "number",
     }),
-    "check_effect": ("adapter, {}", {"adapter": "adapter", "tolerance": "number"}),
+    "check_effect": ("adapter, {}", {"adapter": "adapter", "tolerance": "bound"}),
     "verify": ("bare, {}", {"model": "model", "sites": "sites"}),
     "BlockRule": ("'x'", {
         "match": "text", "fused": "word", "projections": "mapping", "skip": "flag", "output_offset": "word",
