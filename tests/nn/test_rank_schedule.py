@@ -8,7 +8,7 @@ import torch
 from adapted import FORMATS, close, output, put
 from models import FAMILIES
 from strategies import generator
-from test_transactions import Fault, differences, state
+from test_transactions import Fault, differences, frozen_garbage, state  # noqa: F401
 
 from lortalib import nn
 

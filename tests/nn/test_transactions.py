@@ -67,6 +67,15 @@ class Fault:
         sys.unraisablehook = self._hook
 
 
+@pytest.fixture(autouse=True)
+def frozen_garbage():
+    """Each fault collects garbage; it need not look at all that other tests made."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def state(model):
     """All that an adapter could change, by value: comparable with a copy's."""
     found = {}
@@ -219,8 +228,6 @@ def check(name, kind, number):
         act(goal)
     before, after = state(start), state(goal)
     assert differences(before, after)
-    gc.collect()
-    gc.freeze()  # each fault collects garbage, and need not look at all that other tests made
     places = range(count.calls)
     rng = random.Random(f"{name} {kind}")
     chosen = places if number is None else sorted(rng.sample(places, min(number, len(places))))
@@ -248,7 +255,6 @@ def check(name, kind, number):
             act(model)
             if differences(state(model), after):
                 wrong.append((place, error.__name__, "the second try differs"))
-    gc.unfreeze()
     print(
         f"{name}, {kind}: {len(chosen)} faults, {swallowed} of them swallowed, {len(wrong)} wrong"
     )
