@@ -19,35 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
 
 from ..._torch import is_capturing, is_in_backward
 from .module_sites import Pair
 from .pairs import PairSource
-from .rows import EvenRows, Layout
-
-
-def down(x: Tensor, a: Tensor, p: float, layout: Layout | None = None) -> Tensor:
-    """Compute ``x @ a^T`` in the dtype of ``a``.
-
-    Args:
-        x: (..., features), or (..., heads * features) if ``a`` maps the features of one head.
-        a: (p, features), or (rows, p, features) if each row of a batch has its own map.
-        p: probability of dropping a feature of x.
-        layout: the arrangement of the tokens in rows; x is divided equally over the rows by default.
-
-    Returns:
-        (..., p), or (..., heads, p).
-    """
-    if x.dtype != a.dtype:
-        x = x.to(a.dtype)
-    if a.dim() == 3:
-        layout = layout or EvenRows(len(a))
-        return layout.join(layout.split(x) @ a.mT).view(*x.shape[:-1], -1)
-    if x.shape[-1] != a.shape[-1]:
-        x = x.unflatten(-1, (-1, a.shape[-1]))
-    h = linear(dropout(x, p) if p else x, a)
-    return h if h.dtype == a.dtype else h.to(a.dtype)
+from .rows import Layout
+from .thin_products import down
 
 
 @dataclass

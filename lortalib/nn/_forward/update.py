@@ -9,15 +9,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._torch import has_global_forward_hooks, is_autocast, is_tracing
+from ..._torch import has_global_forward_hooks, is_tracing
 from .._anatomy import Site, is_conv1d
 from .._offloaded import offloaded_numbers
 from .module_sites import ModuleSites, Pair
 from .pairs import PairSource
-from .rows import EvenRows, Layout, RowMaps
-from .scope import ForwardScope, Running, down
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
+from .rows import RowMaps
+from .scope import ForwardScope, Running
+from .thin_products import add_up, down
 
 
 class UpdateOwner(Protocol):
@@ -191,47 +190,6 @@ def add_update(
     if rows is not None:
         h = rows.apply(h, x.shape[:-1])
     return add_up(y, h, second, may_write, layout)
-
-
-def add_up(
-    y: Tensor, h: Tensor, b: Tensor, may_write: bool, layout: Layout | None = None
-) -> Tensor:
-    """Compute ``y + h @ b``.
-
-    Args:
-        y: (..., features), or (..., heads * features) if ``b`` maps to the features of one head.
-        h: (..., p), or (..., heads, p).
-        b: (p, features), or (rows, p, features) if each row of a batch has its own map.
-        may_write: whether y may be changed in place, because no other code uses it; must be False while
-            torch traces.
-        layout: the arrangement of the tokens in rows; y is divided equally over the rows by default.
-    """
-    if b.dim() == 3:
-        return _add_by_row(y, h, b, may_write, layout or EvenRows(len(b)))
-    if not y.is_contiguous():
-        return y + (h @ b).view(y.shape)
-    if not may_write:
-        if y.dtype == h.dtype == b.dtype and not is_autocast(y.device.type):
-            # addmm needs one pass over y less than a product and a sum.
-            return torch.addmm(y.view(-1, b.shape[-1]), h.reshape(-1, h.shape[-1]), b).view(y.shape)
-        return y + (h @ b).view(y.shape)
-    if not torch.is_grad_enabled():
-        y.view(-1, b.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b)
-        return y
-    # With an ordinary view, autograd would copy the gradient because of the change in place.
-    flat = _unsafe_view(y, (-1, b.shape[-1]))
-    flat.addmm_(h.reshape(-1, h.shape[-1]), b)
-    return _unsafe_view(flat, y.shape)  # type: ignore[no-any-return]
-
-
-def _add_by_row(y: Tensor, h: Tensor, b: Tensor, may_write: bool, layout: Layout) -> Tensor:
-    """Compute `add_up` with one map for each row of a batch."""
-    h = layout.split(h)
-    even = isinstance(layout, EvenRows)
-    if even and may_write and y.is_contiguous() and not torch.is_grad_enabled():
-        y.view(len(b), -1, y.shape[-1]).baddbmm_(h, b)
-        return y
-    return y + layout.join(h @ b).view(y.shape)
 
 
 class OutputHook:
