@@ -7,7 +7,6 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .._stacklevel import outside
+from .._torch import live_checkpoints
 from ._adapter import Adapter
 from ._adapter_dict import AdapterDict
 from ._anatomy import ATTRIBUTE, Site
@@ -25,6 +24,7 @@ from ._finite import check_finite
 from ._forward import Handle, detach
 from ._found_modules import FoundModules
 from ._gradient_flags import GradientFlags
+from ._recompute_guard import guard
 from ._sharded import divide_again
 from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
@@ -45,8 +45,7 @@ class AdapterHost(AdapterDict):
         self._weights = BaseWeights(model, self._modules_found)
         # Snapshots of the merged adapters, as they were merged.
         self._merged_copies: dict[str, Adapter] = {}
-        # The count of changes that no later change takes back: merged for good, or removed too early.
-        self._lost = 0
+        self._kept = 0  # adapters that were merged for good
         self._handles: dict[str, list[Handle]] = {}
         self._flags = GradientFlags(model)
 
@@ -62,10 +61,22 @@ class AdapterHost(AdapterDict):
         others = self._others(adapter)
         return [other.trained_modules for other in others if other.active or not active]
 
-    @property
-    def weights_state(self) -> object:
-        """Stands for what is merged into the weights: equal values stand for equal weights."""
-        return self._lost, tuple(map(weakref.ref, self._in_order(self._merged_copies)))
+    def _weights_state(self) -> object:
+        """Return a value that is equal while the model has the same weights: the same updates are merged,
+        the same modules trained."""
+        trained = [each for each in self.adapters() if each.active and each.trained_modules.paths]
+        held = [*self._in_order(self._merged_copies), *trained]
+        return self._kept, tuple(map(weakref.ref, held))
+
+    def _guard(self, changed: Iterable[nn.Module]) -> None:
+        """Guard modules whose weights change now against checkpoints with forwards before the change."""
+        before, changed = self._weights_state(), list(changed)
+        checkpoints = live_checkpoints() if changed else ()
+        guard(self.model, changed, checkpoints, lambda: self._weights_state() == before)
+
+    def _updated(self, adapter: Adapter) -> Iterator[nn.Module]:
+        for site in adapter.sites:
+            yield from map(self._modules_found.get_submodule, (site.path, *site.tied_paths))
 
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
@@ -89,6 +100,7 @@ class AdapterHost(AdapterDict):
     def _enable(self, adapter: Adapter) -> None:
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
+            self._guard(adapter.trained_modules.modules(self.model))
             adapter.trained_modules.swap_in(self.model, others)
             vars(adapter)["active"] = True
 
@@ -97,6 +109,7 @@ class AdapterHost(AdapterDict):
         if not adapter.active:
             return
         merged = adapter.merged
+        self._guard(adapter.trained_modules.modules(self.model))
         try:
             adapter.trained_modules.swap_out(self.model)
             self._unmerge(adapter)
@@ -157,16 +170,16 @@ class AdapterHost(AdapterDict):
         kept = self._merged_copies
         copies = {**kept, adapter.name: copy}
         active = adapter.active
+        self._guard(self._updated(adapter))
         try:
             self._enable(adapter)
             self._weights.write(adapter.sites, self._in_order(copies))
             vars(self)["_merged_copies"] = copies
-            adapter.remembered.was_merged = True
             vars(adapter)["merged"] = True  # from here on its hooks add nothing
-            self._detach_merged(adapter)
+            self._detach(adapter)
         except BaseException:
             if adapter.merged:
-                self._detach_merged(adapter)
+                self._detach(adapter)
             else:
                 vars(self)["_merged_copies"] = kept
                 if not active:
@@ -188,6 +201,7 @@ class AdapterHost(AdapterDict):
             return
         copies = {name: each for name, each in self._merged_copies.items() if name != adapter.name}
         rest = self._in_order(copies)
+        self._guard(self._updated(adapter))
         try:
             self._attach(adapter)  # its hooks add nothing while it is merged
             self._restore(adapter, rest)
@@ -195,7 +209,7 @@ class AdapterHost(AdapterDict):
             self._weights.keep_only(rest)
         except BaseException:
             if adapter.merged:
-                self._detach_merged(adapter)
+                self._detach(adapter)
             else:
                 vars(self)["_merged_copies"] = copies
                 self._weights.keep_only(rest)
@@ -234,14 +248,6 @@ class AdapterHost(AdapterDict):
         """Remove an adapter from the model, as `Adapter.remove` describes."""
         if merged:
             check_kept(adapter, [a for a in self._others(adapter) if a.merged])
-        waiting = adapter.remembered.is_waiting
-        if waiting:
-            warnings.warn(
-                f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
-                "hooks are gone, so that backward would repeat the forward of the base, with other "
-                "gradients. Call backward() first, or drop what the forward returned",
-                stacklevel=outside(),
-            )
         kept_merged = False
         try:
             if merged:
@@ -251,7 +257,6 @@ class AdapterHost(AdapterDict):
             else:
                 self.disable(adapter)
             self._take_off(adapter)
-            vars(self)["_lost"] += waiting
         except BaseException:
             if kept_merged or not (merged or adapter.active):
                 self._take_off(adapter)
@@ -266,11 +271,12 @@ class AdapterHost(AdapterDict):
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
             self._weights.keep_merged(self._merged_copies[adapter.name])
-            vars(self)["_lost"] += 1
+            vars(self)["_kept"] += 1
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
         """Forget an adapter that is switched off or part of the base; may be called again."""
+        guard(self.model, self._updated(adapter), adapter.remembered.added(), lambda: False)
         self._detach(adapter)
         vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
@@ -289,12 +295,6 @@ class AdapterHost(AdapterDict):
         if not self._handles.get(adapter.name):
             found = cast(nn.Module, self._modules_found)
             adapter.attach(found, self._handles.setdefault(adapter.name, []))
-
-    def _detach_merged(self, adapter: Adapter) -> None:
-        """Remove the hooks of a merged adapter. They stay if a checkpoint may run a forward again that had
-        no merged weights: the hooks then refuse that forward."""
-        if not len(adapter.remembered):
-            self._detach(adapter)
 
     def _detach(self, adapter: Adapter) -> None:
         """Remove the hooks of an adapter; may be called again."""

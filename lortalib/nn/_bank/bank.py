@@ -12,6 +12,7 @@ from ..._kinds import MAPPING, takes
 from .._anatomy import BlockRule
 from .._forward import EvenRows, Handle, detach
 from .._plan import Plan
+from .._recompute_guard import guard
 from .bank_files import BankFiles
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
@@ -60,6 +61,12 @@ class Bank(BankFiles):
 
     def remove(self) -> None:
         """Take the bank off its model, which is restored; calling this again does nothing."""
+        paths = [
+            path for group in self.groups for s in group.sites for path in (s.path, *s.tied_paths)
+        ]
+        changed = map(self._model.get_submodule, paths)
+        if self._handles:
+            guard(self._model, changed, self._current.remembered.added(), lambda: False)
         detach(self._handles)
 
     # Use

@@ -21,13 +21,11 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class UpdateOwner(Protocol):
-    """An adapter or a bank whose updates are added.
+    """An adapter or a bank whose updates are added."""
 
-    Attributes:
-        scope: the scope of its forwards.
-    """
-
-    scope: ForwardScope
+    @property
+    def scope(self) -> ForwardScope:
+        """The scope of its forwards."""
 
     @property
     def sources(self) -> Sequence[PairSource]:
