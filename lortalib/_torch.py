@@ -181,3 +181,16 @@ def live_checkpoints() -> list[object]:
     """List the objects of all checkpoints whose functions may run again; see `running_checkpoints`.
     torch keeps no list, so this asks the garbage collector, which takes some milliseconds."""
     return [each for each in gc.get_referrers(*_CHECKPOINTS) if type(each) in _CHECKPOINTS]
+
+
+def remove_pre_hook(module: torch.nn.Module, hook: object) -> None:
+    """Remove a forward pre-hook from a module, wherever its handle is."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, each in hooks.items() if each is hook]:
+        hooks.pop(key, None)
+
+
+def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's own buffers that its state dict contains, by name."""
+    hidden = module._non_persistent_buffers_set
+    return {name: t for name, t in module.named_buffers(recurse=False) if name not in hidden}

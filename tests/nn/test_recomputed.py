@@ -18,7 +18,7 @@ from lortalib import nn
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 KINDS = ("default", "reentrant", "hooks")
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", KINDS[:2])
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,10 @@ def frozen_garbage():
 class Scene:
     """A model with two adapters and a bank. All train: the base, the adapters, and the rows of `trained`."""
 
-    def __init__(self, base, **options):
+    def __init__(self, base):
         self.model = copy.deepcopy(base).train()
         common = {"freeze": False, "dtype": torch.float64}
-        self.one = put(self.model, name="one", **common, **options)
+        self.one = put(self.model, name="one", **common)
         self.two = put(self.model, "lora", name="two", seed=1, targets="qv", **common)
         self.bank = nn.bank(self.model, "cp", rank=2, dtype=torch.float64)
         self.bank.fill(["ann", "bob"], random_stack(self.bank, 2))
@@ -58,7 +58,7 @@ class Scene:
         return [*self.model.parameters(), *self.rows["layers"]]
 
     def other_bank(self):
-        bank = nn.bank(self.model, "tucker", rank=2, dtype=torch.float64)
+        bank = nn.bank(self.model, "lora", rank=2, dtype=torch.float64)
         bank.fill(["eve"], random_stack(bank, 1))
         self.contexts.enter_context(bank.using(["eve"]))
 
@@ -134,18 +134,14 @@ def is_refused(loss):
     return False
 
 
-def is_right_or_refused(base, state, changes, kind, **options):
-    """Whether the gradients are those of a forward and backward without checkpoints and changes; None if
-    the backward is refused."""
-    plain, scene = Scene(base, **options), Scene(base, **options)
-    for each in (plain, scene):
-        STATES[state](each)
-    trained, own = scene.trained(), plain.trained()
+def is_right_or_refused(base, state, changes, kind, wanted):
+    """Whether the gradients are the wanted ones; None if the backward is refused."""
+    scene = Scene(base)
+    STATES[state](scene)
+    trained = scene.trained()
     if kind == "hooks":
         for layer in scene.model.model.layers:
             checkpoint_by_hooks(layer)
-    with plain.contexts:
-        loss_of(plain.model).backward()
     with scene.contexts:
         loss = loss_of(scene.model, kind)
         for change in changes:
@@ -155,15 +151,30 @@ def is_right_or_refused(base, state, changes, kind, **options):
                 continue  # not possible behind the changes before
         if is_refused(loss):
             return None
-    return all(
-        (p.grad is None) == (q.grad is None) and (p.grad is None or close(p.grad, q.grad, 1e-9))
-        for p, q in zip(trained, own, strict=True)
-    )
+    return all(map(same_gradient, trained, wanted))
+
+
+def same_gradient(parameter, wanted):
+    found = parameter.grad
+    return found is wanted if wanted is None or found is None else close(found, wanted, 1e-9)
+
+
+def gradients(base, state):
+    """The gradients without checkpoints."""
+    scene = Scene(base)
+    STATES[state](scene)
+    trained = scene.trained()
+    with scene.contexts:
+        loss_of(scene.model).backward()
+    return [parameter.grad for parameter in trained]
 
 
 @pytest.fixture(scope="module")
 def base():
-    return small_llama().double()
+    model = small_llama().double()
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+    return model
 
 
 #: Refusing all would be no art: behind these changes every gradient is right, whatever is on in the forward.
@@ -175,11 +186,12 @@ ALWAYS_RIGHT = {
 @each_kind
 @pytest.mark.parametrize("state", STATES)
 def test_gradients_are_those_of_the_forward_or_refused(base, state, kind):
-    found = {change: is_right_or_refused(base, state, [change], kind) for change in CHANGES}
+    wanted = gradients(base, state)
+    found = {change: is_right_or_refused(base, state, [change], kind, wanted) for change in CHANGES}
     assert not [change for change, right in found.items() if right is False]
     assert not [change for change in ALWAYS_RIGHT if not found[change]]
     if "merged" not in state:
-        switches = ("disable", "disable the other", "switch", "none active", "merge and unmerge")
+        switches = ("disable", "disable the other", "switch", "none active")
         assert all(found[change] for change in switches)
 
 
@@ -191,7 +203,10 @@ def draw(number, seed):
 
 
 def check_sequences(base, number, seed):
-    cases = [(*case, is_right_or_refused(base, *case)) for case in draw(number, seed)]
+    wanted = {state: gradients(base, state) for state in STATES}
+    cases = [
+        (*case, is_right_or_refused(base, *case, wanted[case[0]])) for case in draw(number, seed)
+    ]
     assert not [case for case in cases if case[-1] is False]
     print(f"{number} sequences, {sum(case[-1] is None for case in cases)} refused, 0 wrong")
 
@@ -203,10 +218,6 @@ def test_sequences_of_changes(base):
 @pytest.mark.slow
 def test_many_sequences_of_changes(base):
     check_sequences(base, 3000, 1)
-
-
-GUARDS = ("default", "reentrant")
-both = pytest.mark.parametrize("kind", GUARDS)
 
 
 def guards(model):
@@ -223,7 +234,7 @@ def refused(loss):
         loss.backward()
 
 
-@both
+@each_kind
 def test_a_model_keeps_no_guard_without_a_graph_and_none_behind_it(base, kind):
     scene = Scene(base)
     scene.one.merge()
@@ -234,15 +245,15 @@ def test_a_model_keeps_no_guard_without_a_graph_and_none_behind_it(base, kind):
     scene.one.remove()
     assert guards(scene.model)
     for again in (copy.deepcopy(scene.model), pickle.loads(pickle.dumps(scene.model))):
-        loss_of(again)
+        again(IDS)
         assert not guards(again)
     refused(loss)
     del loss
-    loss_of(scene.model)
+    scene.model(IDS)
     assert not guards(scene.model)
 
 
-@both
+@each_kind
 def test_a_forward_behind_the_change_counts(base, kind):
     """The old graph is refused, the new one is not."""
     scene = Scene(base)
@@ -253,21 +264,19 @@ def test_a_forward_behind_the_change_counts(base, kind):
     loss_of(scene.model, kind).backward()
 
 
-@both
+@each_kind
 def test_a_failed_change_is_none(base, kind, monkeypatch):
-    plain, scene = Scene(base), Scene(base)
-    loss_of(plain.model).backward()
+    scene = Scene(base)
     loss = loss_of(scene.model, kind)
     with monkeypatch.context() as patched:
         patched.setattr(type(scene.one), "delta", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             scene.one.merge()
     loss.backward()
-    for p, q in zip(scene.trained(), plain.trained(), strict=True):
-        assert q.grad is None or close(p.grad, q.grad, 1e-9)
+    assert all(map(same_gradient, scene.trained(), gradients(base, "added")))
 
 
-@both
+@each_kind
 @pytest.mark.parametrize("part", ["model.layers.0.mlp", "model.layers.0.mlp.up_proj"])
 def test_a_trained_module_alone_in_a_checkpoint(base, kind, part):
     """No projection with an adapter is in it, and yet its weights are others behind a switch."""
@@ -289,7 +298,7 @@ def test_a_trained_module_alone_in_a_checkpoint(base, kind, part):
     assert close(x.grad, wanted, 1e-9)
 
 
-@both
+@each_kind
 def test_a_weight_that_is_read_directly(kind):
     """The projection's own forward is never called."""
     torch.manual_seed(0)
@@ -306,7 +315,7 @@ def test_a_weight_that_is_read_directly(kind):
     refused(loss)
 
 
-@both
+@each_kind
 def test_a_merge_in_the_checkpointed_function_is_refused(base, kind):
     """Run again, it would begin with merged weights."""
     scene = Scene(base)
