@@ -1,17 +1,20 @@
-"""Asks torch about its state: autocast, tracing, a backward pass, global hooks.
+"""Asks torch about its state: autocast, tracing, a backward pass, checkpoints, global hooks.
 
 Most of these questions have no public answer, so the private names of torch stand here, in one file.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils import checkpoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -109,8 +112,14 @@ def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
 
 def has_saved_tensor_hooks() -> bool:
     """Return True if hooks for saved tensors are set, as by a checkpoint; also where torch cannot tell."""
+    return bool(_top_saved_tensor_hooks() != ())
+
+
+def _top_saved_tensor_hooks() -> Any:
+    """Return the innermost hooks for saved tensors (pack, unpack); () if none is set, None where torch cannot
+    tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    return None if top is None else top(True) or ()
 
 
 def is_capturing() -> bool:
@@ -121,3 +130,67 @@ def is_capturing() -> bool:
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Return True if hooks wait for the gradient of a tensor."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+#: Functions of torch.utils.checkpoint that are on the call stack while a checkpointed function runs, in the
+#: forward or again in the backward. Each maps its local variables to an object that both runs share: the
+#: autograd node of a reentrant checkpoint, the record of the checkpoint otherwise.
+_ON_STACK = {
+    "forward": lambda values: values.get("ctx"),
+    "backward": lambda values: values.get("ctx"),
+    "checkpoint": lambda values: _suspended(values.get("gen")).get("new_frame"),
+    "unpack_hook": lambda values: values.get("frame"),
+}
+
+#: The classes of these objects.
+_CHECKPOINTS: Any = checkpoint._CheckpointFrame, checkpoint.CheckpointFunction._backward_cls  # type: ignore[attr-defined]
+
+
+def _suspended(generator: Any) -> dict[str, Any]:
+    frame: FrameType | None = getattr(generator, "gi_frame", None)
+    return {} if frame is None else frame.f_locals
+
+
+def running_checkpoints() -> Iterator[object]:
+    """Yield an object for each checkpoint that is running, innermost first. A checkpoint has the same object
+    in the forward and in the run that repeats it."""
+    innermost = _packing()
+    if innermost is not None:
+        yield innermost
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__ and code.co_name in _ON_STACK:
+            found = _ON_STACK[code.co_name](frame.f_locals)
+            if found is not None and found is not innermost:
+                yield found
+        frame = frame.f_back
+
+
+def _packing() -> object:
+    """Return the record of the checkpoint whose hooks now pack saved tensors. A checkpoint that is made of
+    module hooks (torch.distributed._composable) is not on the call stack."""
+    hooks = _top_saved_tensor_hooks()
+    code = getattr(hooks[0], "__code__", None) if hooks else None
+    if code is None or code.co_filename != checkpoint.__file__ or "frame" not in code.co_freevars:
+        return None
+    return hooks[0].__closure__[code.co_freevars.index("frame")].cell_contents
+
+
+def live_checkpoints() -> list[object]:
+    """List the objects of all checkpoints whose functions may run again; see `running_checkpoints`.
+    torch keeps no list, so this asks the garbage collector, which takes some milliseconds."""
+    return [each for each in gc.get_referrers(*_CHECKPOINTS) if type(each) in _CHECKPOINTS]
+
+
+def remove_pre_hook(module: torch.nn.Module, hook: object) -> None:
+    """Remove a forward pre-hook from a module, wherever its handle is."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, each in hooks.items() if each is hook]:
+        hooks.pop(key, None)
+
+
+def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's own buffers that its state dict contains, by name."""
+    hidden = module._non_persistent_buffers_set
+    return {name: t for name, t in module.named_buffers(recurse=False) if name not in hidden}

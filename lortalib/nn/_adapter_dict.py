@@ -34,3 +34,15 @@ class AdapterDict(nn.ModuleDict):
         for name, adapter in zip(self, self.adapters()):
             adapter.trained_modules = trained[name]
             adapter.belong_to(cast(Any, self))
+
+
+def home_of(model: nn.Module) -> nn.Module:
+    """Return the module that the adapters of a model are registered in: the model itself, or the first
+    module within a Sequential, because a Sequential runs every module that is registered in it.
+
+    Args:
+        model: the model.
+    """
+    while isinstance(model, nn.Sequential) and model._modules:
+        model = next(model.children())
+    return model

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..decomp import Network
 from ._carrier import Host
-from ._forward import ForwardScope, PairSource
+from ._forward import PairSource
 from ._offloaded import bring_back
 from ._recompute import AdapterScope, Remembered, added_in_forward
 from ._shared_parameters import find_aliases, leave_out, put_back, share_again
@@ -47,7 +47,7 @@ class AdapterModule(nn.Module):
         self.merged = False
         scope = AdapterScope(sources)
         scope.adapter = self
-        self.scope: ForwardScope = scope
+        self.scope = scope
         self._aliases = find_aliases(self.networks)
         self._host: list[Host] = []  # in a list, so that it is not registered as a submodule
 
@@ -71,11 +71,6 @@ class AdapterModule(nn.Module):
         if torch.compiler.is_compiling():
             return self.active and not self.merged
         return added_in_forward(self)
-
-    @property
-    def weights_state(self) -> object:
-        """Stands for what is merged into the model's weights; see `Host`."""
-        return self._host[0].weights_state if self._host else None
 
     def keep_pairs(self) -> AbstractContextManager[None]:
         """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .._kinds import TEXT, TEXTS
 from .._stacklevel import outside
 from ._adapter import Adapter
+from ._adapter_dict import home_of
 from ._anatomy import ATTRIBUTE, check_model, unwrapped, wrappers
-from ._host import AdapterHost, home_of
+from ._host import AdapterHost
 from ._save_pretrained import stand_in
 from ._sharded import sharded_parts
 

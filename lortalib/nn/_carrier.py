@@ -17,10 +17,6 @@ class Host(Protocol):
     def model(self) -> nn.Module:
         """The model that the adapter is on."""
 
-    @property
-    def weights_state(self) -> object:
-        """Stands for what is merged into the weights: equal values stand for equal weights."""
-
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
 

@@ -7,8 +7,6 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,21 +14,23 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .._stacklevel import outside
 from ._adapter import Adapter
-from ._adapter_dict import AdapterDict
+from ._adapter_dict import home_of
 from ._anatomy import ATTRIBUTE, Site
+from ._base_record import warn_of_changes
 from ._base_weights import BaseWeights, weight_name
 from ._finite import check_finite
-from ._forward import Handle, detach
+from ._forward import detach
 from ._found_modules import FoundModules
 from ._gradient_flags import GradientFlags
+from ._recompute_guard import guard, never
 from ._sharded import divide_again
 from ._stream import check_kept, check_order
 from ._trained_modules import TrainedModules
+from ._weight_changes import WeightChanges
 
 
-class AdapterHost(AdapterDict):
+class AdapterHost(WeightChanges):
     """The adapters of one model by name. The host is a submodule of the model (see `home_of`), so the
     adapters move with the model.
 
@@ -39,21 +39,10 @@ class AdapterHost(AdapterDict):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = [model]  # in a list, so that it is not registered as a submodule
+        super().__init__(model)
         self._modules_found = FoundModules(model)
         self._weights = BaseWeights(model, self._modules_found)
-        # Snapshots of the merged adapters, as they were merged.
-        self._merged_copies: dict[str, Adapter] = {}
-        # The count of changes that no later change takes back: merged for good, or removed too early.
-        self._lost = 0
-        self._handles: dict[str, list[Handle]] = {}
         self._flags = GradientFlags(model)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that carries the adapters."""
-        return self._model[0]
 
     def _others(self, adapter: Adapter) -> list[Adapter]:
         return [other for other in self.adapters() if other is not adapter]
@@ -62,10 +51,9 @@ class AdapterHost(AdapterDict):
         others = self._others(adapter)
         return [other.trained_modules for other in others if other.active or not active]
 
-    @property
-    def weights_state(self) -> object:
-        """Stands for what is merged into the weights: equal values stand for equal weights."""
-        return self._lost, tuple(map(weakref.ref, self._in_order(self._merged_copies)))
+    def _updated(self, adapter: Adapter) -> Iterator[nn.Module]:
+        for site in adapter.sites:
+            yield from map(self._modules_found.get_submodule, (site.path, *site.tied_paths))
 
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
@@ -76,8 +64,10 @@ class AdapterHost(AdapterDict):
         adapter.trained_modules.bring_back(self.model)
 
     def prepare_files(self, adapter: Adapter) -> None:
-        """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype."""
+        """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype; warn
+        of changes of the base that the files do not contain."""
         divide_again(self.model)
+        warn_of_changes(self.changed_base())
 
     # On and off
 
@@ -89,7 +79,8 @@ class AdapterHost(AdapterDict):
     def _enable(self, adapter: Adapter) -> None:
         if not adapter.active:
             others = self._trained_by_others(adapter, active=True)
-            adapter.trained_modules.swap_in(self.model, others)
+            with self._changing(adapter.trained_modules.modules(self.model)):
+                adapter.trained_modules.swap_in(self.model, others)
             vars(adapter)["active"] = True
 
     def disable(self, adapter: Adapter) -> None:
@@ -97,16 +88,18 @@ class AdapterHost(AdapterDict):
         if not adapter.active:
             return
         merged = adapter.merged
-        try:
-            adapter.trained_modules.swap_out(self.model)
-            self._unmerge(adapter)
-        except BaseException:
-            if merged and not adapter.merged:  # the base is restored; setting the flag cannot fail
-                vars(adapter)["active"] = False
-            else:
-                adapter.trained_modules.swap_in(self.model, [])
-            raise
-        vars(adapter)["active"] = False
+        with self._changing(adapter.trained_modules.modules(self.model)):
+            try:
+                adapter.trained_modules.swap_out(self.model)
+                self._unmerge(adapter)
+            except BaseException:
+                # If the base is restored, only the flag is left to be set, which cannot fail.
+                if merged and not adapter.merged:
+                    vars(adapter)["active"] = False
+                else:
+                    adapter.trained_modules.swap_in(self.model, [])
+                raise
+            vars(adapter)["active"] = False
 
     @contextmanager
     def disabled(self, adapter: Adapter) -> Iterator[None]:
@@ -157,25 +150,21 @@ class AdapterHost(AdapterDict):
         kept = self._merged_copies
         copies = {**kept, adapter.name: copy}
         active = adapter.active
-        try:
-            self._enable(adapter)
-            self._weights.write(adapter.sites, self._in_order(copies))
-            vars(self)["_merged_copies"] = copies
-            adapter.remembered.was_merged = True
-            vars(adapter)["merged"] = True  # from here on its hooks add nothing
-            self._detach_merged(adapter)
-        except BaseException:
-            if adapter.merged:
-                self._detach_merged(adapter)
-            else:
-                vars(self)["_merged_copies"] = kept
-                if not active:
-                    self.disable(adapter)
-            raise
-
-    def _in_order(self, copies: dict[str, Adapter]) -> list[Adapter]:
-        """Return the snapshots of merged adapters, in the order in which the adapters were applied."""
-        return [copies[other.name] for other in self.adapters() if other.name in copies]
+        with self._changing(self._updated(adapter)):
+            try:
+                self._enable(adapter)
+                self._weights.write(adapter.sites, self._in_order(copies))
+                vars(self)["_merged_copies"] = copies
+                vars(adapter)["merged"] = True  # from here on its hooks add nothing
+                self._detach(adapter)
+            except BaseException:
+                if adapter.merged:
+                    self._detach(adapter)
+                else:
+                    vars(self)["_merged_copies"] = kept
+                    if not active:
+                        self.disable(adapter)
+                raise
 
     def unmerge(self, adapter: Adapter) -> None:
         """Take an adapter out of the weights, as `Adapter.unmerge` describes."""
@@ -188,18 +177,19 @@ class AdapterHost(AdapterDict):
             return
         copies = {name: each for name, each in self._merged_copies.items() if name != adapter.name}
         rest = self._in_order(copies)
-        try:
-            self._attach(adapter)  # its hooks add nothing while it is merged
-            self._restore(adapter, rest)
-            vars(self)["_merged_copies"] = copies
-            self._weights.keep_only(rest)
-        except BaseException:
-            if adapter.merged:
-                self._detach_merged(adapter)
-            else:
+        with self._changing(self._updated(adapter)):
+            try:
+                self._attach(adapter)  # its hooks add nothing while it is merged
+                self._restore(adapter, rest)
                 vars(self)["_merged_copies"] = copies
                 self._weights.keep_only(rest)
-            raise
+            except BaseException:
+                if adapter.merged:
+                    self._detach(adapter)
+                else:
+                    vars(self)["_merged_copies"] = copies
+                    self._weights.keep_only(rest)
+                raise
 
     def _restore(self, adapter: Adapter, rest: list[Adapter]) -> None:
         """Take an adapter's update out of the weights and set the flag; ``rest`` stays merged."""
@@ -234,14 +224,6 @@ class AdapterHost(AdapterDict):
         """Remove an adapter from the model, as `Adapter.remove` describes."""
         if merged:
             check_kept(adapter, [a for a in self._others(adapter) if a.merged])
-        waiting = adapter.remembered.is_waiting
-        if waiting:
-            warnings.warn(
-                f"adapter {adapter.name!r} is removed before the backward of a checkpointed forward; its "
-                "hooks are gone, so that backward would repeat the forward of the base, with other "
-                "gradients. Call backward() first, or drop what the forward returned",
-                stacklevel=outside(),
-            )
         kept_merged = False
         try:
             if merged:
@@ -251,7 +233,6 @@ class AdapterHost(AdapterDict):
             else:
                 self.disable(adapter)
             self._take_off(adapter)
-            vars(self)["_lost"] += waiting
         except BaseException:
             if kept_merged or not (merged or adapter.active):
                 self._take_off(adapter)
@@ -265,12 +246,13 @@ class AdapterHost(AdapterDict):
             if not adapter.merged:
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
+            self._leave_in([*self._updated(adapter), *adapter.trained_modules.modules(self.model)])
             self._weights.keep_merged(self._merged_copies[adapter.name])
-            vars(self)["_lost"] += 1
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:
         """Forget an adapter that is switched off or part of the base; may be called again."""
+        guard(self.model, self._updated(adapter), adapter.remembered.added(), never)
         self._detach(adapter)
         vars(adapter).update(active=False, merged=False)
         if adapter.name in self:
@@ -289,12 +271,6 @@ class AdapterHost(AdapterDict):
         if not self._handles.get(adapter.name):
             found = cast(nn.Module, self._modules_found)
             adapter.attach(found, self._handles.setdefault(adapter.name, []))
-
-    def _detach_merged(self, adapter: Adapter) -> None:
-        """Remove the hooks of a merged adapter. They stay if a checkpoint may run a forward again that had
-        no merged weights: the hooks then refuse that forward."""
-        if not len(adapter.remembered):
-            self._detach(adapter)
 
     def _detach(self, adapter: Adapter) -> None:
         """Remove the hooks of an adapter; may be called again."""
@@ -329,18 +305,6 @@ class AdapterHost(AdapterDict):
         if active:
             undo.callback(self.disable, adapter)
             self.enable(adapter)
-
-
-def home_of(model: nn.Module) -> nn.Module:
-    """Return the module that the adapters of a model are registered in: the model itself, or the first
-    module within a Sequential, because a Sequential runs every module that is registered in it.
-
-    Args:
-        model: the model.
-    """
-    while isinstance(model, nn.Sequential) and model._modules:
-        model = next(model.children())
-    return model
 
 
 def _set_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:

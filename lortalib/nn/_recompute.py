@@ -6,52 +6,44 @@ backward. If adapters were switched in between, the second run must use the adap
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch.utils import checkpoint
 
-from .._torch import has_saved_tensor_hooks, is_in_backward
+from .._torch import has_saved_tensor_hooks, is_in_backward, running_checkpoints
 from ._forward import ForwardScope
 
-#: Functions of torch.utils.checkpoint that are on the call stack while a checkpointed function runs, in the
-#: forward or again in the backward. Each maps its local variables to an object that both runs share: the
-#: autograd node of a reentrant checkpoint, the record of the checkpoint otherwise.
-_STACK = {
-    "forward": lambda values: values.get("ctx"),
-    "backward": lambda values: values.get("ctx"),
-    "checkpoint": lambda values: _suspended(values.get("gen")).get("new_frame"),
-    "unpack_hook": lambda values: values.get("frame"),
-}
-
-
-#: Stands in `Remembered.recall` for a checkpoint whose first run did not see the adapter.
+#: Stands in `Remembered` for a checkpoint whose first run did not ask.
 _UNKNOWN: Any = object()
 
-
-def _suspended(generator: Any) -> dict[str, Any]:
-    frame: FrameType | None = getattr(generator, "gi_frame", None)
-    return {} if frame is None else frame.f_locals
+#: Stands in `Remembered` for a checkpoint whose function itself switches, and so does so again.
+_SEVERAL: Any = object()
 
 
-def checkpoints() -> Iterator[object]:
-    """Yield an object for each checkpoint that is running, innermost first. A checkpoint has the same object
-    in the forward and in the run that repeats it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == checkpoint.__file__ and code.co_name in _STACK:
-            found = _STACK[code.co_name](frame.f_locals)
-            if found is not None:
-                yield found
-        frame = frame.f_back
+class CheckpointScope(ForwardScope):
+    """Tracks forwards, and whether they could be within a checkpoint."""
+
+    def begin(self, module: Any, frame: FrameType) -> None:
+        """Begin the forward of a module around projections, as `ForwardScope.begin` describes."""
+        before = self.running
+        super().begin(module, frame)
+        if self.running is not before:
+            # A reentrant checkpoint of the whole model runs it without gradients.
+            self._local.with_gradients = torch.is_grad_enabled() or any(running_checkpoints())
+
+    def may_be_checkpointed(self) -> bool:
+        """Return True if the forward under way could be within a checkpoint; the test is cheap."""
+        if torch.is_grad_enabled():
+            return has_saved_tensor_hooks()
+        # A reentrant checkpoint runs its function without gradients, in a forward with gradients.
+        local = self._local
+        inside = getattr(local, "with_gradients", True) or self.running is None
+        return inside and not torch.is_inference_mode_enabled()
 
 
-class AdapterScope(ForwardScope):
+class AdapterScope(CheckpointScope):
     """Tracks the forwards of the modules that one adapter updates.
 
     Attributes:
@@ -65,18 +57,7 @@ class AdapterScope(ForwardScope):
         before = self.running
         super().begin(module, frame)
         if self.running is not before:
-            # A reentrant checkpoint of the whole model runs it without gradients.
-            self._local.with_gradients = torch.is_grad_enabled() or any(checkpoints())
             self.adapter.bring_back()
-
-    def may_be_checkpointed(self) -> bool:
-        """Return True if the forward under way could be within a checkpoint; the test is cheap."""
-        if torch.is_grad_enabled():
-            return has_saved_tensor_hooks()
-        # A reentrant checkpoint runs its function without gradients, in a forward with gradients.
-        local = self._local
-        inside = getattr(local, "with_gradients", True) or self.running is None
-        return inside and not torch.is_inference_mode_enabled()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "adapter": self.adapter}
@@ -87,58 +68,54 @@ class AdapterScope(ForwardScope):
 
 
 class Remembered:
-    """Remembers if an adapter added its update in the forwards that checkpoints may run again."""
+    """Remembers what an adapter, or a bank, added in the forwards that checkpoints may run again."""
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[Any, tuple[bool, object] | None] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._repeated: WeakSet[Any] = WeakSet()
-        self.was_merged = False  # while it is merged, forwards may run without its hooks
 
-    def record(self, now: bool, weights: object) -> None:
-        """Remember for every running checkpoint whether the adapter adds its update, and to which weights.
+    def record(self, now: Any) -> None:
+        """Remember for every running checkpoint what is added.
 
         Args:
-            now: whether the update is added now.
-            weights: stands for what is merged into the weights; equal values stand for equal weights.
+            now: stands for what is added now; false if that is nothing.
         """
-        for each in checkpoints():
-            if self._known.setdefault(each, (now, weights)) != (now, weights):
-                self._known[each] = None  # the function itself switches or merges adapters
+        for each in running_checkpoints():
+            if self._known.setdefault(each, now) is not now:
+                self._known[each] = _SEVERAL
 
-    def recall(self, now: bool, weights: object, name: str) -> bool:
-        """Return whether the update was added in the forward that runs again; ``now`` if none runs again.
+    def recall(self, now: Any, name: str) -> Any:
+        """Return what was added in the forward that runs again; ``now`` if none runs again.
 
         Args:
-            now: whether the update is added now.
-            weights: as for `record`.
-            name: name of the adapter.
+            now: stands for what is added now; false if that is nothing.
+            name: says what adds it, for the error message.
 
         Raises:
-            RuntimeError: an adapter was merged, unmerged, applied or removed since that forward.
+            RuntimeError: something is added now that was not on the model in that forward.
         """
-        running = list(checkpoints())
+        running = list(running_checkpoints())
         self._repeated.update(running)
-        known = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
-        if known is None or not running:
-            return now
-        if (now or self.was_merged) if known is _UNKNOWN else known[1] != weights:
+        found = next((self._known[each] for each in running if each in self._known), _UNKNOWN)
+        if found is _UNKNOWN and running and now:
             raise RuntimeError(
-                f"adapter {name!r} or another was merged, unmerged, applied or removed after the forward "
-                "that a checkpoint runs again now; call backward() before such a change, or run it anew"
+                f"{name} was put on the model after the forward that a checkpoint runs again now; call "
+                "backward() before such a change, or run the forward anew"
             )
-        return now if known is _UNKNOWN else bool(known[0])
+        return now if found is _UNKNOWN or found is _SEVERAL else found
 
     def __len__(self) -> int:
         """Return the number of remembered checkpoints."""
         return len(self._known)
 
+    def added(self) -> list[Any]:
+        """List the remembered checkpoints in which something was added."""
+        return [each for each, known in self._known.items() if known]
+
     @property
     def is_waiting(self) -> bool:
-        """True if a remembered checkpoint added the update and has not run again yet."""
-        return any(
-            (known is None or known[0]) and each not in self._repeated
-            for each, known in self._known.items()
-        )
+        """True if something was added in a remembered checkpoint that has not run again yet."""
+        return any(each not in self._repeated for each in self.added())
 
     def __reduce__(self) -> Any:
         return Remembered, ()
@@ -151,21 +128,12 @@ def added_in_forward(adapter: Any) -> bool:
         adapter: the adapter.
 
     Raises:
-        RuntimeError: the forward cannot run again, because the weights, or the modules that train with the
-            adapter, have other values now.
+        RuntimeError: the adapter was put on the model after the forward that runs again.
     """
     remembered: Remembered = adapter.remembered
     now: bool = adapter.active and not adapter.merged
-    if not is_in_backward():
-        if adapter.scope.may_be_checkpointed():
-            remembered.record(now, adapter.weights_state)
-        return now
-    then = remembered.recall(now, adapter.weights_state, adapter.name)
-    if then is not now and adapter.trained_modules.paths:
-        raise RuntimeError(
-            f"adapter {adapter.name!r} was switched between a forward and its backward, and a checkpoint "
-            "runs that forward again, but the modules that train with the adapter "
-            f"({', '.join(adapter.trained_modules.paths)}) have other values now; call backward() before "
-            "switching"
-        )
-    return then
+    if is_in_backward():
+        return bool(remembered.recall(now, f"adapter {adapter.name!r}"))
+    if adapter.scope.may_be_checkpointed():
+        remembered.record(now)
+    return now

@@ -6,7 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._anatomy import ATTRIBUTE
+from ._base_record import base_is_written
 from ._card import model_card
 from ._host import AdapterHost
 from ._own_folder import own_folder
@@ -31,7 +32,8 @@ class SavePretrained:
 
     It writes every adapter that is not merged: a single adapter as ``adapter.safetensors``, several adapters
     each to a subfolder of its name. It also writes the model itself, to the usual files, if an adapter is
-    merged into its weights, or if parameters of the base train.
+    merged into its weights, if parameters of the base train, or if the base has changed since its first
+    adapter was applied, as by ``resize_token_embeddings``.
 
     Args:
         host: the host of the model's adapters.
@@ -67,13 +69,19 @@ class SavePretrained:
                 "model.push_to_hub(repository), which saves in the same way"
             )
         written = None
-        with_base = not unmerged or self._trains_the_base() or len(unmerged) < len(self._host)
+        with_base = (
+            not unmerged
+            or len(unmerged) < len(self._host)
+            or self._trains_the_base()
+            or bool(self._host.changed_base())
+        )
         if with_base:
             with _without_adapters(model):
                 written = save(model, save_directory, *args, **options)
         if asked["is_main_process"] and unmerged:
-            for adapter in unmerged:
-                adapter.save(places[adapter.name], state=asked.get("state_dict"))
+            with base_is_written() if with_base else nullcontext():
+                for adapter in unmerged:
+                    adapter.save(places[adapter.name], state=asked.get("state_dict"))
             _write_card(folder, {places[each.name] / _FILE: each for each in unmerged}, with_base)
             if re.fullmatch(r"checkpoint-\d+", folder.name) and not _reads_adapters.get():
                 warnings.warn(

@@ -42,6 +42,10 @@ class TrainedModules:
             return _read(model, self.paths, copy)
         return self._other
 
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """List the modules."""
+        return [module_at(model, path) for path in self.paths]
+
     def conflict(self, others: Iterable[TrainedModules]) -> str | None:
         """Return the path of a module that one of ``others`` trains too; None if there is none."""
         taken = {path for other in others for path in other.paths}
@@ -103,8 +107,8 @@ class TrainedModules:
 
     def set_trainable(self, model: nn.Module, trainable: bool) -> None:
         """Set ``requires_grad`` of every parameter of the modules."""
-        for path in self.paths:
-            module_at(model, path).requires_grad_(trainable)
+        for module in self.modules(model):
+            module.requires_grad_(trainable)
 
     def _swap(self, model: nn.Module) -> None:
         _check_shapes(model, self._other)

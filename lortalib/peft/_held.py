@@ -21,10 +21,6 @@ class PeftHost:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    @property
-    def weights_state(self) -> None:
-        """Stands for what is merged: nothing is known here of what PEFT merges."""
-
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
         layer = self.model.get_submodule(site.path)

@@ -1,7 +1,6 @@
 """Checkpoints run a forward again in the backward: with the adapters of that forward, whatever is on now."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -194,7 +193,8 @@ def test_modules_with_other_values_meanwhile_are_refused(base, reentrant):
     put(model, name="query", train_also=["model.layers.0.mlp"])
     put(model, name="document", seed=1)
     with pytest.raises(
-        RuntimeError, match="'query' was switched between a forward and its backward"
+        RuntimeError,
+        match="merged, unmerged, switched or removed, or a bank removed, after the forward",
     ):
         contrast(checkpointed(model, reentrant))
 
@@ -219,7 +219,7 @@ def test_an_adapter_that_was_merged_after_the_forward_is_refused(base, reentrant
     loss = loss_of(checkpointed(model, reentrant), IDS)
     expected = loss.detach().clone()
     adapter.merge()
-    with pytest.raises(RuntimeError, match="'default' or another was merged"):
+    with pytest.raises(RuntimeError, match="merged, unmerged, switched"):
         loss.backward()
     assert close(loss_of(model, IDS), expected)  # merged, its hooks add nothing
     adapter.unmerge()
@@ -243,105 +243,24 @@ def test_nothing_is_remembered_without_checkpoints_and_after_them(base):
 
 
 @each_kind
-def test_removing_an_adapter_before_the_backward_is_no_secret(base, reentrant):
+def test_an_adapter_that_was_removed_before_the_backward_is_refused(base, reentrant):
     model, (query, document) = two_adapters(base)
     lortalib.nn.set_active(checkpointed(model, reentrant), "query")
-    loss = loss_of(model, IDS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        document.remove()  # had no part in it
-        with pytest.raises(UserWarning, match="'query' is removed before the backward"):
-            query.remove()
-        assert query.is_on_model  # whoever makes errors of warnings loses nothing
-        loss.backward()
-        query.remove()  # although `loss` is still held
-
-
-def by_layer(model, reentrant):
-    """The sum of squares of the last hidden state, with a checkpoint around each layer."""
-    hidden = model.model.embed_tokens(IDS).detach().requires_grad_()
-    places = model.model.rotary_emb(hidden, torch.arange(4)[None])
-    for layer in model.model.layers:
-        hidden = checkpoint(
-            lambda x, layer=layer: layer(x, position_embeddings=places),
-            hidden,
-            use_reentrant=reentrant,
-        )
-    return hidden.square().sum()
-
-
-#: What can happen between a forward and its backward, to the adapters "query" and "document".
-CHANGES = {
-    "merge": lambda m, one, two: one.merge(),
-    "merge the other": lambda m, one, two: two.merge(),
-    "unmerge the other": lambda m, one, two: two.unmerge(),
-    "unmerge, disable the other": lambda m, one, two: (two.unmerge(), two.disable()),
-    "unmerge, disable": lambda m, one, two: (one.unmerge(), one.disable()),
-    "merge the other again": lambda m, one, two: (two.unmerge(), two.merge()),
-    "disable": lambda m, one, two: one.disable(),
-    "disable the other": lambda m, one, two: two.disable(),
-    "enable the other": lambda m, one, two: two.enable(),
-    "switch": lambda m, one, two: lortalib.nn.set_active(m, "document"),
-    "none active": lambda m, one, two: lortalib.nn.set_active(m, []),
-    "merge and unmerge": lambda m, one, two: (one.merge(), one.unmerge()),
-    "merge and disable the other": lambda m, one, two: (two.merge(), two.disable()),
-    "remove the other": lambda m, one, two: two.remove(),
-    "leave the other in": lambda m, one, two: two.remove(merged=True),
-    "apply a third": lambda m, one, two: put(m, name="third"),
-    "merge a third": lambda m, one, two: put(m, name="third").merge(),
-}
-#: How the two adapters are in the forward; the base trains too where one is merged.
-STATES = {
-    "both added": lambda one, two: None,
-    "the other off": lambda one, two: two.disable(),
-    "the other merged": lambda one, two: two.merge(),
-    "merged": lambda one, two: one.merge(),
-}
-#: Adapters that are removed leave no hook that could see it; whether one was on is known, and warned of.
-UNSEEN = {("merged", "remove the other"), ("merged", "leave the other in")}
-
-
-def is_refused(loss):
-    """Run the backward; whether it was refused in words that say why."""
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        if "was merged, unmerged, applied or removed after the forward" not in str(error):
-            raise
-        return True
-    return False
-
-
-@each_kind
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.filterwarnings("ignore:.* is removed before the backward")
-def test_gradients_are_those_of_the_forward_or_refused(base, reentrant, state, change):
-    if (state, change) in UNSEEN:
-        pytest.skip("nothing of the removed adapter stays on the model")
-    model, own = two_adapters(base)
-    STATES[state](*own)
-    trained = [p.requires_grad_() for p in model.parameters()]
-    loss = by_layer(model, reentrant)
-    loss.backward()
-    wanted = [p.grad for p in trained]
-    model.zero_grad()
-    loss = by_layer(model, reentrant)
-    CHANGES[change](model, *own)
-    if is_refused(loss):
-        return
-    for parameter, gradient in zip(trained, wanted):
-        assert (parameter.grad is None) == (gradient is None)
-        assert gradient is None or close(parameter.grad, gradient, 1e-5)
+    losses = [loss_of(model, IDS) for _ in range(2)]
+    document.remove()  # had no part in it
+    losses[0].backward()
+    query.remove()
+    with pytest.raises(RuntimeError, match="switched or removed"):
+        losses[1].backward()
 
 
 @each_kind
 def test_a_forward_after_a_refused_one_counts_again(base, reentrant):
     model, own = two_adapters(base)
-    loss = by_layer(model, reentrant)
+    loss = loss_of(checkpointed(model, reentrant), IDS)
     own[0].merge()
     with pytest.raises(RuntimeError, match="call backward"):
         loss.backward()
     own[0].unmerge()
-    by_layer(model, reentrant).backward()
+    loss_of(model, IDS).backward()
     assert all(p.grad is not None for p in own[0].networks.parameters())

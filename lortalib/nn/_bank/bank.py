@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..._kinds import MAPPING, takes
 from .._anatomy import BlockRule
-from .._forward import EvenRows, Handle, detach
+from .._forward import EvenRows, detach
 from .._plan import Plan
+from .._recompute_guard import guard, never
 from .bank_files import BankFiles
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Names, read_names
@@ -55,12 +56,18 @@ class Bank(BankFiles):
                 for group, net in zip(plan.groups, networks)
             ]
         )
-        self._handles: list[Handle] = []
-        attach_rows(model, self._current, self._handles)
+        attach_rows(model, self._current, self._home.handles, self._home)
 
     def remove(self) -> None:
         """Take the bank off its model, which is restored; calling this again does nothing."""
-        detach(self._handles)
+        paths = [
+            path for group in self.groups for s in group.sites for path in (s.path, *s.tied_paths)
+        ]
+        if self._home.handles:
+            model = self._home.model
+            added = self._current.remembered.added()
+            guard(model, map(model.get_submodule, paths), added, never)
+        detach(self._home.handles)
 
     # Use
 
@@ -148,7 +155,8 @@ class Bank(BankFiles):
 
     def _check_ready(self) -> None:
         """Refuse a context in which the rows could not be what they are alone."""
-        if not self._handles:
+        model = self._home.model
+        if not self._home.handles:
             raise RuntimeError("the bank was removed from its model; make one anew and update() it")
         if self._plan.config.acts_on == "stream":
-            check_unmerged(self._model, [site for group in self.groups for site in group.sites])
+            check_unmerged(model, [site for group in self.groups for site in group.sites])

@@ -77,7 +77,9 @@ class BankFiles(BankContents):
             OSError: the folder cannot be written.
         """
         now = self._store.moment()
-        return write_bank(folder, self._model, self._adapter(None, now.base), now.names, now.own)
+        return write_bank(
+            folder, self._home.model, self._adapter(None, now.base), now.names, now.own
+        )
 
     def load(
         self,
@@ -113,7 +115,7 @@ class BankFiles(BankContents):
             >>> list(again)
             ['ann', 'bob']
         """
-        saved = read_bank(folder, self._model, self._rules, revision, token, subfolder)
+        saved = read_bank(folder, self._home.model, self._rules, revision, token, subfolder)
         base = self._reader.read("the folder", saved.base)
         legs = {group.name: saved.base.network(group).legs for group in saved.base.groups}
         check_same_marks("the saved bank", legs, self._reader.legs)

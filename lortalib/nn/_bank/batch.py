@@ -8,25 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..._torch import has_saved_tensor_hooks, is_in_backward, is_tracing
+from ..._torch import is_in_backward, is_tracing
 from ...decomp import Legs, NetworkView, TensorNetwork, Term
-from .._forward import EvenRows, ForwardScope, Pair, PairSource, RowMaps, Slot, TokenRows
+from .._forward import EvenRows, Pair, PairSource, RowMaps, Slot, TokenRows
 from .._group import Group
-from .._recompute import checkpoints
+from .._recompute import CheckpointScope, Remembered
 
 #: The matrices of all modules of a network, by tensor, layer and matrix.
 Matrices = list[list[list[Tensor]]]
 
 #: The matrices by the name of the group, dtype, device, and whether they have a graph.
 Cache = dict[tuple[str, torch.dtype, torch.device, bool], Matrices]
-
-#: Stands for the tensors of a checkpoint whose function enters contexts itself, and so does so again.
-_SEVERAL: Any = object()
 
 
 class BatchTensors:
@@ -184,28 +180,30 @@ class CurrentBatch:
     Attributes:
         sources: the argument.
         scope: the running forward.
+        remembered: the tensors of the forwards that checkpoints may run again.
     """
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = sources
-        self.scope = ForwardScope(())  # the pairs belong to a context, not to one forward
+        self.scope = CheckpointScope(())  # the pairs belong to a context, not to one forward
         self._variable: ContextVar[BatchTensors | None] = ContextVar("batch", default=None)
-        self._of_checkpoint: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self.remembered = Remembered()
 
     def get(self) -> BatchTensors | None:
         """Return the gathered tensors; None outside of `use`. A checkpoint that runs its forward again gets
-        those of the first run."""
+        those of the first run.
+
+        Raises:
+            RuntimeError: the bank was made after the forward that runs again.
+        """
         batch = self._open() or self._default()
         if is_tracing():
             return batch
-        if is_in_backward():  # a checkpoint may run its forward again
-            known = self._of_checkpoint
-            found = next((known[each] for each in checkpoints() if each in known), _SEVERAL)
-            return batch if found is _SEVERAL else found
-        if has_saved_tensor_hooks() if torch.is_grad_enabled() else (batch and batch.trains):
-            for each in checkpoints():
-                if self._of_checkpoint.setdefault(each, batch) is not batch:
-                    self._of_checkpoint[each] = _SEVERAL
+        if is_in_backward():
+            found: BatchTensors | None = self.remembered.recall(batch, "the bank")
+            return found
+        if self.scope.may_be_checkpointed():
+            self.remembered.record(batch)
         return batch
 
     def _open(self) -> BatchTensors | None:

@@ -14,6 +14,7 @@ from .._anatomy import BlockRule
 from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
+from .home import BankHome
 from .shared import SharedParameters, check_same_marks
 from .source import Source, SourceReader
 from .store import Store
@@ -49,12 +50,18 @@ class BankContents:
         device: torch.device,
         rules: BlockRule | Sequence[BlockRule] = (),
     ) -> None:
-        self._model = model
+        self._home = BankHome(model)
         self._plan = plan
         self._rules = rules
         self._shared = SharedParameters(plan.networks, device, dtype)
-        self._reader = SourceReader(model, plan, self._shared, rules, dtype, device)
-        self._store = Store(self._reader.shapes, capacity, dtype, device, self._shared)
+        self._reader = SourceReader(self._home, plan, self._shared, rules, dtype, device)
+        keys = self._reader.keys
+        shapes = {
+            key: shape
+            for group in keys
+            for key, shape in zip(keys[group], self._reader.shapes[group], strict=True)
+        }
+        self._store = Store(shapes, keys, capacity, dtype, device, self._shared)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -116,8 +123,10 @@ class BankContents:
 
     def __repr__(self) -> str:
         lines = ", ".join(f"{name}: {legs}" for name, legs in self._reader.legs.items())
+        model = self._home.found
+        place = "no model" if model is None else type(model).__name__
         return (
-            f"Bank on {type(self._model).__name__}: {len(self):,} adapters of {self.count():,} trainable "
+            f"Bank on {place}: {len(self):,} adapters of {self.count():,} trainable "
             f"parameters in {self.dtype}, {self.nbytes / 2**20:,.1f} MiB, room for {self.capacity:,}"
             + f", {sum(p.numel() for p in self._shared.distinct):,} shared" * bool(self._shared)
             + f" ({lines})"
@@ -173,7 +182,7 @@ class BankContents:
                     f"of the type {type(source).__name__}"
                 )
             source = read_adapter(
-                self._model,
+                self._home.model,
                 source,
                 rules=self._rules,
                 revision=revision,

@@ -25,6 +25,7 @@ from .._forward import (
     watch_forwards,
 )
 from .batch import CurrentBatch
+from .home import BankHome
 
 #: Attention classes that put time before batch: their first axis is not the batch.
 _TIME_FIRST = frozenset(
@@ -59,6 +60,10 @@ _MEDIA = (
 )
 
 
+#: In a pickle of the model: what its bank's home contains.
+_HOME = "content of the home"
+
+
 class BatchSizeHook:
     """A forward pre-hook that reads the number of rows from the arguments of the model.
 
@@ -66,12 +71,19 @@ class BatchSizeHook:
         current: the gathered tensors of the current context.
         model: the model, whose signature orders the arguments.
         stream: the sites, if the bank acts on the stream.
+        home: the home of the bank, which a copy of the model fills again.
     """
 
-    def __init__(self, current: CurrentBatch, model: nn.Module, stream: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        current: CurrentBatch,
+        model: nn.Module,
+        stream: Sequence[Site],
+        home: BankHome | None = None,
+    ) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         by_name = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        self._current, self._stream = current, stream
+        self._current, self._stream, self._home = current, stream, home
         self._names = [p.name for p in parameters if p.kind not in by_name]
         self._positional = [
             p.name for p in parameters if p.kind not in (*by_name, inspect.Parameter.KEYWORD_ONLY)
@@ -86,6 +98,15 @@ class BatchSizeHook:
             sizes = self._sizes(args, kwargs)
             media = [sizes[name] for name in _MEDIA if name in sizes and sizes.keys() & _TEXTS]
             batch.begin(self._current.scope.running, _batch_size(sizes, batch.size), media)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, _HOME: self._home and vars(self._home)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        home, content = state["_home"], state.pop(_HOME)
+        self.__dict__ = state
+        if home is not None:
+            vars(home).update(content)
 
     def _sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
         """Return the leading sizes of all tensors with two or more axes, in the order of the signature."""
@@ -174,13 +195,19 @@ class RowUpdate:
         return self._features[key]
 
 
-def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) -> None:
+def attach_rows(
+    model: nn.Module,
+    current: CurrentBatch,
+    handles: list[Handle],
+    home: BankHome | None = None,
+) -> None:
     """Put hooks on every module that a bank updates, so that the rows' updates are added.
 
     Args:
         model: the model.
         current: the gathered tensors of the current context.
         handles: a list that gets the handle of each hook. If this fails, no hook stays on the model.
+        home: the home of the bank, which a copy of the model fills again.
     """
     groups = [source.group for source in current.sources]
     updates = [
@@ -194,7 +221,7 @@ def attach_rows(model: nn.Module, current: CurrentBatch, handles: list[Handle]) 
             handles.append(handle)
         # After the hook that begins a forward, because the size belongs to that forward.
         stream = [site for group in groups if group.on_stream for site in group.sites]
-        size = BatchSizeHook(current, model, stream)
+        size = BatchSizeHook(current, model, stream, home)
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
         for module, update in updates:
             handles.append(put_hook(module, update))

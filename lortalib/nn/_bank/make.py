@@ -43,7 +43,7 @@ def bank(
         capacity: the number of adapters to make room for; the room doubles when it is used up.
         alpha: the update is ``alpha * T`` for adapters given as bare tensors; an `Adapter` has its own
             scaling.
-        share_residual: as for `apply`; every network then stores the shared factor.
+        share_residual: as for `apply`.
         shared: legs, such as ``("in", "out")``. All adapters have the parameters that carry one of them in
             common, as if the line marked these ``(shared)``; each adapter has the other parameters of its
             own. If ``in`` and ``out`` are shared, rows differ in a small middle only, and a batch of many

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import NamedTuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._kinds import LIST
 from ...decomp import Legs
@@ -16,6 +16,7 @@ from .._anatomy import BlockRule
 from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
+from .home import BankHome
 from .shared import SharedParameters, several_values
 
 #: A source for `Bank.add`: an adapter, its folder, or the tensors of each group in the order of the line.
@@ -40,8 +41,13 @@ class Reading(NamedTuple):
 class SourceReader:
     """Reads sources into tensors of the shape, dtype and device of one bank; changes nothing.
 
+    Attributes:
+        legs: the line of each group's network, by the name of the group.
+        keys: for each own parameter of a group a key, which is the same for all that are one parameter.
+        shapes: their shapes.
+
     Args:
-        model: the bank's model, to which adapters from files are fitted.
+        home: the home of the bank, to whose model adapters from files are fitted.
         plan: the groups and networks of one adapter, and the bank's alpha.
         shared: the parameters that the bank's adapters share.
         rules: as for `bank`.
@@ -51,14 +57,14 @@ class SourceReader:
 
     def __init__(
         self,
-        model: nn.Module,
+        home: BankHome,
         plan: Plan,
         shared: SharedParameters,
         rules: BlockRule | Sequence[BlockRule],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._model = model
+        self._home = home
         self._shared = shared
         self._rules = rules
         self._dtype = dtype
@@ -66,14 +72,9 @@ class SourceReader:
         self._groups = {group.name: group for group in plan.groups}
         self._alpha = plan.config.alpha
         self.legs = {name: plan.networks[name].legs for name in self._groups}
-        self._parameters = {
-            name: [id(t) for t in shared.own(name, plan.networks[name].stored)]
-            for name in self._groups
-        }
-        self.shapes = {
-            name: [tuple(t.shape) for t in shared.own(name, plan.networks[name].stored)]
-            for name in self._groups
-        }
+        own = {name: shared.own(name, plan.networks[name].stored) for name in self._groups}
+        self.keys = {name: [id(t) for t in tensors] for name, tensors in own.items()}
+        self.shapes = {name: [tuple(t.shape) for t in tensors] for name, tensors in own.items()}
 
     def read(self, name: Hashable, source: Source) -> Reading:
         """Read one adapter.
@@ -91,7 +92,7 @@ class SourceReader:
         """
         check_name(name)
         if isinstance(source, (str, PathLike)):
-            source = read_adapter(self._model, source, rules=self._rules)
+            source = read_adapter(self._home.model, source, rules=self._rules)
         shared = None
         if isinstance(source, Adapter):
             source, shared = self._of_adapter(name, source)
@@ -159,8 +160,8 @@ class SourceReader:
         holders = self.legs[group].holders
         own = self._own_terms(group)
         # One that several networks have in common is scaled only if there is no other.
-        all_groups = [key for keys in self._parameters.values() for key in set(keys)]
-        common = {k for k, key in zip(own, self._parameters[group]) if all_groups.count(key) > 1}
+        all_groups = [key for keys in self.keys.values() for key in set(keys)]
+        common = {k for k, key in zip(own, self.keys[group]) if all_groups.count(key) > 1}
         scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k in common, k))
         uses = holders.count(scaled)
         if uses > 1 and factor < 0:
@@ -267,7 +268,7 @@ class SourceReader:
         ] = {}  # of each parameter, which networks can have in common
         for group, given in tensors.items():
             legs, own = self.legs[group], self._own_terms(group)
-            for key, one in zip(self._parameters[group], given):
+            for key, one in zip(self.keys[group], given):
                 name, value = first.setdefault(key, (group, one))
                 if name != group and not _wide(value).equal(_wide(one.to(value))):
                     raise ValueError(several_values(label, group))

@@ -45,7 +45,9 @@ class Store:
     a call that raises, also because of an interrupt, leaves the store unchanged.
 
     Args:
-        shapes: a mapping from the name of each group to the shapes of one adapter's tensors.
+        shapes: the shape of each parameter of one adapter, under a key.
+        keys: a mapping from the name of each group to the keys of its tensors; a parameter of several terms
+            or groups is kept once.
         capacity: the number of adapters to make room for.
         dtype: the dtype of the tensors.
         device: the device of the tensors.
@@ -57,7 +59,8 @@ class Store:
 
     def __init__(
         self,
-        shapes: Mapping[str, Sequence[tuple[int, ...]]],
+        shapes: Mapping[int, tuple[int, ...]],
+        keys: Mapping[str, Sequence[int]],
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -72,13 +75,14 @@ class Store:
         self.dtype = dtype
         self.device = device
         self._shapes = dict(shapes)
+        self._keys = dict(keys)
         self._shared = shared
         self._lock = threading.RLock()
         self._places: dict[Hashable, int] = {}
         self._free: list[int] = []  # places below the used end that are free
         self._used = 1
         self._stacks = self._allocate(capacity + 1)
-        for stack in self._tensors():
+        for stack in self._stacks.values():
             stack[0] = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,12 +103,12 @@ class Store:
     @property
     def capacity(self) -> int:
         """The number of adapters that there is room for."""
-        return len(self._tensors()[0]) - 1
+        return len(next(iter(self._stacks.values()))) - 1
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of the stored adapters."""
-        return len(self) * sum(stack[0].numel() * stack.itemsize for stack in self._tensors())
+        return len(self) * sum(t[0].numel() * t.itemsize for t in self._stacks.values())
 
     def gather(self, names: Sequence[Hashable]) -> dict[str, list[Tensor]]:
         """Copy the tensors of these adapters, in this order.
@@ -114,7 +118,8 @@ class Store:
 
         Returns:
             A mapping from the name of each group to its tensors, each with a leading axis as long as
-            ``names``. They are never inference tensors, also in inference mode.
+            ``names``; a parameter of several terms or groups is one tensor. They are never inference
+            tensors, also in inference mode.
 
         Raises:
             KeyError: a name that is not in the store.
@@ -122,10 +127,8 @@ class Store:
         with self._lock, torch.inference_mode(False):
             places = [0 if name is None else self._place(name) for name in names]
             at = torch.tensor(places, dtype=torch.long, device=self.device)
-            return {
-                group: [stack.index_select(0, at) for stack in stacks]
-                for group, stacks in self._stacks.items()
-            }
+            found = {key: stack.index_select(0, at) for key, stack in self._stacks.items()}
+            return {group: [found[key] for key in keys] for group, keys in self._keys.items()}
 
     def snapshot(self, names: Sequence[Hashable]) -> dict[str, list[Tensor]]:
         """Copy the tensors of these adapters together with the shared parameters of the same moment.
@@ -229,43 +232,36 @@ class Store:
             raise KeyError(f"no adapter {name!r} in the bank, which holds {len(self):,}")
         return self._places[name]
 
-    def _tensors(self) -> list[Tensor]:
-        return [stack for stacks in self._stacks.values() for stack in stacks]
-
-    def _allocate(self, places: int) -> dict[str, list[Tensor]]:
+    def _allocate(self, places: int) -> dict[int, Tensor]:
         """Allocate stacks with so many places, without values."""
         with torch.inference_mode(False):  # the stacks outlive the mode in which they are made
             # Pages of an empty tensor take memory only when they are first written.
             return {
-                group: [
-                    torch.empty((places, *shape), dtype=self.dtype, device=self.device)
-                    for shape in shapes
-                ]
-                for group, shapes in self._shapes.items()
+                key: torch.empty((places, *shape), dtype=self.dtype, device=self.device)
+                for key, shape in self._shapes.items()
             }
 
-    def _with_room(self, places: int) -> dict[str, list[Tensor]]:
+    def _with_room(self, places: int) -> dict[int, Tensor]:
         """Return the stacks if they have so many places, else copies with at least twice as many."""
         room = self.capacity + 1
         if places <= room:
             return self._stacks
         larger = self._allocate(max(places, 2 * room))
-        for group, stacks in self._stacks.items():
-            for new, stack in zip(larger[group], stacks):
-                new[: self._used] = stack[: self._used]
+        for key, stack in self._stacks.items():
+            larger[key][: self._used] = stack[: self._used]
         return larger
 
     def _write(
         self,
-        stacks: Mapping[str, Sequence[Tensor]],
+        stacks: Mapping[int, Tensor],
         places: Sequence[int],
         tensors: Mapping[str, Sequence[Tensor]],
     ) -> None:
-        """Write to places that have no name yet."""
+        """Write to places that have no name yet; tensors of one parameter are equal."""
         start, stop = places[0], places[0] + len(places)
         at: Any = slice(start, stop)
         if places != list(range(start, stop)):
             at = torch.tensor(places, device=self.device)
-        for group, values in tensors.items():
-            for stack, value in zip(stacks[group], values):
-                stack[at] = value
+        found = {k: v for group, vs in tensors.items() for k, v in zip(self._keys[group], vs)}
+        for key, value in found.items():
+            stacks[key][at] = value

@@ -20,13 +20,11 @@ from .thin_products import add_up, down
 
 
 class UpdateOwner(Protocol):
-    """An adapter or a bank whose updates are added.
+    """An adapter or a bank whose updates are added."""
 
-    Attributes:
-        scope: the scope of its forwards.
-    """
-
-    scope: ForwardScope
+    @property
+    def scope(self) -> ForwardScope:
+        """The scope of its forwards."""
 
     @property
     def sources(self) -> Sequence[PairSource]:

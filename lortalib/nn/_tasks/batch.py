@@ -11,7 +11,8 @@ from torch import Tensor
 from ..._torch import not_compiled
 from ...decomp import Network
 from .._bank import BatchTensors, Chosen, CurrentBatch
-from .._forward import ForwardScope, PairSource
+from .._forward import PairSource
+from .._recompute import CheckpointScope
 from .._sharded import processes
 from .network import TaskLine
 
@@ -20,8 +21,11 @@ class TaskOwner(Protocol):
     """The interface of an adapter with tasks that its rows use."""
 
     name: str
-    scope: ForwardScope
     tasks: tuple[str, ...]
+
+    @property
+    def scope(self) -> CheckpointScope:
+        """The scope of its forwards."""
 
     @property
     def adds_update(self) -> bool:

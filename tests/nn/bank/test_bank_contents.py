@@ -207,6 +207,19 @@ def test_an_adapter_with_another_scaling_comes_out_as_it_went_in(decomposition):
     )
 
 
+@pytest.mark.parametrize(
+    ("decomposition", "options"),
+    [("indscal", {}), ("cp", {"targets": "all", "share_residual": True})],
+    ids=["tied", "in several networks"],
+)
+def test_a_parameter_at_several_places_is_kept_once(decomposition, options):
+    bank = lortalib.nn.bank(small_llama(), decomposition, 2, **options)
+    bank["ann"] = lortalib.nn.apply(small_llama(), decomposition, 2, init="normal", **options)
+    kept = sum(t[0].numel() for t in bank._store._stacks.values())
+    assert kept == bank.count() == bank.nbytes / 4
+    assert kept < sum(t.numel() for tensors in bank["ann"].values() for t in tensors)
+
+
 def test_tied_parameters_have_one_tensor():
     bank = lortalib.nn.bank(small_llama(), "indscal", 2)
     different = {n: [torch.randn(t.shape) for t in ts] for n, ts in bank[None].items()}

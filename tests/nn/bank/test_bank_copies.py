@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 from adapted import output, unchanged
-from banks import constant, filled, prompts, rows_of, small_llama
+from banks import constant, equal_tensors, filled, prompts, rows_of, small_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lortalib
 
@@ -56,6 +57,42 @@ def test_a_copy_of_the_model_alone_does_not_carry_the_adapters():
         torch.testing.assert_close(
             output(copy.deepcopy(model), inputs), output(small_llama(), inputs), atol=0, rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_the_bank_alone_leaves_its_model_out(copied, tmp_path):
+    model, inputs = small_llama(), prompts()
+    bank = filled(model)
+    wanted = rows_of(model, bank, [1, None], inputs)
+    alone = copied(bank)
+    assert "Bank on no model: 4 adapters" in repr(alone)
+    assert all(equal_tensors(alone[name], bank[name]) for name in bank)
+    alone["new"] = alone[1]
+    for call in (
+        lambda: alone.using([1]).__enter__(),
+        lambda: alone.save(tmp_path / "bank"),
+        lambda: alone.load(bank.save(tmp_path)),
+        lambda: alone.add("other", bank.adapter(1).save(tmp_path / "one", model=model)),
+    ):
+        with pytest.raises(RuntimeError, match="a copy without its model"):
+            call()
+    again = lortalib.nn.bank(small_llama(), "cp", 2)
+    again.update(alone)
+    assert all(equal_tensors(again[name], alone[name]) for name in alone)
+    alone.remove()  # nothing is there to take off
+    torch.testing.assert_close(rows_of(model, bank, [1, None], inputs), wanted)
+
+
+def test_a_pickled_bank_is_as_large_as_its_own():
+    bank = lortalib.nn.bank(small_llama(), "cp", 2)
+    small = len(pickle.dumps(bank))
+    wide = LlamaForCausalLM(LlamaConfig(
+        vocab_size=5000, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    ))  # fmt: skip
+    assert len(pickle.dumps(lortalib.nn.bank(wide, "cp", 2))) < 2 * small < len(pickle.dumps(wide))
 
 
 def test_a_removed_bank_says_so():
