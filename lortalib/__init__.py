@@ -1,8 +1,8 @@
 """lortalib: fine-tune a transformer through one low-rank tensor.
 
 `lortalib.decomp` makes tensor networks; `lortalib.nn` puts them on a model; `lortalib.peft` is the same as
-a method of PEFT; `lortalib.plot` plots both; `lortalib.cli` is the command line. Each is loaded
-when it is first touched.
+a method of PEFT; `lortalib.serve` serves a model with many adapters; `lortalib.plot` plots adapters and
+networks; `lortalib.cli` is the command line. Each is loaded when it is first touched.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ._peft_import import register_when_imported
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import cli, decomp, nn, peft, plot
+    from . import cli, decomp, nn, peft, plot, serve
 
 register_when_imported()
 
-__all__ = ["__version__", "cli", "decomp", "nn", "peft", "plot"]
+__all__ = ["__version__", "cli", "decomp", "nn", "peft", "plot", "serve"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""The server of examples/serve.py under load: nothing is mixed up, nothing is lost."""
+"""The server of lortalib.serve under load: nothing is mixed up, nothing is lost."""
 
 import threading
 import time
@@ -9,11 +9,10 @@ import torch
 from adapted import put
 from hypothesis import given
 from hypothesis import strategies as st
-from serve import Server
-from serve_engine import Request
 from served import Letters, Running, alone, random_tensors, tiny
 
 import lortalib
+from lortalib.serve import Request, Server
 
 ADAPTERS, REQUESTS = 100, 200
 
@@ -236,7 +235,7 @@ def test_an_answer_ends_before_a_stop_text_and_its_request_is_given_up():
             assert found[-1]["finish_reason"] == "stop"
         running.rest()
         assert len(tokens) < 50
-        stream = running.server.complete({**body, "stream": True}, lambda: False)
+        stream = running.server._complete({**body, "stream": True}, lambda: False)
         next(stream)
         stream.close()
         running.rest()

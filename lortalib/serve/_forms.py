@@ -1,4 +1,4 @@
-"""The forms of answers of examples/serve.py: OpenAI's completions and chat completions."""
+"""Defines the forms of answers: OpenAI's completions and chat completions."""
 
 from __future__ import annotations
 
