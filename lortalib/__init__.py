@@ -7,6 +7,7 @@ networks; `lortalib.cli` is the command line. Each is loaded when it is first to
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from types import ModuleType
@@ -34,10 +35,15 @@ def _hint(name: str) -> str:
     if name.startswith("_"):
         return ""
     peft = ["peft"] if f"{__name__}.peft" in sys.modules else []
-    for door in ("nn", "decomp", *peft):
-        if name in importlib.import_module(f".{door}", __name__).__all__:
-            return f"; use lortalib.{door}.{name}"
-    return ""
+    paths = {each: each for each in __all__} | {
+        own: f"{door}.{own}"
+        for door in (*peft, "decomp", "nn")
+        for own in importlib.import_module(f".{door}", __name__).__all__
+    }
+    if name in paths:
+        return f"; use lortalib.{paths[name]}"
+    near = difflib.get_close_matches(name, paths, n=1)
+    return f"; did you mean lortalib.{paths[near[0]]}?" if near else ""
 
 
 def __dir__() -> list[str]:

@@ -140,7 +140,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(saved, tmp_path, capsy
         ([model, *one, "--port", port], f"nothing can listen at 127.0.0.1, port {port}"),
         ([model, *one, "--host", "203.0.113.1"], "nothing can listen at 203.0.113.1"),
         ([model, *one, "--adapter", f"ann={ann}"], "two adapters are called 'ann'"),
-        ([model, *one, "--adapter", f"bob={tucker}"], "adapter 'bob' does not fit the bank"),
+        ([model, *one, "--adapter", f"bob={tucker}"], "; serve others at another port"),
         ([model, *one, "--bank", ann], "holds an adapter and no bank"),
         ([encoder, *one], "give a causal language model"),
         ([str(folder / "bank"), *one], "holds no config.json"),

@@ -273,7 +273,8 @@ def test_chats_go_through_the_template():
         tokenizer = running.server.tokenizer
         tokenizer.chat_template = "a template"
         tokenizer.apply_chat_template = lambda messages, **options: messages[0]["content"] + ">"
-        body = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0}
+        messages = [{"role": "user", "content": "ab"}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 16}
         status, found = running.ask("POST", "/v1/chat/completions", body)
         parts = running.events("/v1/chat/completions", body)
         assert (status, found["object"]) == (200, "chat.completion")
@@ -281,6 +282,19 @@ def test_chats_go_through_the_template():
         content = found["choices"][0]["message"]["content"]
         assert content == Letters().decode(wanted)
         assert "".join(each["choices"][0]["delta"]["content"] for each in parts) == content
+
+
+@pytest.mark.parametrize(("room", "length"), [(4096, 61), (32, 29)], ids=["positions", "room"])
+def test_a_chat_without_a_length_has_all_that_fits(room, length):
+    with Running(room=room) as running:
+        tokenizer = running.server.tokenizer
+        tokenizer.chat_template = "a template"
+        tokenizer.apply_chat_template = lambda messages, **options: "ab>"
+        running.model.lm_head.register_forward_hook(lambda m, x, y: y[..., 0].fill_(-1e9) and None)
+        found = running.ask("POST", "/v1/chat/completions", {"messages": [{}], "temperature": 0})[1]
+        assert found["usage"]["completion_tokens"] == length
+        found = running.ask("POST", "/v1/completions", {"prompt": "ab>", "temperature": 0})[1]
+        assert found["usage"]["completion_tokens"] == 16
 
 
 @pytest.mark.filterwarnings("error")

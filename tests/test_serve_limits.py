@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from banks import small_llama
 from served import Letters, Running, random_tensors, tiny
 from test_serve_clients import answer_of, completion, endless, post, until
@@ -163,8 +164,16 @@ def test_an_end_is_needed():
     ],
 )
 def test_an_engine_that_could_answer_nothing(options, why):
+    model = tiny()
+    bank = lortalib.nn.bank(model, "cp", 2)
     with pytest.raises(ValueError, match=why):
-        Engine(None, None, **{"ends": [0], **options})
+        Engine(model, bank, **{"ends": [0], **options})
+    with pytest.raises(TypeError, match="bank must be a bank, as"):
+        Engine(model, {}, [0])
+    with pytest.raises(TypeError, match="model must be a causal language model"):
+        Engine(torch.nn.Linear(2, 2), bank, [0])
+    with pytest.raises(TypeError, match="engine must be an Engine"):
+        Server(None, Letters())
 
 
 def test_a_server_that_stops_waits_for_answers_that_are_being_written():
@@ -190,6 +199,7 @@ def test_an_address_of_the_newer_kind():
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
-    engine = SimpleNamespace(waiting=1)
+    engine = Engine.__new__(Engine)
+    engine.waiting = 1
     with Server(engine, Letters(), "::1") as server:
         assert server.server_address[0] == "::1"

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..nn.door import HubPlace, meta_model, model_class
 from ._place import place_of_model
 
+#: The files by which the folder of an adapter is known.
+ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
 #: The dtypes that ``--dtype`` accepts besides "auto"; transformers can load a model in each.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -148,7 +150,14 @@ def _told_of(base: Base) -> Iterator[None]:
     """Add the model's name to errors that transformers raises for a damaged configuration."""
     try:
         yield
-    except (OSError, ValueError, ImportError):
+    except OSError as error:
+        if Path(base.name).exists() or base.name in str(error):
+            raise
+        # What transformers says of a network does not name the model.
+        raise OSError(
+            f"there is no folder {base.name!r} here, and the hub gave no such model: {error}"
+        ) from error
+    except (ValueError, ImportError):
         raise
     except Exception as error:
         raise ValueError(
@@ -171,8 +180,11 @@ def _check(base: Base) -> None:
         )
     folder = path / (base.place["subfolder"] or ".")
     if path.exists() and not (folder / "config.json").is_file():
+        what = (
+            ", but an adapter" if any((folder / file).is_file() for file in ADAPTER_FILES) else ""
+        )
         raise FileNotFoundError(
-            f"{folder} holds no config.json: it is no folder of a model. Give one"
+            f"{folder} holds no config.json{what}: it is no folder of a model. Give one"
         )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import nn as lnn
+from ..nn import AdapterFileError
 from ..nn.door import each_place
 from ._models import DTYPES, base_of, dtype_of, load, tokenizer_of
 from ._options import add_dtype, add_model_place, add_places, add_trust
@@ -91,7 +92,15 @@ def make_server(options: Namespace) -> Server:
     for (name, place), where in zip(options.adapter, found[len(options.bank) :]):
         if name in bank:
             raise ValueError(f"two adapters are called {name!r}; give one of them another name")
-        bank.add(name, place, **where)
+        try:
+            bank.add(name, place, **where)
+        except AdapterFileError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. The adapters of a server have one format, rank and targets, here those of "
+                f"{folders[0]}; serve others at another port"
+            ) from error
     ends = end_tokens(model, tokenizer)
     engine = Engine(model, bank, ends, options.room, waiting=options.waiting)
     return Server(engine, tokenizer, options.host, options.port, add_from=options.add_from)

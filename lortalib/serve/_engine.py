@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from .._kinds import Kind
 from ..nn import Bank
 from ._catalogue import Catalogue
 from ._request import Request
+
+MODEL = Kind(
+    "a causal language model of transformers, which has init_continuous_batching",
+    lambda value: hasattr(value, "init_continuous_batching"),
+)
+BANK = Kind("a bank, as lortalib.nn.bank makes it", lambda value: isinstance(value, Bank))
 
 
 class BusyError(RuntimeError):
@@ -45,6 +52,7 @@ class Engine:
         waiting: the largest number of requests that wait.
 
     Raises:
+        TypeError: the model or the bank is of another kind.
         ValueError: no token ends a completion; or a number that is too small.
     """
 
@@ -58,6 +66,8 @@ class Engine:
         waiting: int = 256,
     ) -> None:
         page = 32
+        BANK.check("Engine(): bank", bank)
+        MODEL.check("Engine(): model", model)
         if not ends:
             raise ValueError("a completion needs a token that ends it; give ends=[id]")
         if room < page or width < 1 or waiting < 1:

@@ -9,12 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .._kinds import Kind
 from ._engine import BusyError, Engine
 from ._forms import ChatCompletions, Completions, Piece
 from ._http import AGAIN, HasGone, HttpError, JsonServer, take, take_number
 from ._request import Request
 
 BASE = "base"
+ENGINE = Kind("an Engine", lambda value: isinstance(value, Engine))
 #: How many connections there may be beside those of requests that wait.
 _CONNECTIONS = 1024
 
@@ -66,6 +68,7 @@ class Server(JsonServer):
             may not.
 
     Raises:
+        TypeError: the engine is no `Engine`.
         OSError: nothing can listen at this address.
 
     Example:
@@ -98,6 +101,7 @@ class Server(JsonServer):
         *,
         add_from: str | PathLike[str] | None = None,
     ) -> None:
+        ENGINE.check("Server(): engine", engine)
         super().__init__(host, port, _CONNECTIONS + engine.waiting)
         self.engine, self.tokenizer = engine, tokenizer
         self._add_from = None if add_from is None else Path(add_from).resolve()
@@ -145,7 +149,7 @@ class Server(JsonServer):
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         if take(body, "n", int, 1) != 1:
             raise HttpError("this server gives one answer: n must be 1", 400)
-        request, stop = self._request(body, ids), stop_texts(body)
+        request, stop = self._request(body, ids, form.length), stop_texts(body)
         head = {"id": f"cmpl-{next(self._numbers)}", "model": take(body, "model", str, BASE)}
         in_parts = take(body, "stream", bool, False)
         try:
@@ -166,13 +170,16 @@ class Server(JsonServer):
         }  # fmt: skip
         return {**head, **form.whole(Piece(text, last.tokens, last.reason)), "usage": usage}
 
-    def _request(self, body: dict[str, Any], ids: list[int]) -> Request:
-        """Read a request's options."""
+    def _request(self, body: dict[str, Any], ids: list[int], default: int | None) -> Request:
+        """Read a request's options; without one, ``default`` is the largest number of new tokens."""
         name = take(body, "model", str, BASE)
         base, colon, adapter = name.partition(":")
         if base != BASE:
             raise HttpError(unknown(name), 404)
-        length = take(body, "max_tokens", int, take(body, "max_completion_tokens", int, 16))
+        positions = getattr(self.engine.model.config, "max_position_embeddings", None)
+        if default is None:
+            default = max(1, min(self.engine.room, positions or self.engine.room) - len(ids))
+        length = take(body, "max_tokens", int, take(body, "max_completion_tokens", int, default))
         seed = take(body, "seed", int, None)
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise HttpError(f"'seed' must be an integer of 64 bits; found {seed}", 400)
@@ -184,7 +191,6 @@ class Server(JsonServer):
             take_number(body, "top_p", 1.0),
             seed,
         )
-        positions = getattr(self.engine.model.config, "max_position_embeddings", None)
         if not ids:
             raise HttpError("the prompt is empty", 400)
         if request.length < 1:
@@ -270,7 +276,10 @@ class Server(JsonServer):
 
 def unknown(name: str) -> str:
     """Say that there is no such model."""
-    return f"the model {name} does not exist; GET /v1/models lists all"
+    return (
+        f"the model {name} does not exist; GET /v1/models lists all: {BASE}, and {BASE}:NAME for an "
+        "adapter"
+    )
 
 
 def unsafe(text: str, stop: Sequence[str]) -> int:

@@ -108,7 +108,8 @@ def read_bank(
     path = folder / BANK
     if not path.is_file() and adapter_file(folder).is_file():
         raise FileNotFoundError(
-            f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder"
+            f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder; on "
+            "the command line, give it as --adapter NAME=FOLDER"
         )
     base = read_adapter(model, folder, rules=rules, of_bank=True)
     with open_tensors(path) as file:

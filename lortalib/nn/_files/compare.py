@@ -43,6 +43,7 @@ class Difference:
         return self.distance / largest if largest else 0.0
 
 
+@torch.no_grad()
 def compare_updates(
     one: str | PathLike[str],
     other: str | PathLike[str],
