@@ -1,12 +1,13 @@
 """lortalib: fine-tune a transformer through one low-rank tensor.
 
 `lortalib.decomp` makes tensor networks; `lortalib.nn` puts them on a model; `lortalib.peft` is the same as
-a method of PEFT; `lortalib.plot` plots both; `lortalib.cli` is the command line. Each is loaded
-when it is first touched.
+a method of PEFT; `lortalib.serve` serves a model with many adapters; `lortalib.plot` plots adapters and
+networks; `lortalib.cli` is the command line. Each is loaded when it is first touched.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from types import ModuleType
@@ -16,11 +17,11 @@ from ._peft_import import register_when_imported
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import cli, decomp, nn, peft, plot
+    from . import cli, decomp, nn, peft, plot, serve
 
 register_when_imported()
 
-__all__ = ["__version__", "cli", "decomp", "nn", "peft", "plot"]
+__all__ = ["__version__", "cli", "decomp", "nn", "peft", "plot", "serve"]
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -34,10 +35,15 @@ def _hint(name: str) -> str:
     if name.startswith("_"):
         return ""
     peft = ["peft"] if f"{__name__}.peft" in sys.modules else []
-    for door in ("nn", "decomp", *peft):
-        if name in importlib.import_module(f".{door}", __name__).__all__:
-            return f"; use lortalib.{door}.{name}"
-    return ""
+    paths = {each: each for each in __all__} | {
+        own: f"{door}.{own}"
+        for door in (*peft, "decomp", "nn")
+        for own in importlib.import_module(f".{door}", __name__).__all__
+    }
+    if name in paths:
+        return f"; use lortalib.{paths[name]}"
+    near = difflib.get_close_matches(name, paths, n=1)
+    return f"; did you mean lortalib.{paths[near[0]]}?" if near else ""
 
 
 def __dir__() -> list[str]:

@@ -65,6 +65,8 @@ def takes(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        owner, _, own = function.__qualname__.rpartition(".")
+        called = owner.rpartition(".")[2] if own == "__init__" else own
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -74,7 +76,7 @@ def takes(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return function(*args, **kwargs)
             for name, kind in kinds.items():
                 if name in given:
-                    kind.check(f"{function.__name__}(): {name}", given[name])
+                    kind.check(f"{called}(): {name}", given[name])
             return function(*args, **kwargs)
 
         return checked

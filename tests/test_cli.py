@@ -336,11 +336,19 @@ def test_check(saved, capsys, tmp_path):
         (["export-lora", "nowhere", "out"], "no adapter.safetensors"),
         (["check", "{adapter}", "--trust-remote-code"], "goes with --model only"),
         (["info", "[/x]"], "no adapter.safetensors in [/x]"),
+        (["info", "{adapter}r"], "There is no such folder; did you mean {adapter}?"),
+        (["info", "nowhere"], "There is no such folder"),
+        (["merge", "{adapter}", "{model}", "out"], "It holds a model: it has a config.json"),
+        (["plan", "{adapter}"], "holds no config.json, but an adapter"),
+        (["plan", "smollm"], "there is no folder 'smollm' here, and the hub gave no such model"),
+        (["convert", "{lora}", "out"], "`lortalib from-lora`"),
     ],
 )
 def test_errors_of_users_are_one_line_and_no_traceback(saved, arguments, message, capsys, tmp_path):
-    known = {"model": saved[0], "adapter": saved[1], "out": tmp_path / "out"}
+    lora = lortalib.nn.export_lora(lortalib.nn.read(saved[1]), tmp_path / "lora")
+    known = {"model": saved[0], "adapter": saved[1], "out": tmp_path / "out", "lora": lora}
     filled = [argument.format(**known) for argument in arguments]
+    message = message.format(**known)
     shown = run(capsys, *filled, code=1)
     assert message in shown.err
     assert "Traceback" not in shown.err

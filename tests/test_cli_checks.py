@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 import lortalib
 from lortalib.cli import main
+from lortalib.nn.door import compare_updates
 
 
 def saved(tmp_path, family, line="cp", **options):
@@ -100,6 +101,18 @@ def test_verify_says_where_it_has_no_inputs(tmp_path, capsys):
 
 
 # compare
+
+
+@pytest.mark.filterwarnings("error")
+def test_norms_keep_no_graph(tmp_path):
+    """torch warns, once in a process, of a number that is read of a tensor with gradients."""
+    folder = lortalib.nn.apply(FAMILIES["Llama"].model(), "lora", 2, gqa="split").save(tmp_path)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        assert compare_updates(folder, folder)[0].relative == pytest.approx(0, abs=1e-6)
+    finally:
+        torch.set_warn_always(before)
 
 
 @pytest.mark.parametrize("name", [n for n in LAW_FAMILIES if n != "experts"])

@@ -131,7 +131,11 @@ def test_the_examples_are_read_by_the_parser(command, capsys, monkeypatch):
     [
         (["lortalib", "co"], {"compare", "compress", "convert", "completion"}),
         (["lortalib", "plan", "m", "--n"], {"--numbers"}),
-        (["lortalib", "verify", "--t"], {"--trust-remote-code", "--tolerance", "--task"}),
+        (
+            ["lortalib", "verify", "--t"],
+            {"--trust-remote-code", "--tolerance", "--task", "--token"},
+        ),
+        (["lortalib", "serve", "--ad"], {"--adapter", "--add-from"}),
         (["lortalib", "--v"], {"--version"}),
     ],
 )

@@ -93,7 +93,7 @@ def test_every_format_has_a_page():
     assert {page.stem for page in DOCS.glob("formats/*.md")} == set(decomp.formats)
 
 
-@pytest.mark.parametrize("module", ["decomp", "nn", "peft", "plot", "cli"])
+@pytest.mark.parametrize("module", ["decomp", "nn", "peft", "serve", "plot", "cli"])
 def test_every_public_name_is_in_the_reference(module):
     """Of methods and fields too the build of the documentation makes sure (docs/_ext/complete.py)."""
     text = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")

@@ -33,6 +33,10 @@ def test_a_name_of_a_module_is_found(name, place):
 
     with pytest.raises(AttributeError, match=rf"use lortalib\.{place}\.{name}$"):
         getattr(lortalib, name)
+    with pytest.raises(AttributeError, match=rf"did you mean lortalib\.{place}\.{name}\?$"):
+        getattr(lortalib, name + name[-1])
+    with pytest.raises(AttributeError, match=r"did you mean lortalib\.decomp\?$"):
+        _ = lortalib.decom
     with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
         _ = lortalib.nothing
 

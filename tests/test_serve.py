@@ -1,4 +1,4 @@
-"""The server of examples/serve.py under load: nothing is mixed up, nothing is lost."""
+"""The server of lortalib.serve under load: nothing is mixed up, nothing is lost."""
 
 import threading
 import time
@@ -9,11 +9,10 @@ import torch
 from adapted import put
 from hypothesis import given
 from hypothesis import strategies as st
-from serve import Server
-from serve_engine import Request
 from served import Letters, Running, alone, random_tensors, tiny
 
 import lortalib
+from lortalib.serve import Request, Server
 
 ADAPTERS, REQUESTS = 100, 200
 
@@ -236,7 +235,7 @@ def test_an_answer_ends_before_a_stop_text_and_its_request_is_given_up():
             assert found[-1]["finish_reason"] == "stop"
         running.rest()
         assert len(tokens) < 50
-        stream = running.server.complete({**body, "stream": True}, lambda: False)
+        stream = running.server._complete({**body, "stream": True}, lambda: False)
         next(stream)
         stream.close()
         running.rest()
@@ -274,7 +273,8 @@ def test_chats_go_through_the_template():
         tokenizer = running.server.tokenizer
         tokenizer.chat_template = "a template"
         tokenizer.apply_chat_template = lambda messages, **options: messages[0]["content"] + ">"
-        body = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0}
+        messages = [{"role": "user", "content": "ab"}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 16}
         status, found = running.ask("POST", "/v1/chat/completions", body)
         parts = running.events("/v1/chat/completions", body)
         assert (status, found["object"]) == (200, "chat.completion")
@@ -282,6 +282,19 @@ def test_chats_go_through_the_template():
         content = found["choices"][0]["message"]["content"]
         assert content == Letters().decode(wanted)
         assert "".join(each["choices"][0]["delta"]["content"] for each in parts) == content
+
+
+@pytest.mark.parametrize(("room", "length"), [(4096, 61), (32, 29)], ids=["positions", "room"])
+def test_a_chat_without_a_length_has_all_that_fits(room, length):
+    with Running(room=room) as running:
+        tokenizer = running.server.tokenizer
+        tokenizer.chat_template = "a template"
+        tokenizer.apply_chat_template = lambda messages, **options: "ab>"
+        running.model.lm_head.register_forward_hook(lambda m, x, y: y[..., 0].fill_(-1e9) and None)
+        found = running.ask("POST", "/v1/chat/completions", {"messages": [{}], "temperature": 0})[1]
+        assert found["usage"]["completion_tokens"] == length
+        found = running.ask("POST", "/v1/completions", {"prompt": "ab>", "temperature": 0})[1]
+        assert found["usage"]["completion_tokens"] == 16
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,4 +1,4 @@
-"""Clients of examples/serve.py that leave, ask for too much, or send what is no request."""
+"""Clients of lortalib.serve that leave, ask for too much, or send what is no request."""
 
 import socket
 import time
@@ -164,7 +164,7 @@ def test_what_is_no_request_is_refused_and_nothing_is_left_in_the_connection():
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("serve_http.Handler.timeout", 0.1)
+    monkeypatch.setattr("lortalib.serve._http.Handler.timeout", 0.1)
     with Running() as running:
         with running.send(post("{", "Content-Length: 9")) as connection:
             assert answer_of(connection)[0] == 408

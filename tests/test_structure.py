@@ -17,7 +17,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 #: Packages that others may only use by public names; what belongs to none of them is for all.
-PACKAGES = ("decomp", "nn", "peft", "plot", "cli")
+PACKAGES = ("decomp", "nn", "peft", "serve", "plot", "cli")
 COMMON = {
     f"lortalib.{name}"
     for name in ("_columns", "_kinds", "_numbers", "_stacklevel", "_torch", "_version")

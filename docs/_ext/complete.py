@@ -32,6 +32,7 @@ MODULES = (
     "lortalib.decomp",
     "lortalib.nn",
     "lortalib.peft",
+    "lortalib.serve",
     "lortalib.plot",
     "lortalib.cli",
 )

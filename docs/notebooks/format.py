@@ -29,7 +29,7 @@ decomp.register_format("mixed_cores", LINE, "cores of each matrix, mixed by laye
 print(decomp.draw(decomp.network(LINE, (6, 12, 2, 384, 32), RANK)))
 
 # %%
-# Something to hold it against
+# Something to compare it with
 # ----------------------------
 #
 # The first thing that any adapter has to follow is the gradient of the first batch. For the queries and

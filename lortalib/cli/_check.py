@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .. import nn as lnn
 from ..nn import AdapterFileError
-from ..nn.door import Difference, compare_updates
-from ._models import example_inputs, load, shape_of
+from ..nn.door import Difference, HubPlace, compare_updates, each_place
+from ._models import base_of, example_inputs, load, shape_of
 from ._output import Output
-from ._place import place
+from ._place import place, places
 from ._task import check_task
 
 
@@ -39,7 +39,7 @@ def check(options: Namespace, output: Output) -> bool:
     if options.model or (named and _is_folder(named)):
         findings["model"] = name
         try:
-            lnn.load(shape_of(name, options.trust_remote_code), folder, **where)
+            lnn.load(shape_of(base_of(options, name)), folder, **where)
             findings["fits"] = True
         except (OSError, ValueError, ImportError) as error:
             # Without --model, a failure to load says nothing against the adapter.
@@ -79,7 +79,7 @@ def verify(options: Namespace, output: Output) -> bool:
             f"the file names the model {named!r}, which is no folder here and was not looked up; give it as "
             "--model"
         )
-    model = load(name, options.dtype, options.trust_remote_code).eval()
+    model = load(base_of(options, name), options.dtype).eval()
     adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     inputs = example_inputs(model)
 
@@ -151,14 +151,16 @@ def _exported(adapter: lnn.Adapter, forward: Callable[[], Tensor], near: Any) ->
 
 def compare(options: Namespace, output: Output) -> bool:
     """Compare the updates of two adapters, or of an adapter and its LoRA: ``compare A B``."""
-    check_task(options.a, _tasks_of(options.a), options.task_a, "--task-a")
-    check_task(options.b, _tasks_of(options.b), options.task_b, "--task-b")
-    model = load(options.model, "float32", options.trust_remote_code) if options.model else None
+    where = places(options)
+    for name, task, each in zip("ab", (options.task_a, options.task_b), each_place(2, **where)):
+        folder = getattr(options, name)
+        check_task(folder, _tasks_of(folder, each), task, f"--task-{name}")
+    model = load(base_of(options, options.model), "float32") if options.model else None
     found = compare_updates(
         options.a,
         options.b,
         model,
-        subfolder=options.subfolder,
+        **where,
         task=options.task_a,
         other_task=options.task_b,
     )
@@ -181,10 +183,10 @@ def compare(options: Namespace, output: Output) -> bool:
     return all(d.relative <= options.tolerance for d in found)
 
 
-def _tasks_of(folder: str) -> Sequence[str]:
+def _tasks_of(folder: str, where: HubPlace) -> Sequence[str]:
     """Return the tasks of an adapter; a LoRA has none."""
     try:
-        tasks: Sequence[str] = lnn.read_description(folder)["tasks"]
+        tasks: Sequence[str] = lnn.read_description(folder, **where)["tasks"]
     except (AdapterFileError, FileNotFoundError):  # a LoRA, or nothing that `compare_updates` reads
         return ()
     return tasks

@@ -10,9 +10,10 @@ from torch import nn
 
 from .. import nn as lnn
 from ..nn import AdapterFileError
-from ..nn.door import each_subfolder, lora_config
-from ._models import load, named_model, shape_of
+from ..nn.door import HubPlace, each_place, lora_config
+from ._models import base_of, load, named_model, shape_of
 from ._output import Output
+from ._place import places
 
 
 def compress(options: Namespace, output: Output) -> bool:
@@ -20,14 +21,15 @@ def compress(options: Namespace, output: Output) -> bool:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before minutes of fitting
         raise FileExistsError(f"{out} exists and is not empty; give another folder")
-    within = each_subfolder(options.subfolder, len(options.lora))
-    bases = [_base_of(*each) for each in zip(options.lora, within)]
+    where = places(options)
+    bases = [
+        _base_of(folder, own)
+        for folder, own in zip(options.lora, each_place(len(options.lora), **where))
+    ]
     name = named_model(options.model, bases[0][0], "the first adapter")
     on_stream = any(acts_on_stream for _, acts_on_stream in bases)
     model: nn.Module = (
-        load(name, "float32", options.trust_remote_code)
-        if on_stream
-        else shape_of(name, options.trust_remote_code)
+        load(base_of(options, name), "float32") if on_stream else shape_of(base_of(options, name))
     )
     with output.counter(options.sweeps, "sweeps") as step:
         found = lnn.compress(
@@ -35,7 +37,7 @@ def compress(options: Namespace, output: Output) -> bool:
             options.lora,
             options.to,
             options.rank,
-            subfolder=options.subfolder,
+            **where,
             gqa=options.gqa,
             sweeps=options.sweeps,
             progress=lambda group, number, error: step(f"{group} {error:.4f}"),
@@ -79,10 +81,10 @@ def _sites(found: lnn.Compression) -> list[dict[str, Any]]:
     ]
 
 
-def _base_of(folder: str, subfolder: str | None) -> tuple[str | None, bool]:
+def _base_of(folder: str, where: HubPlace) -> tuple[str | None, bool]:
     """Return the name of the model that an adapter was trained on, and whether it acts on the stream."""
     try:
-        description = lnn.read_description(folder, subfolder=subfolder)
+        description = lnn.read_description(folder, **where)
     except (AdapterFileError, FileNotFoundError):
-        return lora_config(folder, subfolder=subfolder).get("base_model_name_or_path"), False
+        return lora_config(folder, **where).get("base_model_name_or_path"), False
     return description["base_model"].get("name"), description["config"]["acts_on"] == "stream"

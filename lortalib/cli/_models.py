@@ -2,60 +2,127 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..nn.door import meta_model, model_class
+from ..nn.door import HubPlace, meta_model, model_class
+from ._place import place_of_model
 
+#: The files by which the folder of an adapter is known.
+ADAPTER_FILES = ("adapter.safetensors", "adapter_config.json")
 #: The dtypes that ``--dtype`` accepts besides "auto"; transformers can load a model in each.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def shape_of(name: str, trust_remote_code: bool = False) -> nn.Module:
+class Base(NamedTuple):
+    """A model that a command is about.
+
+    Attributes:
+        name: a folder, or the name of a model on the hub.
+        place: where in the repository or folder it is.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+
+    name: str
+    place: HubPlace
+    trust_remote_code: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of ``from_pretrained``."""
+        place = {key: value for key, value in self.place.items() if value is not None}
+        return {**place, "trust_remote_code": self.trust_remote_code}
+
+
+def base_of(options: Namespace, name: str) -> Base:
+    """Return the model of a command.
+
+    Args:
+        options: the options of the command, as `add_model_place` and `add_trust` add them.
+        name: a folder, or the name of a model on the hub.
+    """
+    return Base(name, place_of_model(options), options.trust_remote_code)
+
+
+def shape_of(base: Base) -> nn.Module:
     """Make the model on the meta device, from its configuration alone; no weight is read.
 
     Args:
-        name: name of a folder, or of a model on the hub.
-        trust_remote_code: whether code that comes with the model may run.
+        base: the model.
 
     Raises:
         OSError: there is no such model.
         ValueError: no model can be made from the configuration.
     """
-    with _told_of(name):
-        config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        return meta_model(config, trust_remote_code)
+    with _told_of(base):
+        return meta_model(_config(base), base.trust_remote_code)
 
 
-def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load(base: Base, dtype: str) -> PreTrainedModel:
     """Read the model with its weights, as the class that its configuration names.
 
     Args:
-        name: name of a folder, or of a model on the hub.
+        base: the model.
         dtype: dtype of the weights: one of `DTYPES`, or "auto" for the dtype of the stored weights.
-        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         OSError: there is no such model.
         ValueError: the dtype is unknown, or no model can be made from the configuration.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
-    options: dict[str, Any] = {
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "trust_remote_code": trust_remote_code,
-    }
-    with _told_of(name):
-        config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
-        model = model_class(config) or AutoModel
-        found: PreTrainedModel = model.from_pretrained(name, **options)
+    chosen = dtype if dtype == "auto" else dtype_of(dtype)
+    with _told_of(base):
+        model = model_class(_config(base)) or AutoModel
+        found: PreTrainedModel = model.from_pretrained(base.name, dtype=chosen, **base.options)
     return found
+
+
+def tokenizer_of(base: Base) -> Any:
+    """Read the tokenizer of a model.
+
+    Args:
+        base: the model.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer  # deferred on purpose: it takes a while to import
+
+    _check(base)
+    try:
+        return AutoTokenizer.from_pretrained(base.name, **base.options)
+    except Exception as error:  # transformers has no class for it
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the tokenizer of {base.name} cannot be read ({why}); save one beside the model"
+        ) from error
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Args:
+        name: one of `DTYPES`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _config(base: Base) -> Any:
+    _check(base)
+    return AutoConfig.from_pretrained(base.name, **base.options)
 
 
 def named_model(given: str | None, named: str | None, by: str) -> str:
@@ -79,30 +146,46 @@ def named_model(given: str | None, named: str | None, by: str) -> str:
 
 
 @contextmanager
-def _told_of(name: str) -> Iterator[None]:
+def _told_of(base: Base) -> Iterator[None]:
     """Add the model's name to errors that transformers raises for a damaged configuration."""
     try:
         yield
-    except (OSError, ValueError, ImportError):
+    except OSError as error:
+        if Path(base.name).exists() or base.name in str(error):
+            raise
+        # What transformers says of a network does not name the model.
+        raise OSError(
+            f"there is no folder {base.name!r} here, and the hub gave no such model: {error}"
+        ) from error
+    except (ValueError, ImportError):
         raise
     except Exception as error:
         raise ValueError(
-            f"no model can be made of the configuration of {name} "
+            f"no model can be made of the configuration of {base.name} "
             f"({type(error).__name__}: {error}). Look at its config.json"
         ) from error
 
 
-def _checked(name: str) -> str:
-    path = Path(name)
+def _check(base: Base) -> None:
+    """Refuse a path without a model, before transformers takes it for a name on the hub."""
+    name, path = base.name, Path(base.name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(
             f"there is no folder {name}; give a folder of a model, or a name on the hub, user/name"
         )
-    if path.exists() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{name} holds no config.json: it is no folder of a model. Give one"
+    if path.exists() and base.place["revision"] is not None:
+        raise ValueError(
+            f"the revision {base.place['revision']!r} goes with a model on the hub, user/name, but {name!r} "
+            "is a path on this machine; leave it out"
         )
-    return name
+    folder = path / (base.place["subfolder"] or ".")
+    if path.exists() and not (folder / "config.json").is_file():
+        what = (
+            ", but an adapter" if any((folder / file).is_file() for file in ADAPTER_FILES) else ""
+        )
+        raise FileNotFoundError(
+            f"{folder} holds no config.json{what}: it is no folder of a model. Give one"
+        )
 
 
 def example_inputs(model: Any) -> dict[str, torch.Tensor]:

@@ -9,15 +9,15 @@ from itertools import chain
 from .._version import __version__
 from ._check import check, compare, verify
 from ._completion import completion
-from ._compress import compress
 from ._info import info
-from ._models import DTYPES
-from ._options import add_place, add_subfolders, add_task, add_trust
+from ._options import add_dtype, add_model_place, add_place, add_places, add_task, add_trust
 from ._output import Output
 from ._plan import FORMATS, plan
+from ._serve import add_serve
 from ._sites import sites
-from ._texts import count, folder, names, number, ranks, targets, text, tolerance
-from ._write import convert, export_lora, from_lora, merge
+from ._texts import folder, names, number, ranks, targets, text, tolerance
+from ._write import export_lora
+from ._writers import add_writers
 
 Command = Callable[[argparse.Namespace, Output], bool]
 
@@ -68,7 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_readers(add)
     _add_checks(add)
-    _add_writers(add)
+    add_writers(add)
+    add_serve(add)
     add(
         completion,
         "print a script that completes the commands and options in bash",
@@ -145,6 +146,7 @@ def _add_readers(add: Add) -> None:
             help="letters of qkvo, mlp, all, names with commas between them, or a regular expression "
             "(default: qkvo)",
         )
+        add_model_place(sub, "")
         add_trust(sub)
 
 
@@ -170,8 +172,9 @@ def _add_checks(add: Add) -> None:
             help="folder of the model, or its name on the hub (default: the folder that the adapter names)",
         )
         add_place(sub)
+        add_model_place(sub, of="the model of --model")
         add_trust(sub, "the model of --model")
-    verified.add_argument("--dtype", default="float32", metavar="TYPE", help=_dtype("float32"))
+    add_dtype(verified, "float32")
     add_task(verified)
     compared = add(
         compare,
@@ -190,9 +193,10 @@ def _add_checks(add: Add) -> None:
     compared.add_argument(
         "--all", action="store_true", help="list every module (default: the ten that differ most)"
     )
-    add_subfolders(compared, "A and B")
+    add_places(compared, "A and B")
     add_task(compared, "--task-a", "A")
     add_task(compared, "--task-b", "B")
+    add_model_place(compared, of="the model of --model")
     add_trust(compared, "the model of --model")
     for sub, default in ((verified, 1e-3), (compared, 1e-4)):
         sub.add_argument(
@@ -202,107 +206,6 @@ def _add_checks(add: Add) -> None:
             metavar="X",
             help=f"largest relative difference that counts as equal (default: {default:g})",
         )
-
-
-def _add_writers(add: Add) -> None:
-    merged = add(
-        merge,
-        "write the model with the adapter in its weights",
-        "MODEL FOLDER OUT",
-        "MODEL my-adapter merged --dtype bfloat16",
-    )
-    merged.add_argument(
-        "--dtype", default="auto", metavar="TYPE", help=_dtype("as they are stored")
-    )
-    exported = add(
-        export_lora,
-        "write the adapter exactly as a standard LoRA of PEFT or llama.cpp",
-        "FOLDER OUT",
-        "my-adapter my-lora",
-        "my-adapter adapter.gguf --format gguf --model MODEL",
-        "my-tasks my-lora --task sst2",
-    )
-    exported.add_argument(
-        "--model",
-        type=text,
-        metavar="MODEL",
-        help="folder of the model, or its name on the hub; needed for adapters on the residual stream, and "
-        "for gguf (default: none)",
-    )
-    exported.add_argument(
-        "--format",
-        choices=("peft", "gguf"),
-        default="peft",
-        help="OUT is a folder for PEFT and vLLM, or a file for llama.cpp (default: peft)",
-    )
-    imported = add(
-        from_lora,
-        "write a LoRA of PEFT as an adapter of lortalib, exactly",
-        "FOLDER OUT",
-        "my-lora my-adapter --model MODEL",
-    )
-    imported.add_argument(
-        "--model",
-        type=text,
-        metavar="MODEL",
-        help="folder of the model, or its name on the hub (default: the folder that the LoRA names)",
-    )
-    converted = add(
-        convert,
-        "write a folder of lortalib as one of PEFT, or the other way round",
-        "FOLDER OUT",
-        "my-adapter as-peft",
-    )
-    compressed = add(
-        compress,
-        "fit one tensor to LoRAs and adapters of one model",
-        "LORA... OUT",
-        "my-lora small --to cp --rank 32",
-        "lora-1 lora-2 lora-3 together --to 'adapter r, layer matrix r, in r, head out r'",
-    )
-    compressed.add_argument(
-        "--to",
-        type=text,
-        default="cp",
-        metavar="D",
-        help="a format or a line of legs (default: cp)",
-    )
-    compressed.add_argument(
-        "--rank", type=count, default=32, metavar="R", help="size of every bond (default: 32)"
-    )
-    compressed.add_argument(
-        "--model",
-        type=text,
-        metavar="MODEL",
-        help="folder of the model, or its name on the hub (default: the folder that the first adapter names)",
-    )
-    compressed.add_argument(
-        "--gqa",
-        choices=("pool", "split"),
-        default="pool",
-        help="where a model has fewer key/value heads than query heads: one tensor for all, or one for k "
-        "and v alone (default: pool)",
-    )
-    compressed.add_argument(
-        "--sweeps",
-        type=count,
-        default=100,
-        metavar="N",
-        help="largest number of sweeps of the fit (default: 100)",
-    )
-    add_trust(merged)
-    add_trust(exported, "the model of --model")
-    add_trust(imported, "the model of --model")
-    add_place(imported)
-    add_subfolders(compressed, "LORA")
-    add_trust(compressed, "the model of --model")
-    for sub in (merged, exported, converted):
-        add_place(sub)
-        add_task(sub)
-
-
-def _dtype(default: str) -> str:
-    return f"dtype of the weights: {', '.join(DTYPES)} (default: {default})"
 
 
 class _Joined(argparse.Action):

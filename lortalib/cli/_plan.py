@@ -12,7 +12,7 @@ from torch import nn
 from .. import nn as lnn
 from ..decomp import LegsError
 from ..nn.door import choose_sites, find_candidates
-from ._models import shape_of
+from ._models import base_of, shape_of
 from ._output import Output
 
 #: The formats that are listed for several ranks, unless others are named.
@@ -21,7 +21,7 @@ FORMATS = ("indscal", "cp", "tucker", "tt", "lotr", "lora")
 
 def plan(options: Namespace, output: Output) -> bool:
     """Count the trainable parameters of formats: ``plan MODEL``."""
-    model = shape_of(options.model, options.trust_remote_code)
+    model = shape_of(base_of(options, options.model))
     total = sum(p.numel() for p in model.parameters())
     chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     about = {

@@ -6,13 +6,13 @@ from argparse import Namespace
 
 from .. import nn as lnn
 from ..nn.door import SiteList, choose_sites, find_candidates
-from ._models import shape_of
+from ._models import base_of, shape_of
 from ._output import Output
 
 
 def sites(options: Namespace, output: Output) -> bool:
     """List the projections that an adapter would update in a model: ``sites MODEL``."""
-    model = shape_of(options.model, options.trust_remote_code)
+    model = shape_of(base_of(options, options.model))
     chosen = choose_sites(find_candidates(model, options.targets, ()), options.targets, None)
     each = [
         {

@@ -7,6 +7,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 
 def text(given: str) -> str:
     """Read a name or a path, which an empty text is not: as a path it would be the current folder."""
@@ -45,6 +47,36 @@ def number(given: str) -> int:
     if found < 1:
         raise ArgumentTypeError(f"a budget is at least 1 parameter; found {given}")
     return found
+
+
+def port(given: str) -> int:
+    """Read the number of a port; 0 is any that is free."""
+    found = _integer(given)
+    if not 0 <= found < 2**16:
+        raise ArgumentTypeError(f"a port is an integer from 0 to 65535; found {given}")
+    return found
+
+
+def named_folder(given: str) -> tuple[str, str]:
+    """Read a name and a folder with ``=`` between them."""
+    name, _, place = given.partition("=")
+    if not name.strip() or not place.strip():
+        raise ArgumentTypeError(
+            f"a name and a folder are needed, as in ann=my-adapter; found {given!r}"
+        )
+    return name, place
+
+
+def device(given: str) -> str:
+    """Read the name of a device that torch has here."""
+    try:
+        torch.empty(0, device=text(given))
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ArgumentTypeError(
+            f"a device of torch is needed, such as cpu or cuda:0; found {given!r} ({why})"
+        ) from error
+    return given
 
 
 def tolerance(given: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import nn as lnn
 from ..nn.door import lora_config
-from ._models import load, named_model
+from ._models import Base, base_of, load, named_model, tokenizer_of
 from ._output import Output
 from ._place import place
 from ._task import check_task
@@ -24,7 +24,8 @@ def merge(options: Namespace, output: Output) -> bool:
     # Both fail before a large model is read.
     description = lnn.read_description(options.folder, **place(options))
     check_task(options.folder, description["tasks"], options.task)
-    model = load(options.model, options.dtype, options.trust_remote_code)
+    base = base_of(options, options.model)
+    model = load(base, options.dtype)
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     adapter.remove(merged=True)
@@ -32,7 +33,7 @@ def merge(options: Namespace, output: Output) -> bool:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
         whole = Path(aside, "model")  # renamed in one step, so OUT is never half a model
         model.save_pretrained(whole)
-        without = _copy_tokenizer(options.model, whole, options.trust_remote_code)
+        without = _copy_tokenizer(base, whole)
         os.replace(whole, out)
     findings: dict[str, Any] = {
         "model": options.model,
@@ -47,17 +48,12 @@ def merge(options: Namespace, output: Output) -> bool:
     return True
 
 
-def _copy_tokenizer(name: str, out: Path, trust_remote_code: bool) -> str | None:
+def _copy_tokenizer(base: Base, out: Path) -> str | None:
     """Copy the tokenizer of a model; return the reason if this fails, else None."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer.save_pretrained(out)
-    except (
-        Exception
-    ) as error:  # some models have no tokenizer; the merged model is kept all the same
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        tokenizer_of(base).save_pretrained(out)
+    except Exception as error:  # some models have none; the merged model is kept all the same
+        return str(error)
     return None
 
 
@@ -73,7 +69,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
                 "with the weights of its model: give --model"
             )
     else:
-        model = load(options.model, "float32", options.trust_remote_code)
+        model = load(base_of(options, options.model), "float32")
         adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)
@@ -97,7 +93,7 @@ def from_lora(options: Namespace, output: Output) -> bool:
     """Write a LoRA of PEFT as an adapter of lortalib, exactly: ``from-lora FOLDER OUT``."""
     named = lora_config(options.folder, **place(options)).get("base_model_name_or_path")
     name = named_model(options.model, named, "the LoRA")
-    model = load(name, "float32", options.trust_remote_code)
+    model = load(base_of(options, name), "float32")
     adapter = lnn.load_lora(model, options.folder, **place(options))
     written = adapter.save(options.out)
     findings = {

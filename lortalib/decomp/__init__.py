@@ -6,6 +6,7 @@ The networks are PyTorch modules. TensorLy is imported when a function that need
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ._absorb import absorb
@@ -181,7 +182,10 @@ _WITH_TENSORLY = {
 def __getattr__(name: str) -> Any:
     if name in _WITH_TENSORLY:
         return getattr(importlib.import_module(_WITH_TENSORLY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # With the name and the object, Python adds "Did you mean".
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+    )
 
 
 def __dir__() -> list[str]:

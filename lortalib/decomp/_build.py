@@ -129,8 +129,8 @@ def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
     elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
         if len(rank) != len(names):
             raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(names)} {what} "
-                f"({', '.join(names)}), in\n    {line}"
+                f"{len(rank)} ranks were given, {tuple(rank)}; the {what} are "
+                f"{', '.join(names)}, in\n    {line}"
             )
         asked = dict(zip(names, rank))
     else:

@@ -123,8 +123,8 @@ def read_ranks(net: TensorNetwork, rank: Rank) -> dict[str, int]:
     elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
         if len(rank) != len(net.ranks):
             raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(net.ranks)} bonds "
-                f"({', '.join(net.ranks)}), in\n    {net.legs}"
+                f"{len(rank)} ranks were given, {tuple(rank)}; the bonds are "
+                f"{', '.join(net.ranks)}, in\n    {net.legs}"
             )
         found = dict(zip(net.ranks, rank))
     else:

@@ -13,7 +13,7 @@ from ._anatomy import (
     sites,
 )
 from ._apply import apply
-from ._bank import Bank, bank
+from ._bank import Bank, bank, bank_like
 from ._change_rank import change_rank
 from ._compress import Compression, SiteError, compress
 from ._config import AdapterConfig
@@ -58,6 +58,7 @@ __all__ = [
     "align_to_gradient",
     "apply",
     "bank",
+    "bank_like",
     "change_rank",
     "check_effect",
     "compress",

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import TypedDict
 
-from .._kinds import PATH, TEXT, TOKEN, takes
+from .._kinds import PATH, TEXT, TOKEN, Kind, are, takes
 
 
 def is_repository(name: object) -> bool:
@@ -97,31 +98,64 @@ def local_folder(
     return place
 
 
-def each_subfolder(subfolder: str | Sequence[str] | None, number: int) -> list[str | None]:
-    """Return the subfolder of each of several folders.
+class HubPlace(TypedDict):
+    """Where an adapter is: the arguments of the functions that read a folder or a repository."""
+
+    revision: str | None
+    token: str | bool | None
+    subfolder: str | None
+
+
+#: The kind of an argument that says one thing of all folders, or one of each.
+FOR_EACH = Kind(
+    "a text, or a list with one for each folder",
+    lambda value: TEXT.fits(value) or are(TEXT.or_none.fits)(value),
+)
+
+
+def each_place(
+    number: int,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
+    subfolder: str | Sequence[str | None] | None = None,
+) -> list[HubPlace]:
+    """Return the place of each of several adapters.
 
     Args:
-        subfolder: one for all of them, or a list with one for each, where ``"."`` is the top; None is the
-            top of all.
-        number: how many folders there are.
+        number: how many folders or repositories there are.
+        revision: one for all of them, or a list with one for each; None is ``main``.
+        token: a token of the hub for all of them.
+        subfolder: one for all of them, or a list with one for each; None and ``"."`` are the top.
 
     Raises:
-        ValueError: the list is of another length.
+        TypeError: an argument of another kind.
+        ValueError: a list of another length.
 
     Example:
-        >>> each_subfolder("lora", 2), each_subfolder([".", "lora"], 2), each_subfolder(None, 1)
-        (['lora', 'lora'], ['.', 'lora'], [None])
+        >>> [each["subfolder"] for each in each_place(2, subfolder=[".", "lora"])]
+        ['.', 'lora']
+        >>> each_place(1, revision="v2")
+        [{'revision': 'v2', 'token': None, 'subfolder': None}]
     """
-    if subfolder is None or isinstance(subfolder, str):
-        return [subfolder] * number
-    if len(subfolder) == 1:
-        return [subfolder[0]] * number
-    if len(subfolder) != number:
-        raise ValueError(
-            f"subfolder must be one for all folders or one for each, with '.' for the top; found "
-            f"{len(subfolder)} for {number} folders"
+    FOR_EACH.or_none.check("revision", revision)
+    FOR_EACH.or_none.check("subfolder", subfolder)
+    return [
+        HubPlace(revision=own, token=token, subfolder=inside)
+        for own, inside in zip(
+            _for_each("revision", revision, number), _for_each("subfolder", subfolder, number)
         )
-    return list(subfolder)
+    ]
+
+
+def _for_each(
+    name: str, value: str | Sequence[str | None] | None, number: int
+) -> Sequence[str | None]:
+    values = [value] if value is None or isinstance(value, str) else list(value)
+    if len(values) not in (1, number):
+        raise ValueError(
+            f"{name} must be one for all folders or one for each; found {len(values)} for {number} folders"
+        )
+    return values if len(values) == number else values * number
 
 
 def upload(

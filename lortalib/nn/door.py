@@ -44,7 +44,7 @@ from ._forward import (
     watch_forwards,
     without_bias,
 )
-from ._hub import each_subfolder
+from ._hub import HubPlace, each_place
 from ._lora_words import LORA_WORDS
 from ._meta_model import meta_model, model_class
 from ._offloaded import execution_device
@@ -59,6 +59,7 @@ __all__ = [
     "MLP_ROLES",
     "Difference",
     "Handle",
+    "HubPlace",
     "ModuleUpdate",
     "Pair",
     "Place",
@@ -76,7 +77,7 @@ __all__ = [
     "detach",
     "divide_again",
     "divided_like",
-    "each_subfolder",
+    "each_place",
     "execution_device",
     "find_candidates",
     "is_divided",

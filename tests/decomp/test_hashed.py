@@ -421,7 +421,7 @@ def test_wrong_marks_are_refused_with_the_reason(line, says):
     [
         ({"r": 2, "n": 0}, "size of vector 'n' must be an integer >= 1; found 0"),
         ({"r": 2, "m": 3}, "ranks were given for r, m; the bonds and vectors are r, n"),
-        ((2,), r"1 ranks were given, \(2,\); there are 2 bonds and vectors \(r, n\)"),
+        ((2,), r"1 ranks were given, \(2,\); the bonds and vectors are r, n"),
         ({"r": 2, "n": 1}, "'n' has 1 numbers for 18 entries; it can have 2 to 18"),
     ],
 )

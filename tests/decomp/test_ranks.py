@@ -79,13 +79,13 @@ def test_a_rank_is_a_positive_integer(name, bad):
 @pytest.mark.parametrize(
     ("make", "rank", "says"),
     [
-        (cp, (2, 2), r"2 ranks were given, \(2, 2\); there are 1 bonds \(r\)"),
+        (cp, (2, 2), r"2 ranks were given, \(2, 2\); the bonds are r"),
         (cp, {"q": 2}, "ranks were given for q; the bonds are r"),
         (cp, {}, "ranks were given for no bond; the bonds are r"),
         (cp, {"r": 2, "q": 2}, "ranks were given for r, q; the bonds are r"),
         (tucker, (2, 2), "2 Tucker ranks .* for the 5 modes layer, head, matrix, in, out"),
         (tucker, {"p": 2}, "ranks were given for p; the bonds are p, q, s, t, u"),
-        (tt, (2, 2, 2), r"3 ranks were given, .* 4 bonds \(a, b, c, d\)"),
+        (tt, (2, 2, 2), r"3 ranks were given, .* the bonds are a, b, c, d"),
         (tt, (2, 2, 2, 2, 2, 1), "6 ranks were given"),
         (tt, (1, 2, 2, 2, 2), "5 ranks were given"),
         (tt, (0, 2, 2, 2), "the rank of bond 'a' must be an integer >= 1; found 0"),

@@ -78,6 +78,82 @@ def test_every_door_that_takes_a_folder_takes_a_repository(hub, inputs, capsys):
     assert main(["compress", "user/plain", "small", "--sweeps", "1", "--model", "base"]) == 0
 
 
+def test_several_repositories_have_places_of_their_own(hub, capsys):
+    """One adapter is on the branch of one repository, the other in a folder; nothing else is there."""
+    _, adapter = trained()
+    for name, revision in (("user/one", "first try"), ("user/two", None)):
+        push(adapter, hub, name, revision=revision)
+    files = hub.repositories["user/two"]["main"]
+    hub.repositories["user/two"]["main"] = {f"in/{path}": data for path, data in files.items()}
+    hub.repositories["user/one"]["main"] = {}
+    both = ["user/one", "user/two"]
+    places = {"revision": ["first try", None], "subfolder": [None, "in"], "token": hub.token}
+    assert all(each.relative < 1e-6 for each in compare_updates(*both, **places))
+    found = lortalib.nn.compress(fresh(), both, "tt", 2, sweeps=1, **places)
+    assert found.count() > 0
+    fresh().save_pretrained("base")
+    options = [
+        "--revision",
+        "first try",
+        "--revision",
+        ".",
+        "--subfolder",
+        ".",
+        "--subfolder",
+        "in",
+    ]
+    assert main(["compare", *both, *options, "--token", hub.token]) == 0
+    assert main(["compress", *both, "out", "--sweeps=1", "--model=base", *options]) == 0
+    for call in (
+        lambda: compare_updates(*both, revision="first try", subfolder=[None, "in"]),
+        lambda: lortalib.nn.compress(fresh(), both, revision=["first try", "no"], sweeps=1),
+    ):
+        with pytest.raises(FileNotFoundError, match="no revision"):
+            call()
+    with pytest.raises(ValueError, match="revision must be one for all folders or one for each"):
+        compare_updates(*both, revision=["a", "b", "c"])
+    for wrong in (3, [3, 4]):
+        with pytest.raises(TypeError, match="revision must be a text, or a list"):
+            compare_updates(*both, revision=wrong)
+
+
+def test_a_token_on_the_command_line_reaches_the_hub(hub, monkeypatch):
+    push(trained()[1], hub, private=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "none")
+    assert main(["info", "user/name"]) == 1
+    assert main(["info", "user/name", "--token", hub.token]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["plan"], ["sites"], ["merge", "out"], ["check"], ["verify"], ["export-lora", "out"]],
+    ids=lambda command: command[0],
+)
+def test_a_model_is_read_at_its_place(command, hub, tmp_path):
+    trained()[1].save("adapter")
+    fresh().save_pretrained(tmp_path / "base")
+    files = {f"in/{path.name}": path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.repositories["user/base"] = {"main": {}, "second": files}
+    name, *out = command
+    alone = name in ("plan", "sites")
+    if alone:
+        arguments = [name, "user/base"]
+    elif name == "merge":
+        arguments = [name, "user/base", "adapter", *out]
+    else:
+        arguments = [name, "adapter", *out, "--model", "user/base"]
+    prefix = "--" if alone else "--model-"
+    assert main(arguments) == 1
+    place = [f"{prefix}revision", "second", f"{prefix}subfolder", "in"]
+    assert main([*arguments, *place]) == 0
+
+
+def test_a_revision_of_a_model_on_this_machine_is_refused(hub, capsys):
+    fresh().save_pretrained("base")
+    assert main(["plan", "base", "--revision", "second"]) == 1
+    assert "is a path on this machine; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -1,4 +1,4 @@
-"""The server of examples/serve.py on a tiny model, and what an ordinary adapter answers."""
+"""The server of lortalib.serve on a tiny model, and what an ordinary adapter answers."""
 
 import json
 import socket
@@ -9,11 +9,10 @@ from http.client import HTTPConnection
 import torch
 from adapted import put
 from banks import random_stack
-from serve import Server
-from serve_engine import Engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lortalib
+from lortalib.serve import Engine, Server
 
 
 class Letters:
@@ -40,13 +39,15 @@ def tiny(positions=64):
 class Running:
     """A server in a thread, and a client."""
 
-    def __init__(self, shared=("in", "out"), room=4096, width=1024, positions=64):
+    def __init__(
+        self, shared=("in", "out"), room=4096, width=1024, positions=64, waiting=256, add_from="/"
+    ):
         self.model = tiny(positions)
         options = {"shared": shared, "dtype": torch.float64}
         self.bank = lortalib.nn.bank(self.model, "indscal", 4, **options)
-        self.engine = Engine(self.model, self.bank, [0], room=room, width=width)
+        self.engine = Engine(self.model, self.bank, [0], room, width, waiting)
         self.adapters = self.engine.adapters
-        self.server = Server(self.engine, Letters())
+        self.server = Server(self.engine, Letters(), add_from=add_from)
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
 

@@ -4,7 +4,7 @@ from .bank import Bank
 from .batch import BatchTensors, CurrentBatch, row_pairs
 from .chosen import Chosen, Names, read_names
 from .hooks import attach_rows, check_rows
-from .make import bank
+from .make import bank, bank_like
 
 __all__ = [
     "Bank",
@@ -14,6 +14,7 @@ __all__ = [
     "Names",
     "attach_rows",
     "bank",
+    "bank_like",
     "check_rows",
     "read_names",
     "row_pairs",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
 from .._anatomy import BlockRule
-from .._files import read_adapter
 from .._group import Group
 from .._plan import Plan
+from .file import read_folder
 from .home import BankHome
 from .shared import SharedParameters, check_same_marks
 from .source import Source, SourceReader
@@ -176,19 +175,7 @@ class BankContents:
             ['ann', 'bob']
         """
         if (revision, token, subfolder) != (None, None, None):
-            if not isinstance(source, (str, PathLike)):
-                raise TypeError(
-                    "revision, token and subfolder go with a folder or repository; found a source that is "
-                    f"of the type {type(source).__name__}"
-                )
-            source = read_adapter(
-                self._home.model,
-                source,
-                rules=self._rules,
-                revision=revision,
-                token=token,
-                subfolder=subfolder,
-            )
+            source = read_folder(self._home.model, source, self._rules, revision, token, subfolder)
         self.update({name: source})
 
     @takes(sources=SOURCES)

@@ -108,7 +108,8 @@ def read_bank(
     path = folder / BANK
     if not path.is_file() and adapter_file(folder).is_file():
         raise FileNotFoundError(
-            f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder"
+            f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder; on "
+            "the command line, give it as --adapter NAME=FOLDER"
         )
     base = read_adapter(model, folder, rules=rules, of_bank=True)
     with open_tensors(path) as file:
@@ -128,6 +129,36 @@ def read_bank(
         raise AdapterFileError(f"{path} is damaged: it lacks the tensor {lost!r}")
     own = {group: [tensors[key] for key in each] for group, each in keys.items()}
     return SavedBank(base, names, own)
+
+
+def read_folder(
+    model: nn.Module,
+    folder: object,
+    rules: BlockRule | Sequence[BlockRule],
+    revision: str | None,
+    token: str | bool | None,
+    subfolder: str | None,
+    of_bank: bool = False,
+) -> Adapter:
+    """Read the adapter of a folder or repository for a bank.
+
+    Args:
+        model: the bank's model, to which the adapter is fitted.
+        folder, revision, token, subfolder: as for `local_folder`.
+        rules: as for `bank`.
+        of_bank: whether the folder may be that of a bank.
+
+    Raises:
+        TypeError: a source that is no folder, and so has no revision, token or subfolder.
+        FileNotFoundError, AdapterFileError: as for `Bank.add`.
+    """
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(
+            "revision, token and subfolder go with a folder or repository; found a source that is "
+            f"of the type {type(folder).__name__}"
+        )
+    place = {"revision": revision, "token": token, "subfolder": subfolder}
+    return read_adapter(model, folder, rules=rules, of_bank=of_bank, **place)  # type: ignore[arg-type]
 
 
 def _keys(base: Adapter) -> dict[str, list[str]]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from os import PathLike
 
 import torch
 from torch import nn
 
-from ..._kinds import DEVICE, DTYPE, is_integer, takes
-from ...decomp import Rank
+from ..._kinds import DEVICE, DTYPE, PATH, Kind, is_integer, takes
+from ...decomp import Network, Rank
+from .._adapter import Adapter
 from .._anatomy import BlockRule, check_model, site_weight
-from .._plan import Decomposition
+from .._plan import Decomposition, Plan, share_input_factor
 from .._plan_model import plan
 from .._targets import Targets
 from .bank import Bank
+from .file import read_folder
 from .hooks import check_rows
 
 
@@ -78,8 +82,7 @@ def bank(
         >>> len(bank), bank.count()
         (2, 100)
     """
-    if not is_integer(capacity) or not 1 <= capacity < 2**62:
-        raise ValueError(f"capacity must be a positive integer; found {capacity!r}")
+    _check_capacity(capacity)
     model = check_model(model)
     planned = plan(
         model,
@@ -95,6 +98,101 @@ def bank(
         rules=rules,
         device="meta",
     )
+    return _bank_of(model, planned, capacity, dtype, device, rules)
+
+
+#: The kind of what a bank can be made for.
+_SOURCE = Kind(
+    "an Adapter, or the path of one that was saved",
+    lambda value: isinstance(value, Adapter) or PATH.fits(value),
+)
+
+
+@takes(source=_SOURCE, dtype=DTYPE, device=DEVICE)
+def bank_like(
+    model: nn.Module,
+    source: Adapter | str | PathLike[str],
+    *,
+    capacity: int = 64,
+    rules: BlockRule | Sequence[BlockRule] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> Bank:
+    """Make an empty bank that an adapter fits, or that a saved bank can be loaded into.
+
+    Args:
+        model: the model, as for `bank`.
+        source: an `Adapter` on any model of this shape, a folder that `Adapter.save`, PEFT's
+            ``save_pretrained`` or `Bank.save` wrote, or a repository of the Hugging Face hub.
+        capacity, rules, dtype, device: as for `bank`.
+        revision: a branch, tag or commit of the repository; by default ``main``.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
+        subfolder: the folder in the repository, or below a local folder, that has the files.
+
+    Returns:
+        The empty `Bank`, whose lines, ranks and alpha are those of the source.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        AdapterFileError: a file is damaged, or its adapter does not fit the model.
+        ValueError: an adapter of several tasks, or projections for which rows cannot differ; see `bank`.
+
+    Example:
+        >>> import lortalib, tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32,
+        ...                              num_attention_heads=4, intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "tucker", rank=2, init="normal")
+        >>> folder = adapter.save(tempfile.mkdtemp())
+        >>> adapter.remove()
+        >>> bank = lortalib.nn.bank_like(model, folder)
+        >>> bank["ann"] = folder
+        >>> str(bank.legs["encoder"]), len(bank)
+        ('in p, out q, head s, layer t, matrix u, p q s t u', 1)
+    """
+    _check_capacity(capacity)
+    model = check_model(model)
+    if not isinstance(source, Adapter) or (revision, token, subfolder) != (None, None, None):
+        source = read_folder(model, source, rules, revision, token, subfolder, of_bank=True)
+    if source.tasks:
+        raise ValueError(
+            f"adapter {source.name!r} has the tasks {', '.join(map(repr, source.tasks))}, and the adapters "
+            "of a bank have none: take one, as by adapter.task(name)"
+        )
+    return _bank_of(model, _plan_like(source), capacity, dtype, device, rules)
+
+
+def _plan_like(adapter: Adapter) -> Plan:
+    """Return the plan of an adapter like this one, whose parameters have no values."""
+    networks = {group.name: _without_values(adapter.network(group)) for group in adapter.groups}
+    config = replace(adapter.config, alpha=adapter.config.scaling, dropout=0.0, init="invariant")
+    if config.share_residual:
+        share_input_factor(adapter.groups, networks)
+    return Plan(tuple(adapter.groups), networks, config)
+
+
+def _without_values(network: Network) -> Network:
+    own = [torch.empty_like(tensor, device="meta") for tensor in network.stored]
+    return network.like([own[k] for k in network.legs.holders])
+
+
+def _check_capacity(capacity: object) -> None:
+    if not is_integer(capacity) or not 1 <= capacity < 2**62:  # type: ignore[operator]
+        raise ValueError(f"capacity must be a positive integer; found {capacity!r}")
+
+
+def _bank_of(
+    model: nn.Module,
+    planned: Plan,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    rules: BlockRule | Sequence[BlockRule],
+) -> Bank:
+    """Make a bank of a plan; by default on the device of the model's weights."""
     for site in planned.sites:
         check_rows(model, site)
     if device is None:

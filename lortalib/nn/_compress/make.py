@@ -40,7 +40,9 @@ def compress(
     sweeps: int = 100,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
-    subfolder: str | Sequence[str] | None = None,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
+    subfolder: str | Sequence[str | None] | None = None,
 ) -> Compression:
     """Fit one tensor of any line to saved LoRAs of PEFT and adapters of lortalib of one model.
 
@@ -66,6 +68,9 @@ def compress(
         tolerance, ridge, restarts, sweeps, generator: as for `lortalib.decomp.fit`.
         progress: called after every sweep with the name of the group, the number of sweeps, and the
             relative error.
+        revision: a branch, tag or commit of each repository, by default ``main``; or a list with one for
+            each, where None is the default.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
         subfolder: the folder in each repository, or below each local folder, that has the files; or a list
             with one for each, where ``"."`` is the top. Without names, an adapter with a subfolder of its
             own is called after that.
@@ -102,7 +107,7 @@ def compress(
     check_settings(1.0, dropout, "normal")
     _check_line(decomposition)
     model = check_model(as_model(model))
-    originals = read_sources(model, folders, rules, subfolder)
+    originals = read_sources(model, folders, rules, revision, token, subfolder)
     shapes = {path: shape for lora in originals.values() for path, shape in lora.shapes.items()}
     chosen = lora_sites(model, shapes, rules)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})

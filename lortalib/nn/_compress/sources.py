@@ -12,7 +12,7 @@ from torch import nn
 
 from ..._kinds import PATH, Kind, are, is_writable
 from .._files import Lora, Rules, read_pairs
-from .._hub import each_subfolder
+from .._hub import each_place
 
 #: A folder; several, which are named after themselves; or a mapping from names to folders.
 Folders = Union[
@@ -33,7 +33,9 @@ def read_sources(
     model: nn.Module,
     folders: Folders,
     rules: Rules,
-    subfolder: str | Sequence[str] | None = None,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
+    subfolder: str | Sequence[str | None] | None = None,
 ) -> dict[str, Lora]:
     """Read saved adapters by their names.
 
@@ -41,7 +43,7 @@ def read_sources(
         model: the model that they were trained on.
         folders: as for `compress`.
         rules: as for `compress`.
-        subfolder: as for `compress`.
+        revision, token, subfolder: as for `compress`.
 
     Raises:
         ValueError: no folder, two of one name, or an impossible name.
@@ -49,10 +51,13 @@ def read_sources(
     """
     if not isinstance(folders, Mapping):
         folders = [folders] if isinstance(folders, (str, PathLike)) else list(folders)
-    within = each_subfolder(subfolder, len(folders))
+    places = each_place(len(folders), revision, token, subfolder)
+    within = [place["subfolder"] for place in places]
     named = _named(folders, within if len(set(within)) > 1 else [])
-    places = zip(named.items(), within)
-    return {name: read_pairs(model, folder, rules, inside) for (name, folder), inside in places}
+    return {
+        name: read_pairs(model, folder, rules, **place)
+        for (name, folder), place in zip(named.items(), places)
+    }
 
 
 def _named(

@@ -13,7 +13,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from .._hub import each_subfolder, local_folder
+from .._hub import HubPlace, each_place, local_folder
 from .folder import FILES, is_lora
 from .load import read
 from .lora_file import LowRank, open_lora
@@ -43,12 +43,15 @@ class Difference:
         return self.distance / largest if largest else 0.0
 
 
+@torch.no_grad()
 def compare_updates(
     one: str | PathLike[str],
     other: str | PathLike[str],
     model: nn.Module | None = None,
     *,
-    subfolder: str | Sequence[str] | None = None,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
+    subfolder: str | Sequence[str | None] | None = None,
     task: str | None = None,
     other_task: str | None = None,
 ) -> list[Difference]:
@@ -58,6 +61,9 @@ def compare_updates(
         one: a folder or repository of an adapter, of lortalib or PEFT, or of a LoRA.
         other: the same.
         model: the model whose weights a tensor on the stream acts through.
+        revision: a branch, tag or commit of each repository, by default ``main``; or a pair of them, where
+            None is the default.
+        token: a token of the hub; by default the one that ``hf auth login`` stored.
         subfolder: the folder in each repository, or below each local folder, that has the files; or a pair
             of them, where ``"."`` is the top.
         task: the task of the first adapter, if it has several.
@@ -85,14 +91,14 @@ def compare_updates(
         >>> len(found), max(each.relative for each in found) < 1e-5
         (8, True)
     """
-    within = each_subfolder(subfolder, 2)
-    mine, own = _read(one, model, within[0], task)
-    theirs, others = _read(other, model, within[1], other_task)
+    here, there = each_place(2, revision, token, subfolder)
+    mine, own = _read(one, model, here, task)
+    theirs, others = _read(other, model, there, other_task)
     for path in mine.keys() & theirs.keys():
-        here, there = ((len(each.b), each.a.shape[1]) for each in (mine[path], theirs[path]))
-        if here != there:
+        a, b = ((len(each.b), each.a.shape[1]) for each in (mine[path], theirs[path]))
+        if a != b:
             raise ValueError(
-                f"{path} is a matrix of {here[0]} x {here[1]} for {one}, and of {there[0]} x {there[1]} for "
+                f"{path} is a matrix of {a[0]} x {a[1]} for {one}, and of {b[0]} x {b[1]} for "
                 f"{other}: they are adapters of different models"
             )
     found = [
@@ -105,16 +111,16 @@ def compare_updates(
         for path in dict.fromkeys([*mine, *theirs])
     ]
     for name in dict.fromkeys([*own, *others]):
-        a, b = own.get(name), others.get(name)
-        found.append(Difference(name, _size(a), _size(b), _gap(a, b)))
+        values = own.get(name), others.get(name)
+        found.append(Difference(name, _size(values[0]), _size(values[1]), _gap(*values)))
     return found
 
 
 def _read(
-    folder: str | PathLike[str], model: nn.Module | None, subfolder: str | None, task: str | None
+    folder: str | PathLike[str], model: nn.Module | None, place: HubPlace, task: str | None
 ) -> tuple[Mapping[str, LowRank], Mapping[str, Tensor]]:
     """Read the low-rank pairs of an adapter by module, and the values that trained as a whole by name."""
-    folder = local_folder(folder, FILES, subfolder=subfolder)
+    folder = local_folder(folder, FILES, **place)
     if is_lora(folder):
         if task is not None:
             raise ValueError(f"{folder} is a LoRA and has no tasks; leave out the task {task!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ DESCRIPTION = "adapter.json"
 #: The two files of PEFT.
 TENSORS_OF_PEFT = "adapter_model.safetensors"
 CONFIG_OF_PEFT = "adapter_config.json"
+#: The file by which the folder of a model is known.
+CONFIG_OF_MODEL = "config.json"
 #: What PEFT calls the method of lortalib.
 METHOD = "LORTA"
 #: The files of an adapter, of either kind, and that by which the folder of a bank is known.
@@ -69,7 +72,7 @@ def adapter_file(folder: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"no {TENSORS} in {folder}; a saved adapter is a folder with {TENSORS}, as Adapter.save "
         f"writes it, or with {CONFIG_OF_PEFT} and {TENSORS_OF_PEFT}, as PEFT does"
-        + (_inside(folder) if folder.is_dir() else "")
+        + _instead(folder)
     )
 
 
@@ -118,12 +121,26 @@ def refuse_bank(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def _inside(folder: Path) -> str:
-    """Say which folders within a folder hold adapters, as those of models with several do."""
+def _instead(folder: Path) -> str:
+    """Say what is there instead of an adapter: nothing, a model, or folders that hold adapters, as those of
+    models with several do."""
+    if not folder.is_dir():
+        near = difflib.get_close_matches(folder.name, _names_beside(folder), n=1)
+        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        return f". There is no such folder{hint}"
+    if (folder / CONFIG_OF_MODEL).is_file():
+        return f". It holds a model: it has a {CONFIG_OF_MODEL}"
     found = {
         file.parent.name for name in (TENSORS, TENSORS_OF_PEFT) for file in folder.glob(f"*/{name}")
     }
     return f". There are adapters in its {', '.join(sorted(found))}" if found else ""
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return []
 
 
 def read_json(file: Path) -> Any:

@@ -67,7 +67,7 @@ def _weights(adapter: Adapter, model: nn.Module | None) -> Callable[[Site], Tens
     if model is None:
         raise ValueError(
             f"adapter {adapter.name!r} acts on the stream, so a LoRA of it needs the weights of its model: "
-            "load it onto the model, or pass model=..."
+            "load it onto the model, or give the model, as model= or --model"
         )
     model = check_model(model)
     paths = named_modules(model)

@@ -21,6 +21,8 @@ def read_pairs(
     model: nn.Module,
     folder: str | PathLike[str],
     rules: Rules = (),
+    revision: str | None = None,
+    token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Lora:
     """Read a saved adapter as the low-rank pairs of its modules, exactly.
@@ -29,7 +31,7 @@ def read_pairs(
         model: the model that it was trained on; the meta device is enough for an adapter on the weights.
         folder: a folder or repository of a LoRA of PEFT, or of an adapter of lortalib of either kind.
         rules: rows that explain a remote-code model, as for `lortalib.nn.sites`.
-        subfolder: the folder in the repository, or below a local folder, that has the files.
+        revision, token, subfolder: as for `local_folder`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -37,7 +39,7 @@ def read_pairs(
         ValueError: an adapter on the stream and a model without weights, or weights for which there is no
             pair, such as packed experts; or an adapter of several tasks.
     """
-    folder = local_folder(folder, FILES, subfolder=subfolder)
+    folder = local_folder(folder, FILES, revision, token, subfolder)
     if is_lora(folder):
         return read_lora(model, folder)
     adapter = read_adapter(model, folder, rules=rules)

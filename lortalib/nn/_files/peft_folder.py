@@ -52,7 +52,7 @@ def read_peft(file: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str
     if not isinstance(config, dict) or config.get("peft_type") != METHOD:
         raise AdapterFileError(
             f"{file.parent} holds an adapter of another method of PEFT; open a LoRA with "
-            "lortalib.nn.load_lora, others with peft.PeftModel.from_pretrained"
+            "lortalib.nn.load_lora or `lortalib from-lora`, others with peft.PeftModel.from_pretrained"
         )
     description = config.get("description")
     if not isinstance(description, dict):

@@ -1,4 +1,4 @@
-"""HTTP of examples/serve.py: reads JSON, writes JSON or events of JSON, and notices clients that leave."""
+"""Speaks HTTP: reads JSON, writes JSON or events of JSON, and notices clients that leave."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import json
 import selectors
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
-LARGEST = 2**24  # bytes of a body
+LARGEST = 2**22  # bytes of a body
+AGAIN = {"Retry-After": "1"}  # seconds after which one who was turned away may ask again
 HasGone = Callable[[], bool]
 
 
 class HttpError(Exception):
     """An answer with an error status, as OpenAI's servers give it."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, message: str, status: int, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.headers = headers or {}
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """Return the body of an error, as OpenAI's servers give it."""
+    return {"error": {"message": message, "code": status}}
 
 
 def take(body: dict[str, Any], key: str, kinds: Any, default: Any = ...) -> Any:
@@ -32,7 +41,7 @@ def take(body: dict[str, Any], key: str, kinds: Any, default: Any = ...) -> Any:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if type(value) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise HttpError(400, f"{key!r} must be of the type {names}; found {value!r}")
+        raise HttpError(f"{key!r} must be of the type {names}; found {value!r}", 400)
     return value
 
 
@@ -51,43 +60,100 @@ def parse(data: bytes) -> dict[str, Any]:
         # JSON can escape half of a surrogate pair, which no tokenizer and no path can encode.
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise HttpError(400, "a text has half of a surrogate pair, so it is no Unicode") from error
+        raise HttpError("a text has half of a surrogate pair, so it is no Unicode", 400) from error
     except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"the body is not JSON: {error}") from error
+        raise HttpError(f"the body is not JSON: {error}", 400) from error
     if not isinstance(body, dict):
-        raise HttpError(400, "the body must be a JSON object")
+        raise HttpError("the body must be a JSON object", 400)
     return body
 
 
 class JsonServer(ThreadingHTTPServer):
-    """Listens on the loopback; a thread answers each connection.
+    """Listens at an address; a thread answers each connection.
 
     Args:
+        host: the address of this machine to listen at.
         port: the port; 0 for any that is free.
+        connections: the largest number of connections; one more is closed with a 503.
 
     Attributes:
         gets: what answers a GET, by path.
         posts: what answers a POST, by path, given the body and a function that tells whether the client has
             gone.
+        deletes: what answers a DELETE, by the path up to the last slash, given the name behind it.
     """
 
     gets: dict[str, Callable[[], Any]]
     posts: dict[str, Callable[[dict[str, Any], HasGone], Any]]
+    deletes: dict[str, Callable[[str], Any]]
 
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, host: str, port: int, connections: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._places = threading.BoundedSemaphore(connections)
+        self._answers = 0
+        self._changed = threading.Condition()
+        super().__init__((host, port), Handler)
 
-    def delete(self, name: str) -> dict[str, Any]:
-        """Answer DELETE /v1/adapters/NAME."""
-        raise NotImplementedError
+    def routes(self) -> str:
+        """List what the server answers."""
+        found: dict[str, Iterable[str]] = {
+            "GET": self.gets,
+            "POST": self.posts,
+            "DELETE": [f"{p}/NAME" for p in self.deletes],
+        }
+        return ", ".join(f"{verb} {path}" for verb, paths in found.items() for path in paths)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread; turn one that is too many away without one."""
+        if not self._places.acquire(blocking=False):
+            with suppress(OSError):
+                request.sendall(_TURNED_AWAY)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count an answer that is being written."""
+        with self._changed:
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answers -= 1
+                self._changed.notify_all()
+
+    def wait_for_answers(self, seconds: float) -> bool:
+        """Wait until no answer is being written; return False if some are still after so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._answers, seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print an error, unless it is that the client has gone."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+_WHY = json.dumps(error_body(503, "the server has no connection left; try again in a moment"))
+_TURNED_AWAY = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    f"Retry-After: {AGAIN['Retry-After']}\r\nContent-Length: {len(_WHY)}\r\n\r\n{_WHY}"
+).encode()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -109,8 +175,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         """Answer a DELETE."""
         folder, _, name = self.path.rpartition("/")
-        known = folder == "/v1/adapters" and name
-        self._answer({self.path: lambda: self.server.delete(unquote(name))} if known else {})
+        delete = self.server.deletes.get(folder) if name else None
+        self._answer({self.path: lambda: delete(unquote(name))} if delete else {})
 
     def _has_gone(self) -> bool:
         """Whether the client has closed its side of the connection."""
@@ -126,45 +192,55 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "0")
         if "Transfer-Encoding" in self.headers:
-            raise HttpError(411, "send the body in one piece, with its Content-Length")
+            raise HttpError("send the body in one piece, with its Content-Length", 411)
         if not (length.isascii() and length.isdigit()):
-            raise HttpError(400, f"Content-Length must be a number of bytes; found {length!r}")
+            raise HttpError(f"Content-Length must be a number of bytes; found {length!r}", 400)
         if len(length) > 20 or int(length) > LARGEST:
-            raise HttpError(413, f"the body may have at most {LARGEST:,} bytes; it has {length}")
+            raise HttpError(f"the body may have at most {LARGEST:,} bytes; it has {length}", 413)
         try:
             data = self.rfile.read(int(length))
         except TimeoutError:
-            raise HttpError(408, f"the body did not come within {self.timeout:g} seconds") from None
+            raise HttpError(f"the body did not come within {self.timeout:g} seconds", 408) from None
         self._unread = False
         return parse(data)
 
     def _answer(self, routes: dict[str, Callable[[], Any]]) -> None:
-        status = 200
+        with self.server.answering():
+            self._answer_from(routes)
+
+    def _answer_from(self, routes: dict[str, Callable[[], Any]]) -> None:
+        status, headers = 200, {}
         self._unread = {"Content-Length", "Transfer-Encoding"} & {*self.headers} != set()
         try:
             if self.path not in routes:
-                raise HttpError(404, f"there is no {self.command} {self.path}")
+                raise HttpError(
+                    f"there is no {self.command} {self.path}; the server has {self.server.routes()}",
+                    404,
+                )
             found = routes[self.path]()
             # A generator that has not begun cannot give its request up.
             first = next(found) if isinstance(found, Iterator) else None
         except HttpError as error:
-            status, found = error.status, {"error": {"message": str(error), "code": error.status}}
+            status, headers = error.status, dict(error.headers)
+            found = error_body(status, str(error))
         except ConnectionError:  # the client has gone
             self.close_connection = True
             return
         except Exception as error:
-            status, found = 500, {"error": {"message": repr(error), "code": 500}}
+            status, found = 500, error_body(500, repr(error))
         # What nobody read of a body would be taken for the next request.
         self.close_connection |= self._unread
         if isinstance(found, Iterator):
             self._stream(first, found)
         else:
-            self._send(status, json.dumps(found).encode())
+            self._send(status, headers, json.dumps(found).encode())
 
-    def _send(self, status: int, data: bytes) -> None:
+    def _send(self, status: int, headers: Mapping[str, str], data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -184,8 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client has gone
             chunks.close()  # type: ignore[attr-defined]
         except Exception as error:
-            found = {"error": {"message": repr(error), "code": 500}}
-            self.wfile.write(f"data: {json.dumps(found)}\n\n".encode())
+            self.wfile.write(f"data: {json.dumps(error_body(500, repr(error)))}\n\n".encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing."""

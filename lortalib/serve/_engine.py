@@ -1,4 +1,4 @@
-"""The engine of examples/serve.py: transformers' continuous batching with a bank.
+"""Defines the engine: transformers' continuous batching with a bank.
 
 Requests join the running batch whenever they come. In each forward the tokens of all requests lie in one
 row, and two hooks around it do what continuous batching does not: the one before names the adapter of every
@@ -7,149 +7,85 @@ token, the one behind draws every request's next token with its own temperature,
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from lortalib.nn import Adapter, Bank
+from .._kinds import Kind
+from ..nn import Bank
+from ._catalogue import Catalogue
+from ._request import Request
+
+MODEL = Kind(
+    "a causal language model of transformers, which has init_continuous_batching",
+    lambda value: hasattr(value, "init_continuous_batching"),
+)
+BANK = Kind("a bank, as lortalib.nn.bank makes it", lambda value: isinstance(value, Bank))
 
 
-class Catalogue:
-    """The adapters that requests can name; a request keeps the one that it began with.
-
-    The bank has a number for each version of an adapter, and drops a version that was replaced or deleted
-    when its last request is done.
-
-    Args:
-        bank: an empty bank.
-    """
-
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-        self._numbers = count()
-        self._current: dict[str, int] = {}
-        self._users: Counter[int] = Counter()
-        self._lock = threading.Lock()
-
-    def put(self, name: str, source: Any) -> None:
-        """Add or replace an adapter; sources are those of `Bank.add`, and so are errors."""
-        number = next(self._numbers)
-        self.bank.add(number, source)
-        with self._lock:
-            old = self._current.get(name)
-            self._current[name], self._users[number] = number, 1  # the catalogue is a user too
-        if old is not None:
-            self.release(old)
-
-    def delete(self, name: str) -> None:
-        """Delete an adapter; KeyError if there is none of this name."""
-        with self._lock:
-            number = self._current.pop(name)
-        self.release(number)
-
-    def acquire(self, name: str) -> int:
-        """Return the current version of an adapter and keep it; KeyError if there is none."""
-        with self._lock:
-            number = self._current[name]
-            self._users[number] += 1
-            return number
-
-    def release(self, number: int) -> None:
-        """Let one user of a version go; the last one drops it from the bank."""
-        with self._lock:
-            self._users[number] -= 1
-            if not self._users[number]:
-                del self._users[number], self.bank[number]
-
-    def adapter(self, name: str) -> Adapter:
-        """Copy an adapter out; KeyError if there is none."""
-        number = self.acquire(name)
-        try:
-            return self.bank.adapter(number)
-        finally:
-            self.release(number)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._current))
-
-    def __len__(self) -> int:
-        return len(self._current)
-
-
-@dataclass
-class Request:
-    """A completion that somebody waits for.
-
-    Attributes:
-        ids: the token ids of the prompt.
-        adapter: the name of the adapter; None for the base.
-        length: the largest number of new tokens.
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_p: the tokens to draw from are the likeliest ones, as few as have this probability together.
-        seed: of the drawing; the same request with the same seed has the same answer.
-    """
-
-    ids: list[int]
-    adapter: str | None = None
-    length: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    version: int | None = field(default=None, init=False)
-    updates: queue.Queue[Any] = field(default_factory=queue.Queue, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._draw = torch.Generator()
-        self._draw.seed() if self.seed is None else self._draw.manual_seed(self.seed)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return scores (vocabulary,) of which the largest is a draw from the distribution of the logits."""
-        if self.temperature == 0:
-            return logits
-        # In float64 and from the largest on, so that the smallest temperatures do not overflow.
-        logits = (logits.double() - logits.max()) / self.temperature
-        if self.top_p < 1:
-            ranked, order = logits.softmax(-1).sort(descending=True)
-            before = ranked.cumsum(-1) - ranked
-            logits = logits.index_fill(-1, order[before >= self.top_p], -torch.inf)
-        # The largest of logits with Gumbel noise is distributed as their softmax.
-        drawn = torch.empty(logits.shape).exponential_(generator=self._draw)
-        return logits - drawn.log().to(logits)
+class BusyError(RuntimeError):
+    """Raised for a request that is one too many."""
 
 
 class Engine:
     """Answers requests in one running batch.
 
+    Requests that do not fit together take turns: they wait, in the order in which they came.
+
     Args:
-        model: a causal language model, with a bank on it.
-        bank: the bank, which is empty.
-        ends: the token ids that end a completion.
+        model: a causal language model, with the bank on it.
+        bank: the bank; its adapters can be named at once, and change through `adapters` from now on.
+        ends: the token ids that end a completion, as `end_tokens` finds them.
         room: the number of tokens, of all running requests, whose keys and values are kept.
         width: the largest number of tokens of a forward.
+        waiting: the largest number of requests that wait.
+
+    Attributes:
+        model: the model.
+        adapters: the `Catalogue` of adapters that requests can name.
+        room: the number of tokens that there is room for, a multiple of 32.
+        waiting: the largest number of requests that wait.
+
+    Raises:
+        TypeError: the model or the bank is of another kind.
+        ValueError: no token ends a completion; or a number that is too small.
     """
 
     def __init__(
-        self, model: Any, bank: Bank, ends: Sequence[int], room: int = 2**15, width: int = 1024
+        self,
+        model: Any,
+        bank: Bank,
+        ends: Sequence[int],
+        room: int = 2**15,
+        width: int = 1024,
+        waiting: int = 256,
     ) -> None:
-        self.model, self.ends = model, list(ends)
+        page = 32
+        BANK.check("Engine(): bank", bank)
+        MODEL.check("Engine(): model", model)
+        if not ends:
+            raise ValueError("a completion needs a token that ends it; give ends=[id]")
+        if room < page or width < 1 or waiting < 1:
+            raise ValueError(
+                f"the engine needs a room of at least {page} tokens, a width of at least 1 and at least 1 "
+                f"request that may wait; found {room}, {width} and {waiting}"
+            )
+        self.model, self.waiting = model, waiting
+        self._ends = list(ends)
         self.adapters = Catalogue(bank)
         self._running: dict[str, Request] = {}
+        self._door = threading.Lock()  # for one who comes in
         self._numbers = count()
         self._context: AbstractContextManager[Any] | None = None
-        page = 32
         self.room = room // page * page
         self._manager = model.init_continuous_batching(
             # The hook behind the forward draws, and the manager takes the largest score.
-            GenerationConfig(do_sample=False, eos_token_id=self.ends, pad_token_id=self.ends[0]),
+            GenerationConfig(do_sample=False, eos_token_id=self._ends, pad_token_id=self._ends[0]),
             ContinuousBatchingConfig(
                 page_size=page,
                 num_blocks=self.room // page,
@@ -171,21 +107,36 @@ class Engine:
         self._reader = threading.Thread(target=self._deliver, daemon=True)
         self._reader.start()
 
+    def check_waiting(self) -> None:
+        """Refuse a request, before anything is done for it, where as many wait as may.
+
+        Raises:
+            BusyError: as many wait as may.
+        """
+        if sum(not each.has_begun for each in list(self._running.values())) >= self.waiting:
+            raise BusyError(
+                f"{self.waiting} requests wait already, and no more may; try again in a moment"
+            )
+
     def answer(
         self, request: Request, has_gone: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[list[int], bool]]:
         """Answer a request, which is submitted at once.
 
-        The iterator gives the tokens so far, without the end, and whether these are all. If it is closed
-        early, the engine gives the request up.
-
         Args:
-            request: the request.
-            has_gone: whether nobody waits any more; the iterator then raises ConnectionAbortedError.
+            request: the request; each is answered once.
+            has_gone: returns True if nobody waits any more; the iterator then raises
+                ConnectionAbortedError.
+
+        Returns:
+            An iterator over the tokens so far, without the end, and whether these are all. A reader that is
+            slower than the engine skips some. If the iterator is closed early, the engine gives the request
+            up.
 
         Raises:
             KeyError: there is no such adapter.
             ValueError: the engine has not the room for so many tokens.
+            BusyError: as many requests wait as may.
             RuntimeError: the engine failed, or was closed.
         """
         # The last token is not read again, so it needs no room.
@@ -194,11 +145,13 @@ class Engine:
                 f"{len(request.ids)} tokens of the prompt and {request.length} new ones are more than this "
                 f"server's room for {self.room}"
             )
-        if request.adapter is not None:
-            request.version = self.adapters.acquire(request.adapter)
-        name = str(next(self._numbers))
-        self._running[name] = request
-        options = {"max_new_tokens": request.length, "eos_token_id": self.ends, "streaming": True}
+        with self._door:
+            self.check_waiting()
+            if request.adapter is not None:
+                request.version = self.adapters.acquire(request.adapter)
+            name = str(next(self._numbers))
+            self._running[name] = request
+        options = {"max_new_tokens": request.length, "eos_token_id": self._ends, "streaming": True}
         if self._manager.add_request(request.ids, request_id=name, **options) is None:
             self._finish(name)
             raise RuntimeError("the engine takes no more requests")
@@ -213,17 +166,16 @@ class Engine:
                 if has_gone():
                     raise ConnectionAbortedError("nobody waits for the answer")
                 alive = self._reader.is_alive()
-                try:
-                    output = request.updates.get(timeout=0.2)
-                except queue.Empty:
+                output = request.output.get(timeout=0.2)
+                if output is None:
                     if alive:
                         continue
-                    raise RuntimeError("the engine has stopped") from None
+                    raise RuntimeError("the engine has stopped")
                 done = output.is_finished()
                 if output.error is not None:
                     raise RuntimeError(output.error)
                 tokens = output.generated_tokens
-                yield tokens[:-1] if tokens and tokens[-1] in self.ends else tokens, done
+                yield tokens[:-1] if tokens and tokens[-1] in self._ends else tokens, done
         finally:
             if not done:
                 self._manager.cancel_request(name)
@@ -253,7 +205,7 @@ class Engine:
             if output is not None:
                 request = self._running.get(output.request_id)
                 if request is not None:  # else it was given up
-                    request.updates.put(output)
+                    request.output.put(output)
                     if output.is_finished():
                         self._finish(output.request_id)
             elif not running:
@@ -271,9 +223,10 @@ class Engine:
 
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Name the adapter of each token."""
-        row: list[Hashable] = [
-            request.version for request, each in self._batch() for _ in range(each.query_length)
-        ]
+        row: list[Hashable] = []
+        for request, each in self._batch():
+            request.has_begun = True
+            row += [request.version] * each.query_length
         self._context = self.adapters.bank.using([row])
         self._context.__enter__()
 

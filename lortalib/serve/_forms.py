@@ -1,4 +1,4 @@
-"""The forms of answers of examples/serve.py: OpenAI's completions and chat completions."""
+"""Defines the forms of answers: OpenAI's completions and chat completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ class Piece:
 
 
 class Completions:
-    """The form of answers to /v1/completions."""
+    """The form of answers to /v1/completions.
+
+    Attributes:
+        length: the largest number of new tokens where the request names none; None for all that fit.
+    """
+
+    length: int | None = 16
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """Return the whole answer."""
@@ -31,6 +37,8 @@ class Completions:
 
 class ChatCompletions(Completions):
     """The form of answers to /v1/chat/completions."""
+
+    length = None
 
     def whole(self, piece: Piece) -> dict[str, Any]:
         """Return the whole answer."""
