@@ -9,6 +9,23 @@ from torch import nn
 from ._anatomy import plain_name
 
 
+def set_flags(wanted: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    """Set the ``requires_grad`` flags of parameters; after an error all are as before.
+
+    Args:
+        wanted: parameters, each with its flag.
+    """
+    wanted = list(wanted)
+    before = [(parameter, parameter.requires_grad) for parameter, _ in wanted]
+    try:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+    except BaseException:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        raise
+
+
 class GradientFlags:
     """The ``requires_grad`` flags of a model with adapters.
 

@@ -7,7 +7,7 @@ through ``vars``, because nn.Module's ``__setattr__`` is Python code that can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import cast
@@ -22,7 +22,7 @@ from ._base_weights import BaseWeights, weight_name
 from ._finite import check_finite
 from ._forward import detach
 from ._found_modules import FoundModules
-from ._gradient_flags import GradientFlags
+from ._gradient_flags import GradientFlags, set_flags
 from ._recompute_guard import guard, never
 from ._sharded import divide_again
 from ._stream import check_kept, check_order
@@ -291,7 +291,7 @@ class AdapterHost(WeightChanges):
     def install(self, adapter: Adapter, active: bool, freeze: bool, undo: ExitStack) -> None:
         """Put a finished adapter on the model; ``undo`` gets a callback that reverses each step."""
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        undo.callback(_set_flags, flags)
+        undo.callback(set_flags, flags)
         undo.callback(self._take_off, adapter)
         if freeze:
             self._flags.freeze(adapter.name, {id(p) for p in self.parameters()})
@@ -305,8 +305,3 @@ class AdapterHost(WeightChanges):
         if active:
             undo.callback(self.disable, adapter)
             self.enable(adapter)
-
-
-def _set_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class RankSchedule:
     def step(self) -> bool:
         """Count a step, and change the ranks if the schedule says so.
 
-        If the change fails, the step is not counted, and adapter and optimiser are unchanged.
+        If the change fails, the step is not counted, and adapter, optimiser and generator are unchanged.
 
         Returns:
             True if the ranks were changed.
@@ -94,9 +95,15 @@ class RankSchedule:
         """
         now = self.steps + 1
         if now in self.ranks:
-            found = change_rank(
-                self.adapter, self.optimizer, self.ranks[now], generator=self.generator
-            )
+            random = None if self.generator is None else self.generator.get_state()
+            try:
+                found = change_rank(
+                    self.adapter, self.optimizer, self.ranks[now], generator=self.generator
+                )
+            except BaseException:
+                if self.generator is not None and random is not None:
+                    self.generator.set_state(random)
+                raise
             self.errors[now] = found
         self.steps = now
         return now in self.ranks
@@ -150,11 +157,46 @@ class RankSchedule:
                 f"the schedule that was saved had {had} generator, and this has {has}: make it with "
                 "generator= as before"
             )
-        steps = int(state["steps"])
-        errors = {step: dict(found) for step, found in state["errors"].items()}
+        steps, errors = state["steps"], state["errors"]
+        if not _is_count(steps) or not _are_errors(errors):
+            raise ValueError(
+                f"the state is damaged: it has the steps {short(steps)} and the errors {short(errors)}; a "
+                "number of steps is needed, and the errors of each network by step. Give what state_dict() "
+                "of a RankSchedule returned"
+            )
         if self.generator is not None:
-            self.generator.set_state(random)
-        self.steps, self.errors = steps, errors
+            _set_state(self.generator, random)
+        self.steps = steps
+        self.errors = {step: dict(found) for step, found in errors.items()}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_errors(value: object) -> bool:
+    """Return True for errors by network by step."""
+    if not isinstance(value, Mapping) or not all(map(_is_count, value)):
+        return False
+    found = [each for each in value.values() if isinstance(each, Mapping)]
+    names = [name for each in found for name in each]
+    numbers = [number for each in found for number in each.values()]
+    return (
+        len(found) == len(value)
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(number, (int, float)) for number in numbers)
+    )
+
+
+def _set_state(generator: torch.Generator, state: Any) -> None:
+    """Set the state of a generator; after an error it is unchanged."""
+    try:
+        generator.set_state(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"the state is damaged: a generator on {generator.device} cannot take its state ({error}). Give "
+            "what state_dict() of a RankSchedule with a generator on the same device returned"
+        ) from error
 
 
 def _aside(adapter: Adapter) -> torch.Generator:

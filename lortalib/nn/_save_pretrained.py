@@ -79,10 +79,14 @@ class SavePretrained:
             with _without_adapters(model):
                 written = save(model, save_directory, *args, **options)
         if asked["is_main_process"] and unmerged:
+            files = {places[each.name] / _FILE: each for each in unmerged}
+            card = _card(folder, files, with_base)
             with base_is_written() if with_base else nullcontext():
                 for adapter in unmerged:
                     adapter.save(places[adapter.name], state=asked.get("state_dict"))
-            _write_card(folder, {places[each.name] / _FILE: each for each in unmerged}, with_base)
+            page = folder / "README.md"
+            if not page.exists():
+                page.write_text(card, encoding="utf-8")
             if re.fullmatch(r"checkpoint-\d+", folder.name) and not _reads_adapters.get():
                 warnings.warn(
                     "this Trainer cannot resume from its checkpoints, nor load the best one at the end: it "
@@ -155,9 +159,7 @@ def _without_adapters(model: Any) -> Iterator[None]:
             vars(model).pop(ignored, None)
 
 
-def _write_card(folder: Path, adapters: dict[Path, Adapter], with_base: bool) -> None:
-    """Write README.md, the page that a repository shows, unless the folder has one."""
-    page = folder / "README.md"
-    if not page.exists():
-        named = {file.relative_to(folder).as_posix(): each for file, each in adapters.items()}
-        page.write_text(model_card(named, with_base=with_base), encoding="utf-8")
+def _card(folder: Path, adapters: dict[Path, Adapter], with_base: bool) -> str:
+    """Return the text of README.md, the page that a repository shows."""
+    named = {file.relative_to(folder).as_posix(): each for file, each in adapters.items()}
+    return model_card(named, with_base=with_base)

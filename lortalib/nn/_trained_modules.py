@@ -105,6 +105,10 @@ class TrainedModules:
         """Leave the adapter's values in the modules for good."""
         self._inside, self._other = False, {}
 
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """List the parameters of the modules."""
+        return [parameter for module in self.modules(model) for parameter in module.parameters()]
+
     def set_trainable(self, model: nn.Module, trainable: bool) -> None:
         """Set ``requires_grad`` of every parameter of the modules."""
         for module in self.modules(model):

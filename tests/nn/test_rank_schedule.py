@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from adapted import FORMATS, close, output, put
+from faults import Fault, differences, frozen_garbage, state  # noqa: F401
 from models import FAMILIES
 from strategies import generator
-from test_transactions import Fault, differences, frozen_garbage, state  # noqa: F401
 
 from lortalib import nn
 
@@ -301,6 +301,25 @@ def test_a_training_goes_on_from_a_checkpoint(decomposition, stop, tmp_path):
     [
         (lambda state: state.pop("steps"), r"Give what state_dict\(\)"),
         (lambda state: state.update(generator=None), "had no generator, and this has one"),
+        (lambda state: state.update(steps="9"), "damaged: it has the steps '9'"),
+        (lambda state: state.update(steps=float("nan")), "damaged: it has the steps nan"),
+        (lambda state: state.update(steps=-1), "damaged: it has the steps -1"),
+        (lambda state: state.update(steps=None), "damaged: it has the steps None"),
+        (lambda state: state.update(errors=None), "the errors None"),
+        (lambda state: state.update(errors={1: 0.5}), "the errors {1: 0.5}"),
+        (
+            lambda state: state.update(errors={1: {"encoder": "x"}}),
+            "the errors {1: {'encoder': 'x'}}",
+        ),
+        (
+            lambda state: state.update(generator=torch.zeros(3)),
+            "a generator on cpu cannot take its state",
+        ),
+        (lambda state: state.update(generator="x"), "a generator on cpu cannot take its state"),
+        (
+            lambda state: state.update(generator=torch.zeros(5056, dtype=torch.uint8)),
+            "a generator on cpu cannot take its state",
+        ),
     ],
 )
 def test_another_state_is_refused_and_the_schedule_stays(change, says):
@@ -311,3 +330,19 @@ def test_another_state_is_refused_and_the_schedule_stays(change, says):
     with pytest.raises(ValueError, match=says):
         schedule.load_state_dict(state)
     assert schedule.steps == 0
+
+
+@pytest.mark.parametrize("ranks", [{1: 2}, {1: 6}], ids=["prune", "grow"])
+def test_a_failed_step_takes_nothing_from_the_generator(ranks, monkeypatch):
+    _, _, adapter, optimizer, step = training()
+    schedule = nn.RankSchedule(adapter, optimizer, ranks, generator=generator(1))
+    step()
+    before = schedule.state_dict()
+    with monkeypatch.context() as patched:
+        patched.setattr("lortalib.nn._change_rank._plan_again", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            schedule.step()
+    after = schedule.state_dict()
+    assert torch.equal(before.pop("generator"), after.pop("generator"))
+    assert before == after
+    assert schedule.step()

@@ -50,12 +50,19 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
 
 
 def detach(handles: list[Handle]) -> None:
-    """Remove the hooks that `attach` put on, last first; may be called again."""
+    """Remove the hooks that `attach` put on, last first; an interrupt comes out when none is left."""
     if not handles:
         return
     try:
-        while handles:
-            handles[-1].remove()
-            handles.pop()
+        _remove_all(handles)
+    except BaseException:
+        _remove_all(handles)
+        raise
     finally:
         forget_compiled()
+
+
+def _remove_all(handles: list[Handle]) -> None:
+    while handles:
+        handles[-1].remove()
+        handles.pop()

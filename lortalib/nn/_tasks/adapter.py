@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from .._adapter import Adapter
 from .._bank import Chosen, Names, attach_rows, check_rows, read_names, row_pairs
 from .._config import AdapterConfig
 from .._forward import Handle
+from .._gradient_flags import set_flags
 from .._group import Group
 from .._shared_parameters import find_aliases
 from .._task_lines import check_task_names
@@ -184,7 +186,6 @@ class TaskAdapter(TaskTensors):
             )
             for group in self.groups
         }
-        flags = [(p, p.requires_grad) for p in self._trainable()]
         before = self.tasks
         try:
             self.networks.update(made)
@@ -197,8 +198,6 @@ class TaskAdapter(TaskTensors):
                 if key in self.networks:
                     del self.networks[key]
             self._aliases = find_aliases(self.networks)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
             raise
 
     def train_tasks(self, names: Iterable[str] | None = None) -> None:
@@ -221,22 +220,18 @@ class TaskAdapter(TaskTensors):
         chosen = self.tasks if names is None else tuple(listed)
         TEXTS.check("names", chosen)
         self._check_known(chosen)
+        wanted: list[tuple[Any, bool]] = []
         for task in self.tasks:
             for group in self.groups:
                 network = self.network_of(group.name, task)
                 common = self._lines[group.name].common
                 for term, is_common, parameter in zip(network.legs.terms, common, network.stored):
                     on = names is None if is_common else task in chosen
-                    parameter.requires_grad_(on and not term.frozen)
+                    wanted.append((parameter, on and not term.frozen))
         if self.is_on_model:
-            self.trained_modules.set_trainable(self.model, names is None)
-
-    def _trainable(self) -> Iterator[nn.Parameter]:
-        """Yield every parameter whose flag `train_tasks` sets."""
-        yield from self.parameters()
-        if self.is_on_model:
-            for path in self.trained_modules.paths:
-                yield from self.model.get_submodule(path).parameters()
+            beside = self.trained_modules.parameters(self.model)
+            wanted += [(parameter, names is None) for parameter in beside]
+        set_flags(wanted)
 
     # On the model
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapted import unchanged
 from banks import constant, is_in, small_llama
+from faults import Fault, frozen_garbage  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lortalib
@@ -202,3 +203,19 @@ def test_a_bank_that_cannot_be_made_leaves_nothing_on_the_model():
             lortalib.nn.bank(model, "cp", 2, dtype=torch.int64)
         with pytest.raises(ValueError, match="device must be one that holds values"):
             lortalib.nn.bank(model, "cp", 2, device="meta")
+
+
+def test_a_bank_that_is_removed_with_an_interrupt_leaves_no_hook():
+    bank = lortalib.nn.bank(small_llama(), "cp", 2)
+    with Fault() as count:
+        bank.remove()
+    for at in range(count.calls):
+        model = small_llama()
+        bank = lortalib.nn.bank(model, "cp", 2)
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        with pytest.raises(KeyboardInterrupt), Fault(KeyboardInterrupt, at):
+            bank.remove()
+        found = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+        assert found == hooks or not any(found), at
+        bank.remove()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
