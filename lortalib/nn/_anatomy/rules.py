@@ -125,7 +125,7 @@ class BlockRule:
         return re.compile(self.match)
 
     def fits(self, module: object) -> bool:
-        """Return True if the rule applies to this module."""
+        """Return True if the rule applies to ``module``, by the name of its class."""
         kind = type(module)
         names = kind.__name__, f"{kind.__module__}.{kind.__name__}"
         return any(self._pattern.fullmatch(name) for name in names)
