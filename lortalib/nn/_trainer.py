@@ -48,7 +48,7 @@ class AdapterTrainerMixin(_Trainer):
         """Take one training step, as ``Trainer.training_step`` does, with the warnings of this class.
 
         Args:
-            model, inputs, *args, **options: as for ``Trainer.training_step``.
+            model, inputs, args, options: as for ``Trainer.training_step``.
         """
         found = adapters(model)
         for name, adapter in found.items():
