@@ -185,6 +185,8 @@ RULES: tuple[BlockRule, ...] = (
         r"timm\.models\.maxxvit\.AttentionCl",
         fused=lambda block: "per_head" if block.head_first else "contiguous",
     ),
+    # The widths refuse it where values have other head sizes than keys.
+    BlockRule(r"timm\.models\.tiny_vit\.Attention", fused="per_head"),
     BlockRule(
         r"timm\.models\.crossvit\.CrossAttention",
         projections={"q": "wq", "k": "wk", "v": "wv", "o": "proj"},
