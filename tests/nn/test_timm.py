@@ -29,7 +29,8 @@ MODELS = {
 LARGER = {
     "caformer_s18": 64, "crossvit_tiny_240": 240, "fastvit_sa24": 64, "maxvit_rmlp_pico_rw_256": 256,
     "maxxvit_rmlp_nano_rw_256": 256, "mvitv2_tiny": 224, "nextvit_small": 64, "pvt_v2_b0": 64,
-    "swinv2_cr_tiny_224": 224, "tiny_vit_5m_224": 224, "twins_pcpvt_small": 64, "twins_svt_small": 64, "volo_d1_224": 224,
+    "swinv2_cr_tiny_224": 224, "tiny_vit_5m_224": 224, "twins_pcpvt_small": 64,
+    "twins_svt_small": 64, "volo_d1_224": 224,
 }  # fmt: skip
 #: Classes of timm with the layout of `Attention` below, by their modules.
 CLASSES = [
