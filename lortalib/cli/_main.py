@@ -21,6 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success; 1 if the command failed or a check found a fault; 130 after an
         interrupt. Wrong usage makes argparse exit with 2.
+
+    Example:
+        >>> main(["info", "no-such-folder", "--json"])  # doctest: +ELLIPSIS
+        {"error": "no adapter.safetensors in no-such-folder; ...
+        1
     """
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)

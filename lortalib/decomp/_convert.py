@@ -32,6 +32,12 @@ class Conversion:
         error: the relative error; zero for an exact conversion without rounding.
         is_exact: whether nothing but rounding errors of the dtype was lost.
         how: the name of the construction or algorithm.
+
+    Example:
+        >>> from lortalib.decomp import convert, cp
+        >>> found = convert(cp((2, 2, 2, 8, 4), rank=2, init="normal"), "tucker")
+        >>> found.is_exact, found.network.ranks["p"]
+        (True, 2)
     """
 
     network: Network

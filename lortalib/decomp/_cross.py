@@ -32,6 +32,13 @@ class Cross:
         errors: this error after every sweep.
         evaluations: the number of entries that the function was asked for.
         converged: whether the last sweep met the tolerance.
+
+    Example:
+        >>> import torch
+        >>> from lortalib.decomp import cross
+        >>> found = cross(lambda at: 1.0 / (1.0 + at.sum(1)), {"a": 8, "b": 8, "c": 8}, rank=4)
+        >>> found.error < 1e-2, list(found.network.ranks.values())
+        (True, [4, 4])
     """
 
     network: Network

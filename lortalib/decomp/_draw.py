@@ -51,6 +51,12 @@ class Drawing:
             parameter that starts at zero, a dashed border a frozen one.
         text: the parameters by name in a row, their modes above them, and a line for each bond with a dot at
             every parameter that it joins.
+
+    Example:
+        >>> from lortalib.decomp import cp, draw
+        >>> drawing = draw(cp({"layer": 2, "in": 8, "out": 4}, rank=2))
+        >>> drawing.svg.startswith("<svg"), "in_r" in drawing.text
+        (True, True)
     """
 
     svg: str

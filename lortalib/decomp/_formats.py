@@ -45,6 +45,13 @@ class Format:
             to the line.
         read: a function that reads a tuple of ranks, if it is not in the order of the line.
         symmetric: whether one parameter serves both ``in`` and ``out``, which then need equal sizes.
+
+    Example:
+        >>> from lortalib.decomp import formats
+        >>> formats["cp"]((6, 8, 4, 64, 16), rank=2).count()
+        196
+        >>> str(formats["lotr"].legs((6, 8, 4, 64, 16)))
+        'in p, layer matrix p q, head out q'
     """
 
     name: str
@@ -170,6 +177,9 @@ def register_format(
 
 def get_format(name: str) -> Format:
     """Find a format by its name, or make a nameless one from a line of legs.
+
+    Args:
+        name: a name, in any spelling of case, ``-`` and ``_``; or a line of legs.
 
     Raises:
         ValueError: neither a known name nor a line of legs.

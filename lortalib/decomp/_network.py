@@ -118,7 +118,7 @@ class Network(TensorNetwork, nn.Module):
         """Compute the tensors of the terms from parameters like these, with any common leading axes.
 
         Args:
-            stored: one for each term, as `stored`.
+            stored: one tensor for each term, as the attribute of this name.
 
         Returns:
             One tensor for each term, as `tensors`; the very same where a term is not hashed.

@@ -68,6 +68,12 @@ class Term:
         seed: the seed that draws which entry is which number of the vector.
         full: whether it may join factors of both sides of the update, whose low-rank pair is of full rank.
         factors: the sizes that the line gives to factors of modes, each with its leg.
+
+    Example:
+        >>> from lortalib.decomp import Legs
+        >>> frozen, zero = Legs.parse("in r (frozen), out r (zero)").terms
+        >>> frozen.legs, frozen.frozen, zero.zero, str(zero)
+        (('in', 'r'), True, True, 'out r (zero)')
     """
 
     legs: tuple[str, ...]

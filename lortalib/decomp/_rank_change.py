@@ -26,6 +26,12 @@ class BondMap:
         gradients: ``(*batch, new rank, old rank)``, what its gradients are multiplied by. The transpose
             writes the new parameter in the old coordinates, and ``gradients @ values^T`` is the identity.
         batch: the modes of the leading axes; each of their positions has coordinates of its own.
+
+    Example:
+        >>> from lortalib.decomp import grow, lotr
+        >>> change = grow(lotr((2, 2, 2, 8, 4), rank=2), {"p": 3})
+        >>> change.maps[0]["p"].values.shape  # of the parameter "in p"
+        torch.Size([3, 2])
     """
 
     values: Tensor
@@ -60,6 +66,12 @@ class RankChange:
         network: the network with the new ranks; it has parameters of its own.
         error: ``|net - network| / |net|``, 0 for a zero tensor.
         maps: for each term of the line, the change along each of its bonds whose rank changed.
+
+    Example:
+        >>> from lortalib.decomp import lotr, prune
+        >>> change = prune(lotr((2, 2, 2, 8, 4), rank=3, init="normal"), 2)
+        >>> change.network.ranks, 0 < change.error < 1
+        ({'p': 2, 'q': 2}, True)
     """
 
     network: Network

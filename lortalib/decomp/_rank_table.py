@@ -20,6 +20,12 @@ class RankRow:
         error: the relative error of a fit; None if nothing was fitted.
         held_out: the relative error over entries that a second fit did not see; None without one.
         core_consistency: of CP, in percent; None for other lines.
+
+    Example:
+        >>> from lortalib.decomp import budget
+        >>> row = budget({"layer": 6, "in": 64, "out": 16}, parameters=200, lines=["cp"])[0]
+        >>> row.format, row.rank, row.parameters
+        ('cp', {'r': 2}, 172)
     """
 
     format: str
@@ -38,6 +44,12 @@ class RankTable(Sequence[RankRow]):
         rows: the rows.
         best: the index of the row that is suggested, or None.
         refused: for each format that has no row, the reason.
+
+    Example:
+        >>> from lortalib.decomp import budget
+        >>> table = budget({"layer": 6, "in": 64, "out": 16}, parameters=200, lines=["cp", "tt"])
+        >>> len(table), sorted(row.format for row in table)
+        (2, ['cp', 'tt'])
     """
 
     rows: tuple[RankRow, ...]

@@ -30,6 +30,13 @@ class Rounding:
         least: a relative error below which no network of the line has these ranks; None after a fit. The
             error is at most this number times the root of the number of bonds.
         how: the name of the algorithm.
+
+    Example:
+        >>> from lortalib.decomp import direct_sum, round, tt
+        >>> net = tt({"layer": 6, "in": 64, "out": 16}, rank=2, init="normal")
+        >>> found = round(direct_sum([net, net], [1, 1]), error=1e-5)
+        >>> found.network.ranks, found.error < 1e-5
+        ({'a': 2, 'b': 2}, True)
     """
 
     network: Network

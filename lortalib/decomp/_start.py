@@ -125,8 +125,17 @@ STARTS: dict[str, Start] = {"invariant": invariant, "lorta": lorta, "normal": no
 def get_start(init: StartLike) -> Start:
     """Find a start by its name; a callable is returned as it is.
 
+    Args:
+        init: ``"invariant"``, ``"lorta"``, ``"normal"``, or a callable as `Start` describes it.
+
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        >>> from lortalib.decomp import network
+        >>> start = get_start("normal")
+        >>> bool(network("in r, out r", {"in": 4, "out": 3}, 2, init=start).dense().any())
+        True
     """
     if callable(init) and not isinstance(init, nn.Module):  # every module looks callable
         return init

@@ -77,7 +77,7 @@ class TensorNetwork(ABC):
         return self.tensors
 
     def spread(self, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Compute `tensors` from `stored`, or from others like it."""
+        """Compute `tensors` from ``stored``, the tensors of `stored` or others like them."""
         return tuple(stored)
 
     @property
@@ -102,11 +102,7 @@ class TensorNetwork(ABC):
             196
         """
         terms, own = self.legs.terms, zip(self.legs.holders, self.stored)
-        sizes = {
-            holder: tensor.numel()
-            for holder, tensor in own
-            if not (trainable_only and terms[holder].frozen)
-        }
+        sizes = {k: t.numel() for k, t in own if not (trainable_only and terms[k].frozen)}
         return sum(sizes.values())
 
     def dense(self) -> Tensor:
@@ -329,9 +325,12 @@ class TensorNetwork(ABC):
 
 
 class NetworkView(TensorNetwork):
-    """A tensor network over slices of parameters that another network owns; see `Network.select`.
+    """A tensor network over slices of parameters that another network owns; no term of it is hashed.
 
-    No term of it is hashed: where the other network's are, it has their entries.
+    Example:
+        >>> from lortalib.decomp import cp
+        >>> cp((6, 8, 4, 64, 16), rank=2).select(layer=0, matrix=1).shape
+        Shape({'head': 8, 'in': 64, 'out': 16})
     """
 
     def __init__(self, legs: Legs, tensors: Sequence[Tensor], modes: tuple[str, ...]) -> None:

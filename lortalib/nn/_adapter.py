@@ -38,6 +38,15 @@ class Adapter(AdapterFiles):
         active: whether the adapter takes part in the model's forward.
         merged: whether the update is merged into the weights instead of added by hooks.
         tasks: the names of the tasks of a `TaskAdapter`; empty for any other adapter.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=2)
+        >>> adapter.name, adapter.active, adapter.merged, adapter.count()
+        ('default', True, False, 100)
     """
 
     tasks: tuple[str, ...] = ()
@@ -93,6 +102,9 @@ class Adapter(AdapterFiles):
     def network(self, group: Group) -> Network:
         """Return the network of a group.
 
+        Args:
+            group: one of `groups`.
+
         Raises:
             KeyError: the adapter has no such group.
         """
@@ -113,11 +125,11 @@ class Adapter(AdapterFiles):
         return networks
 
     def networks_of(self, group: Group) -> list[Network]:
-        """Return the networks of a group that own parameters: one, or one for each task."""
+        """Return the networks of ``group`` that own parameters: one, or one for each task."""
         return [self.network(group)]
 
     def tensor(self, group: Group) -> TensorNetwork:
-        """Return the network of the whole tensor of a group; a `TaskAdapter` has that of all tasks."""
+        """Return the network of the whole tensor of ``group``; a `TaskAdapter` has that of all tasks."""
         return self.network(group)
 
     def _whole(self, group: Group) -> TensorNetwork:
@@ -137,7 +149,7 @@ class Adapter(AdapterFiles):
         return Adapter(self.name, self.config, self.groups, networks, TrainedModules())
 
     def task(self, name: str) -> Adapter:
-        """Copy one task out; only a `TaskAdapter` has tasks.
+        """Copy the task ``name`` out; only a `TaskAdapter` has tasks.
 
         Raises:
             ValueError: the adapter has no tasks.
@@ -260,7 +272,7 @@ class Adapter(AdapterFiles):
         return self.require_host().model
 
     def belong_to(self, host: Host | None) -> None:
-        """Set the host that carries the adapter; None for no host. Code that installs adapters calls this."""
+        """Set the ``host`` that carries the adapter, or None. Code that installs adapters calls this."""
         self._host = [] if host is None else [host]
 
     def enable(self) -> None:

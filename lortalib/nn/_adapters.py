@@ -102,8 +102,21 @@ def host_of(model: nn.Module) -> AdapterHost | None:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters of a model by name, in the order in which they were applied.
 
+    Args:
+        model: the model, also in a wrapper such as that of torch.compile or DistributedDataParallel.
+
     Raises:
         TypeError: the model is no torch module.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> first = lortalib.nn.apply(model, "cp", rank=2)
+        >>> second = lortalib.nn.apply(model, "tt", rank=2, name="second")
+        >>> list(adapters(model)), adapters(model)["second"] is second
+        (['default', 'second'], True)
     """
     host = host_of(check_model(model))
     return {adapter.name: adapter for adapter in host.adapters()} if host else {}

@@ -23,6 +23,15 @@ class AdapterConfig:
         init: name of the initialization.
         share_residual: whether networks of one stack share one factor for ``in``.
         acts_on: ``"weights"`` (T is added to the weights) or ``"stream"`` (S acts on the residual stream).
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> config = lortalib.nn.apply(model, "cp", rank=2, alpha=0.5).config
+        >>> config.decomposition, config.alpha, config.init, config.acts_on
+        ('cp', 0.5, 'invariant', 'weights')
     """
 
     decomposition: str

@@ -26,6 +26,15 @@ class Group:
         layers: layer index of the model for each position of the mode ``layer``.
         roles: role for each position of the mode ``matrix``.
         on_stream: whether the tensor acts on the residual stream (S) and not on the weights (T).
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> group = lortalib.nn.plan(model, "cp", rank=2).groups[0]
+        >>> group.name, group.heads, group.layers, group.roles
+        ('encoder', 4, (0, 1), ('q', 'k', 'v', 'o'))
     """
 
     name: str
@@ -75,7 +84,7 @@ class Group:
         return eye.repeat_interleave(size, 1) / size
 
     def slice(self, network: TensorNetwork, site: Site) -> TensorNetwork:
-        """Return the slice of the group's network that is one site's update, over the site's heads."""
+        """Return the slice of ``network`` that is the update of ``site``, over the site's heads."""
         at = {"layer": self.layers.index(site.layer), "matrix": self.roles.index(site.role)}
         view = network.select(**at)
         if site.heads == self.heads:
@@ -83,13 +92,14 @@ class Group:
         return view.mode_dot(self.head_means(site.heads, network.stored[0]), "head")
 
     def pair(self, network: TensorNetwork, site: Site) -> Cut:
-        """Return the low-rank pair of one site, before scaling: A (p, width), and B (heads*head_dim, p), or
-        (width, p) on the stream."""
+        """Return the low-rank pair of ``site`` in ``network``, before scaling: A (p, width), and
+        B (heads*head_dim, p), or (width, p) on the stream."""
         return self.slice(network, site).cut()
 
     def dense(self, network: TensorNetwork, site: Site) -> Tensor:
-        """Return the dense slice of one site, before scaling: (heads*head_dim, width), or (width, width) on
-        the stream, with a leading axis for packed experts. Its dtype is the factors', also under autocast."""
+        """Return the dense slice of ``site`` in ``network``, before scaling: (heads*head_dim, width), or
+        (width, width) on the stream, with a leading axis for packed experts. Its dtype is the factors', also
+        under autocast."""
         with without_autocast(network.stored[0].device.type):
             if not site.experts:
                 a, b = self.pair(network, site)
@@ -106,6 +116,9 @@ class Group:
             network: the network of the group.
             site: a site of the group.
             weight: the base's weight, as stored; only a tensor on the stream needs it.
+
+        Raises:
+            ValueError: a tensor on the stream and no weight.
         """
         dense = self.dense(network, site)
         if not self.on_stream:
@@ -120,6 +133,10 @@ class Group:
 
     def head_norms(self, network: TensorNetwork, site: Site) -> Tensor:
         """Return the Frobenius norm of each head's slice, before scaling, from the pair alone.
+
+        Args:
+            network: the network of the group.
+            site: a site of the group.
 
         Returns:
             (heads,), or (experts, heads) for packed experts; a tensor on the stream has one head. In float32

@@ -35,6 +35,15 @@ class Plan:
         networks: the networks by name of the group.
         config: the settings of the adapter.
         tasks: the names of the tasks, if the networks have the mode ``task``.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> planned = lortalib.nn.plan(model, "cp", rank=2)
+        >>> planned.count(), planned.lora_count(2), len(planned.sites)
+        (100, 1024, 8)
     """
 
     groups: tuple[Group, ...]

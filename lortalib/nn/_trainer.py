@@ -45,7 +45,11 @@ class AdapterTrainerMixin(_Trainer):
     _warned_of_loss = False
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        """Take one training step, as ``Trainer.training_step`` does, with the warnings of this class."""
+        """Take one training step, as ``Trainer.training_step`` does, with the warnings of this class.
+
+        Args:
+            model, inputs, args, options: as for ``Trainer.training_step``.
+        """
         found = adapters(model)
         for name, adapter in found.items():
             if adapter.merged:

@@ -61,6 +61,16 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         base_layer: the module of the base.
         lorta_networks: for each adapter the networks whose pairs the layer uses.
         lorta_slots: for each adapter its update.
+
+    Example:
+        >>> import peft, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> base = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4))
+        >>> config = lortalib.peft.LortaConfig(decomposition="cp", rank=2, target_modules="qv")
+        >>> model = peft.get_peft_model(base, config)
+        >>> layer = model.base_model.model.encoder.layer[0].attention.self.query
+        >>> isinstance(layer, lortalib.peft.LortaLayer), layer.get_delta_weight("default").shape
+        (True, torch.Size([32, 32]))
     """
 
     lorta_networks: nn.ModuleDict
@@ -82,7 +92,11 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         self._unmerged: Tensor | None = None
 
     def add(self, name: str, adapter: Adapter, sites: Sequence[Site], tied: bool = False) -> None:
-        """Add an adapter to the layer; the arguments are the fields of `AdapterSlot`."""
+        """Add an adapter to the layer.
+
+        Args:
+            name, adapter, sites, tied: the fields of `AdapterSlot`.
+        """
         slot = AdapterSlot(adapter, list(sites), ModuleUpdate(adapter, sites), tied)
         self.lorta_slots[name] = slot
         self.lorta_networks[name] = nn.ModuleList(
@@ -94,7 +108,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         return {name: slot.sites for name, slot in self.lorta_slots.items()}
 
     def forget(self, name: str) -> None:
-        """Remove an adapter from the layer; if the layer does not have it, nothing happens."""
+        """Remove the adapter ``name`` from the layer; if the layer does not have it, nothing happens."""
         self.lorta_slots.pop(name, None)
         if name in self.lorta_networks:
             del self.lorta_networks[name]
@@ -191,7 +205,7 @@ class LortaLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update of an adapter as a dense tensor, in the shape of the stored weight."""
+        """Return the update of ``adapter``, a name, as a dense tensor in the shape of the stored weight."""
         slot = self.lorta_slots[adapter]
         delta = sum(slot.adapter.delta(site, self.unmerged_weight) for site in slot.sites)
         assert isinstance(delta, Tensor)

@@ -42,11 +42,17 @@ from ._whole_modules import whole_modules
 class LortaModel(BaseTuner):
     """Puts adapters on a model whose target modules share low-rank tensors; ``get_peft_model`` makes it.
 
-    Every trainable parameter is registered once, in ``lorta_adapters.<adapter>.networks.<group>``; the
-    wrappers of the modules only refer to the parameters.
-
     Attributes:
-        lorta_adapters: the adapters, as `lortalib.nn.Adapter`, by name.
+        lorta_adapters: the adapters by name, as `lortalib.nn.Adapter`; they own the trainable parameters.
+
+    Example:
+        >>> import peft, lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> base = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4))
+        >>> config = lortalib.peft.LortaConfig(decomposition="cp", rank=2, target_modules="qv")
+        >>> model = peft.get_peft_model(base, config)
+        >>> type(model.base_model).__name__, model.base_model.lorta_adapters["default"].count()
+        ('LortaModel', 96)
     """
 
     uses_shared_state = True
@@ -308,7 +314,7 @@ class LortaModel(BaseTuner):
             raise
 
     def export_lora(self, folder: str | PathLike[str], adapter_name: str = "default") -> Path:
-        """Write an adapter as a standard LoRA with the same updates; see `lortalib.nn.export_lora`.
+        """Write ``adapter_name`` to ``folder`` as a standard LoRA; see `lortalib.nn.export_lora`.
 
         The file also contains the modules that are saved with the adapter (``modules_to_save``).
 

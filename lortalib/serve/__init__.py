@@ -4,7 +4,7 @@ Each request names an adapter of a bank, and joins the batch of transformers' co
 comes. ``lortalib serve`` is the same as a command.
 
 Example:
-    >>> import threading, lortalib
+    >>> import lortalib
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
     ...                                      num_hidden_layers=2, num_attention_heads=4)).eval()

@@ -54,6 +54,21 @@ class Engine:
     Raises:
         TypeError: the model or the bank is of another kind.
         ValueError: no token ends a completion; or a number that is too small.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                                      num_hidden_layers=2, num_attention_heads=4)).eval()
+        >>> bank = lortalib.nn.bank(model, "cp", rank=2)
+        >>> bank["ann"] = {"layers": [t.normal_() for t in bank[None]["layers"]]}
+        >>> engine = Engine(model, bank, ends=[0], room=256)
+        >>> request = lortalib.serve.Request([5, 6, 7], adapter="ann", length=4, temperature=0)
+        >>> for tokens, done in engine.answer(request):
+        ...     pass
+        >>> len(tokens) <= 4, done
+        (True, True)
+        >>> engine.close()
     """
 
     def __init__(

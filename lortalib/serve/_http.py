@@ -139,7 +139,7 @@ class JsonServer(ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def wait_for_answers(self, seconds: float) -> bool:
-        """Wait until no answer is being written; return False if some are still after so many seconds."""
+        """Wait until no answer is being written; return False if one still is after ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._answers, seconds)
 

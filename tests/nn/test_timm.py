@@ -25,6 +25,21 @@ MODELS = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)},
     "swinv2_tiny_window8_256": {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)},
 }
+#: Models of timm with no option that makes them tiny, and the size of their pictures.
+LARGER = {
+    "caformer_s18": 64, "crossvit_tiny_240": 240, "fastvit_sa24": 64, "maxvit_rmlp_pico_rw_256": 256,
+    "maxxvit_rmlp_nano_rw_256": 256, "mvitv2_tiny": 224, "nextvit_small": 64, "pvt_v2_b0": 64,
+    "swinv2_cr_tiny_224": 224, "tiny_vit_5m_224": 224, "twins_pcpvt_small": 64,
+    "twins_svt_small": 64, "volo_d1_224": 224,
+}  # fmt: skip
+#: Classes of timm with the layout of `Attention` below, by their modules.
+CLASSES = [
+    "timm.layers.attention.Attention", "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+    "timm.models.fastvit.Attention", "timm.models.metaformer.Attention", "timm.models.volo.Attention",
+    "timm.models.hiera.MaskUnitAttention", "timm.models.hieradet_sam2.MultiScaleAttention",
+    "timm.models.mvitv2.MultiScaleAttention", "timm.models.davit.WindowAttention",
+    "timm.models.twins.LocallyGroupedAttn", "timm.models.swin_transformer.WindowAttention",
+]  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -100,12 +115,26 @@ def as_tuple(found):
     return (found,) if isinstance(found, torch.Tensor) else tuple(found.values())
 
 
-def test_the_layout_of_timm(monkeypatch):
+def as_class_of(name, base=Attention):
+    """A class that computes what ``base`` does, under the name of one of timm."""
+    module, _, own = name.rpartition(".")
+    return type(own, (base,), {"__module__": module})
+
+
+def transformer(kind):
+    """A transformer of blocks of this class."""
     torch.manual_seed(0)
     model = VisionTransformer().eval()
+    for block in model.blocks:
+        block.attn.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_layout_of_timm(name):
     with pytest.raises(lortalib.nn.UnsupportedModelError, match="whose layout cannot be read off"):
-        lortalib.nn.sites(model)  # another class Attention could have any
-    monkeypatch.setattr(Attention, "__module__", "timm.layers.attention")
+        lortalib.nn.sites(transformer(Attention))  # another class Attention could have any
+    model = transformer(as_class_of(name))
     found = lortalib.nn.sites(model)
     assert [site.role for site in found] == ["q", "k", "v", "o"] * 2
     assert lortalib.nn.verify(model, X).complete
@@ -113,6 +142,68 @@ def test_the_layout_of_timm(monkeypatch):
     adapted = output(model, X)
     adapter.merge()
     assert close(output(model, X), adapted)
+
+
+class PerHead(Attention):
+    """What timm's AttentionCl computes with ``head_first``."""
+
+    head_first = True
+
+    def forward(self, x):
+        rows, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(rows, tokens, self.num_heads, 3 * self.head_dim).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=3)
+        return self.proj(
+            scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
+        )
+
+
+@pytest.mark.parametrize("kind", [Attention, PerHead])
+def test_a_layout_that_depends_on_the_block(kind):
+    model = transformer(as_class_of("timm.models.maxxvit.AttentionCl", kind))
+    for block in model.blocks:
+        block.attn.head_first = kind is PerHead
+    assert lortalib.nn.verify(model, X).complete
+
+
+class Cross(nn.Module):
+    """What timm's CrossAttention computes: the first token reads all."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.wq, self.wk, self.wv = (nn.Linear(width, width) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (
+            f(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for f, y in ((self.wq, x[:, :1]), (self.wk, x), (self.wv, x))
+        )
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_projections_of_other_names():
+    model = transformer(Attention)
+    for block in model.blocks:
+        block.attn = Cross(32, 4)
+        block.attn.__class__ = as_class_of("timm.models.crossvit.CrossAttention", Cross)
+    assert [site.role for site in lortalib.nn.sites(model)] == ["q", "k", "v", "o"] * 2
+    assert lortalib.nn.verify(model, X).complete
+
+
+def test_heads_whose_components_lie_apart_are_refused():
+    model = transformer(as_class_of("timm.models.nest.Attention"))
+    with pytest.raises(lortalib.nn.UnsupportedModelError, match="components of all heads in turn"):
+        lortalib.nn.sites(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm.models.davit.ChannelAttention", "timm.layers.split_attn.SplitAttn"]
+)
+def test_what_attends_over_no_tokens_is_left_out(name):
+    with pytest.raises(lortalib.nn.NoAttentionError, match="no attention was found"):
+        lortalib.nn.sites(transformer(as_class_of(name)))
 
 
 def timm():
@@ -130,6 +221,18 @@ def test_models_of_timm(name):
     model = timm().create_model(name, pretrained=False, img_size=size, **MODELS[name]).eval()
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     check(model, {"x": x})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_models_of_timm(name):
+    torch.manual_seed(0)
+    size = LARGER[name]
+    model = timm().create_model(name, pretrained=False).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert lortalib.nn.verify(model, {"x": x}).complete
 
 
 @pytest.mark.parametrize("kind", ["TimmWrapperModel", "TimmWrapperForImageClassification"])

@@ -125,7 +125,7 @@ class BlockRule:
         return re.compile(self.match)
 
     def fits(self, module: object) -> bool:
-        """Return True if the rule applies to this module."""
+        """Return True if the rule applies to ``module``, by the name of its class."""
         kind = type(module)
         names = kind.__name__, f"{kind.__module__}.{kind.__name__}"
         return any(self._pattern.fullmatch(name) for name in names)
@@ -175,8 +175,32 @@ RULES: tuple[BlockRule, ...] = (
     BlockRule(
         r"timm\.layers\.(attention\.Attention(Rope)?|attention_pool\.AttentionPoolLatent)"
         r"|timm\.models\.(beit|eva|vision_transformer_(sam|relpos))\.\w*Attention\w*"
-        r"|timm\.models\.swin_transformer(_v2)?\.WindowAttention",
+        r"|timm\.models\.swin_transformer(_v2|_v2_cr)?\.Window(MultiHead)?Attention"
+        r"|timm\.models\.(fastvit|metaformer|pvt_v2|volo)\.(Class)?Attention"
+        r"|timm\.models\.(hiera\.MaskUnit|hieradet_sam2\.MultiScale|mvitv2\.MultiScale|davit\.Window)Attention"
+        r"|timm\.models\.twins\.\w+Attn",
         fused="contiguous",
+    ),
+    BlockRule(
+        r"timm\.models\.maxxvit\.AttentionCl",
+        fused=lambda block: "per_head" if block.head_first else "contiguous",
+    ),
+    # The widths refuse it where values have other head sizes than keys.
+    BlockRule(r"timm\.models\.tiny_vit\.Attention", fused="per_head"),
+    BlockRule(
+        r"timm\.models\.crossvit\.CrossAttention",
+        projections={"q": "wq", "k": "wk", "v": "wv", "o": "proj"},
+    ),
+    # They attend over channels, or weigh neighbours and branches without queries and keys.
+    BlockRule(
+        r"timm\.models\.(davit\.Channel|volo\.Outlook|nextvit\.Conv)Attention"
+        r"|timm\.models\.edgenext\.CrossCovarianceAttn"
+        r"|timm\.layers\.(split_attn\.SplitAttn|selective_kernel\.SelectiveKernelAttn)",
+        skip=True,
+    ),
+    BlockRule(
+        r"timm\.models\.nest\.Attention",
+        refuse="its output projection reads the components of all heads in turn, not head after head",
     ),
     BlockRule(r"GPTNeoX\w*Attention|(Persimmon|Fuyu)\w*Attention", fused="per_head"),
     BlockRule(

@@ -37,7 +37,7 @@ class FeatureRows:
     dims: tuple[tuple[int, int], ...]
 
     def index(self, device: torch.device | None = None) -> Tensor:
-        """The indices on the fused axis, in the order (head, component)."""
+        """The indices on the fused axis, in the order (head, component), on ``device``."""
         index = torch.full((), self.offset, device=device)
         for size, stride in self.dims:
             index = index.unsqueeze(-1) + torch.arange(0, size * stride, stride, device=device)
@@ -71,6 +71,15 @@ class Site:
         weight_read_directly: whether the weight is read directly and the module's forward not called.
         tied_paths: paths of other modules that hold the same weight; they get the same update.
         experts: the number of experts packed in the weight's first axis; 0 for an ordinary weight.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                     intermediate_size=64)
+        >>> site = lortalib.nn.sites(BertModel(config))[0]
+        >>> site.stack, site.layer, site.role, site.path, site.heads, site.head_dim, site.writer
+        ('encoder', 0, 'q', 'encoder.layer.0.attention.self.query', 4, 8, False)
     """
 
     stack: str

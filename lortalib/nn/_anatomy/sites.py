@@ -120,6 +120,9 @@ def mlp_sites(model: nn.Module) -> SiteList:
     Experts packed as 3-D parameters are sites with ``experts`` set; shared experts and MLPs in lists
     are ordinary sites. Their stacks are named after the towers that contain them.
 
+    Args:
+        model: the model; the meta device is enough.
+
     Raises:
         UnsupportedModelError: no MLP was found.
 

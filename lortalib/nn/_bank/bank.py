@@ -34,6 +34,16 @@ class Bank(BankFiles):
 
     Several threads can add, replace and remove adapters at any time: a running batch keeps the tensors
     that it gathered. A call that raises, also because of an interrupt, leaves the bank unchanged.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> bank = lortalib.nn.bank(model, "cp", rank=2)
+        >>> bank["ann"] = bank[None]  # zeros: it changes nothing
+        >>> len(bank), "ann" in bank, bank.count(), bank.capacity
+        (1, True, 100, 64)
     """
 
     def __init__(

@@ -40,6 +40,17 @@ class Compression:
         fits: the fit of each group's tensor, by the name of the group; ``fits[name].network`` is the
             tensor. Its error also counts how far the copies of a pooled key/value head differ.
         errors: the error of each adapter at each site, measured on the weights' updates.
+
+    Example:
+        >>> import lortalib, tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=2, init="normal", name="ann")
+        >>> folder = adapter.save(tempfile.mkdtemp())
+        >>> found = lortalib.nn.compress(model, {"ann": folder}, "tucker", rank=4)
+        >>> found.names, found.mode, list(found.networks), found.error < 1
+        (('ann',), '', ['encoder'], True)
     """
 
     def __init__(

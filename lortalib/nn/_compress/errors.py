@@ -32,6 +32,17 @@ class SiteError:
         norms: for each head, the Frobenius norm of the original update.
         errors: for each head, the Frobenius norm of the difference between the original and the
             compressed update. Errors below 1e-7 of the norm are rounding errors.
+
+    Example:
+        >>> import lortalib, tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "cp", rank=2, init="normal", name="ann")
+        >>> folder = adapter.save(tempfile.mkdtemp())
+        >>> error = lortalib.nn.compress(model, {"ann": folder}, "cp", rank=4).errors[0]
+        >>> error.adapter, error.site.role, len(error.norms), max(error.errors) < 1e-3 * max(error.norms)
+        ('ann', 'q', 4, True)
     """
 
     adapter: str
@@ -40,7 +51,11 @@ class SiteError:
     errors: tuple[float, ...]
 
     def named(self, kind: str) -> Iterator[tuple[str, float, float]]:
-        """Name what this error belongs to, by adapter, layer, matrix or head, each with norm and error."""
+        """Name what this error belongs to, each with norm and error.
+
+        Args:
+            kind: ``"adapter"``, ``"layer"``, ``"matrix"`` or ``"head"``.
+        """
         site = self.site
         if kind == "head":
             has_query_heads = site.role in _HEADED and site.heads == site.query_heads

@@ -36,6 +36,15 @@ class TaskAdapter(TaskTensors):
 
     Attributes:
         tasks: the names of the tasks, in the order of the mode ``task``.
+
+    Example:
+        >>> import lortalib
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> adapter = lortalib.nn.apply(model, "metatt_41d", rank=2, tasks=["films", "news"])
+        >>> type(adapter).__name__, adapter.tasks, adapter.task("news").name
+        ('TaskAdapter', ('films', 'news'), 'news')
     """
 
     def __init__(
@@ -124,7 +133,7 @@ class TaskAdapter(TaskTensors):
     # Networks
 
     def network(self, group: Group) -> Network:
-        """Return the network of a group for the chosen task.
+        """Return the network of ``group`` for the chosen task.
 
         Raises:
             ValueError: not one task is chosen.

@@ -50,7 +50,7 @@ class TaskTensors(Adapter):
         return self._lines[group]
 
     def tensor(self, group: Group) -> TensorNetwork:
-        """Return the network of a group over all tasks, T[task, layer, ...]; gradients reach the parameters.
+        """Return the network of ``group`` over all tasks, T[task, layer, ...]; gradients reach parameters.
 
         Example:
             >>> import lortalib
@@ -64,11 +64,11 @@ class TaskTensors(Adapter):
         return TaskNetwork(self._lines[group.name], self.networks_of(group))
 
     def networks_of(self, group: Group) -> list[Network]:
-        """Return the networks of a group, one for each task."""
+        """Return the networks of ``group``, one for each task."""
         return [self.network_of(group.name, task) for task in self.tasks]
 
     def task(self, name: str) -> Adapter:
-        """Copy one task out, as an ordinary adapter that is on no model, with the same updates.
+        """Copy the task ``name`` out, as an ordinary adapter that is on no model, with the same updates.
 
         It can be saved, merged, stored in a bank and exported as a LoRA, as `Adapter.snapshot` can. Modules
         that train with all tasks have their present values in it.

@@ -73,6 +73,15 @@ class Report:
         unplanned: attention calls that no planned site takes part in.
         uncalled: paths of planned projections that were not called: these inputs do not need them, or
             their weights are read directly and the plan does not say so (``weight_read_directly``).
+
+    Example:
+        >>> import lortalib, torch
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4,
+        ...                              intermediate_size=64))
+        >>> report = lortalib.nn.verify(model.eval(), {"input_ids": torch.tensor([[3, 14, 15]])})
+        >>> report.ok, report.complete, [each.stack for each in report.stacks]
+        (True, True, ['encoder'])
     """
 
     model: str
