@@ -36,6 +36,7 @@ def compress(options: Namespace, output: Output) -> bool:
             options.to,
             options.rank,
             subfolder=options.subfolder,
+            joint=options.joint,
             gqa=options.gqa,
             sweeps=options.sweeps,
             progress=lambda group, number, error: step(f"{group} {error:.4f}"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
+from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._files import read_adapter
 from .._group import Group
@@ -31,8 +32,11 @@ def _is_hashable(value: object) -> bool:
 NAME = Kind("a name, which is hashable", _is_hashable)
 LIST_OF_NAMES = Kind("a list of names, which are hashable", are(_is_hashable))
 SOURCES = Kind(
-    "a mapping from names to adapters, folders or tensors, or a bank",
-    lambda value: isinstance(value, (Mapping, BankContents)),
+    "a mapping from names to adapters, folders or tensors, an adapter with tasks, or a bank",
+    lambda value: (
+        isinstance(value, (Mapping, BankContents))
+        or bool(isinstance(value, Adapter) and value.tasks)
+    ),
 )
 
 
@@ -183,12 +187,13 @@ class BankContents:
         self.update({name: source})
 
     @takes(sources=SOURCES)
-    def update(self, sources: Mapping[Hashable, Source] | BankContents) -> None:
+    def update(self, sources: Mapping[Hashable, Source] | Adapter | BankContents) -> None:
         """Store several adapters, replacing adapters of the same names. If one is refused, none is stored.
 
         Args:
-            sources: a mapping from names to sources, as `add` takes them; or another bank of this shape,
-                whose adapters make the same updates in this bank.
+            sources: a mapping from names to sources, as `add` takes them; or an adapter with tasks, each of
+                which becomes an adapter of its name; or another bank of this shape, whose adapters make the
+                same updates in this bank.
 
         Raises:
             ValueError, TypeError, FileNotFoundError, AdapterFileError: as for `add`.
@@ -215,8 +220,11 @@ class BankContents:
             self._shared.check_fits(shared, "the other bank")
             self._store.put(theirs.names, stacked, shared=shared if self._shared else None)
             return
-        read = self._reader.read_all(sources)
-        self._store.put(list(sources), read.own, shared=read.shared)
+        if isinstance(sources, Adapter):
+            names, read = list(sources.tasks), self._reader.read_tasks(sources)
+        else:
+            names, read = list(sources), self._reader.read_all(sources)
+        self._store.put(names, read.own, shared=read.shared)
 
     @takes(names=LIST_OF_NAMES, tensors=MAPPING)
     def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
