@@ -16,13 +16,13 @@ from .._kinds import FUNCTION, GENERATOR, takes
 from .._numbers import check_number
 from .._stacklevel import outside
 from ._als import Progress, Sweeper
-from ._build import Rank
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
 from ._legs import Legs
 from ._network import Network
 from ._objective import Objective
 from ._pieces import Pieces, pieces_of
+from ._ranks import Rank
 from ._target import Target, TargetLike, read_target
 from ._tensor_network import TensorNetwork
 from ._tensorly import Modes
@@ -140,7 +140,9 @@ def fit(
     read = read_target(target, modes, mask, weights, ridge=ridge, split=form.legs)
     source = generator or torch.Generator().manual_seed(0)
     if isinstance(start, TensorNetwork):
-        made = net_of_start(start, form.legs(read.shape), rank, read.shape)
+        made = net_of_start(
+            start, form.legs(read.shape), form.by_bond(read.shape, rank), read.shape
+        )
     else:
         made = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
         made = made.to(read.device)

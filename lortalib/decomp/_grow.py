@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ._build import Rank, build
+from ._build import build
 from ._canonical import wide_copies
 from ._network import Network
-from ._rank_change import BondMap, RankChange, changed, read_ranks, refuse_fixed
+from ._rank_change import BondMap, RankChange, changed, refuse_fixed
+from ._ranks import Rank, read_ranks
 from ._tensor_network import TensorNetwork
 
 
@@ -43,7 +44,7 @@ def grow(net: Network, rank: Rank, *, generator: torch.Generator | None = None) 
         ({'a': 3, 'b': 3}, True)
     """
     refuse_fixed(net, "raise")
-    wanted = read_ranks(net, rank)
+    wanted = read_ranks(net.legs, net.modes, rank, net.ranks)
     limits = net.legs.limits({**net.sizes, **wanted}, net.modes)
     ranks = {bond: max(size, limits[bond]) for bond, size in net.ranks.items()}
     zeros = {bond: _zero_end(net, bond) for bond in ranks if ranks[bond] > net.sizes[bond]}

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._bond_tree import Edge
 from ._canonical import wide_copies
 from ._einsum import Names
 from ._tensor_network import TensorNetwork
-from ._tree import Edge, absorb, tree_edges, unfold
+from ._tree import absorb, tree_edges, unfold
 
 #: Directions of a bond that one side does not have count as this part of that side: enough to choose
 #: between them, and its square is below the precision of float64.

@@ -10,11 +10,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ._arguments import check_finite, check_ranks, check_values, takes_network
-from ._build import Rank
+from ._arguments import check_finite, check_values, takes_network
 from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
 from ._network import Network
+from ._ranks import Rank, read_ranks
 from ._tensor_network import TensorNetwork
 from ._tree import absorb, fold, is_tree, orthonormalise, tree_edges, unfold
 
@@ -50,7 +50,8 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
 
     Args:
         net: the network. The whole tensor is not formed.
-        rank: ranks as for `network`; larger ones than those of the network stay as they are.
+        rank: ranks as for `network`, or a mapping with some bonds. Larger ones than those of the network stay
+            as they are.
         error: the largest relative error in the Frobenius norm, 0 or more and below 1.
 
     Returns:
@@ -69,36 +70,21 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
     """
     if (rank is None) == (error is None):
         raise ValueError("give either rank= or error=, what is to be reached")
-    if rank is not None:
-        check_ranks(rank)
     if error is not None and not (isinstance(error, Real) and 0 <= error < 1):
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
     check_values(net.stored, "rounding")
     check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
-    wanted = None if rank is None else _wanted(net, rank)
+    wanted = None
+    if rank is not None:
+        asked = read_ranks(net.legs.unhashed, net.modes, rank, net.ranks)
+        wanted = {bond: min(asked[bond], size) for bond, size in net.ranks.items()}
     if is_tree(net.legs, net.modes) and not any(term.tied for term in net.legs.terms):
         return _truncated(net, wanted, error)
     if wanted is not None:
         return _fitted(net, wanted)
     assert error is not None
     return _fitted_within(net, error)
-
-
-def _wanted(net: TensorNetwork, rank: Rank) -> dict[str, int]:
-    """Read ranks for the bonds of a network; none is larger than it is."""
-    if isinstance(rank, Mapping):
-        found = dict(rank)
-    elif isinstance(rank, Sequence):
-        found = dict(zip(net.ranks, rank)) if len(rank) == len(net.ranks) else {}
-    else:
-        found = dict.fromkeys(net.ranks, rank)
-    if set(found) != set(net.ranks):
-        raise ValueError(f"ranks are needed for the bonds {', '.join(net.ranks)}; found {rank!r}")
-    low = [bond for bond, size in found.items() if size < 1]
-    if low:
-        raise ValueError(f"the rank of bond {low[0]!r} must be at least 1; found {found[low[0]]}")
-    return {bond: min(found[bond], size) for bond, size in net.ranks.items()}
 
 
 def _truncated(

@@ -1,4 +1,4 @@
-"""Finds the tree that the bonds of a network form, and moves factors along its edges."""
+"""Finds the trees of bonds that can be cut, and moves factors along their edges."""
 
 from __future__ import annotations
 
@@ -10,54 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._bond_tree import Edge
 from ._einsum import Names, contract
 from ._legs import Legs
 
 
-class Edge(NamedTuple):
-    """A bond between two parameters of a tree.
-
-    Attributes:
-        child: the position of the parameter that is farther from the root.
-        parent: the position of the other one.
-        bond: the name of the bond.
-    """
-
-    child: int
-    parent: int
-    bond: str
-
-
 def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> tuple[Edge, ...]:
-    """List the edges of a tree, children before their parents.
+    """List the edges of a tree that algorithms can cut, children before their parents; see `Legs.tree`.
 
     A mode may stand on several parameters if these are connected: each of its positions then has a tree of
     its own, as each layer has in LoRA.
 
     Raises:
-        ValueError: the bonds do not form a tree that contains every parameter, or a mode stands on
-            parameters that are not connected by others that carry it.
+        ValueError: the bonds form no tree, or a mode stands on parameters that are not connected by others
+            that carry it.
     """
     return _tree_edges(legs, tuple(modes), root)
 
 
 @lru_cache(maxsize=1024)
 def _tree_edges(legs: Legs, modes: Names, root: int) -> tuple[Edge, ...]:
-    bonds, met, edges = set(legs.bonds(modes)), [root], list[Edge]()
-    for near in met:
-        for bond in legs.terms[near].legs:
-            if bond not in bonds or any(bond == edge.bond for edge in edges):
-                continue
-            ends = [k for k in legs.carriers[bond] if k != near]
-            if len(ends) > 1 or ends[0] in met:
-                raise ValueError(
-                    f"the bonds form no tree: {bond!r} closes a loop or joins {len(ends) + 1} parameters, "
-                    f"in\n    {legs}"
-                )
-            edges.append(Edge(ends[0], near, bond))
-            met.append(ends[0])
-    if len(met) < len(legs.terms):
-        raise ValueError(f"the parameters fall into pieces without a common bond, in\n    {legs}")
+    edges = legs.tree(modes, root)
     for mode in legs.open_legs(modes):
         carriers = legs.carriers[mode]
         if sum(e.child in carriers and e.parent in carriers for e in edges) < len(carriers) - 1:
@@ -65,7 +38,7 @@ def _tree_edges(legs: Legs, modes: Names, root: int) -> tuple[Edge, ...]:
                 f"the mode {mode!r} stands on parameters that are not neighbours, which closes a loop, in"
                 f"\n    {legs}"
             )
-    return tuple(reversed(edges))
+    return edges
 
 
 def is_tree(legs: Legs, modes: Sequence[str]) -> bool:

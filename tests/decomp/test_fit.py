@@ -339,7 +339,7 @@ ODD = {"layer": 2, "in": 3, "out": 5}
         (DENSE, {"start": cp(ODD, 2)}, "the start has Shape"),
         (DENSE, {"start": cp(NET.shape, 3)}, "of the line and the ranks"),
         (NET, {"start": "svd"}, "a network is never formed"),
-        (DENSE, {"start": "svd"}, "needs a tree"),
+        (DENSE, {"start": "svd"}, "form no tree"),
         (DENSE, {"sweeps": 0}, "sweeps must be finite and at least 1; found 0"),
         (DENSE, {"ridge": math.nan}, "ridge must be finite"),
         ([NET, cp(ODD, 2)], {}, "same modes and sizes"),

@@ -240,10 +240,10 @@ def test_what_cannot_be_rounded_is_refused():
     for error in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="error is relative"):
             rounded(net, error=error)
-    with pytest.raises(ValueError, match="rank of bond 'a' must be at least 1"):
+    with pytest.raises(ValueError, match="rank of bond 'a' must be an integer >= 1; found 0"):
         rounded(net, rank=0)
-    with pytest.raises(ValueError, match="ranks are needed for the bonds a, b, c, d"):
-        rounded(net, rank={"a": 1})
+    with pytest.raises(ValueError, match="ranks were given for z; the bonds are a, b, c, d"):
+        rounded(net, rank={"z": 1})
     with pytest.raises(ValueError, match="no rounding"):
         rounded(small("lora_xs"), rank=1)
     with pytest.raises(ValueError, match="no fit with smaller ranks comes within 0"):

@@ -304,7 +304,10 @@ def test_one_folder_holds_all_with_what_they_share_once(line, one, shared, input
         with bank.using(["c", "a"]):
             assert close(output(model, inputs), wanted)
         for name in found.names:
-            assert relative(changes(bank.adapter(name), model), changes(found.adapter(name), model)) < 1e-5
+            assert (
+                relative(changes(bank.adapter(name), model), changes(found.adapter(name), model))
+                < 1e-5
+            )
             del bank[name]
     bank.remove()
     for name in found.names:
@@ -333,7 +336,7 @@ def test_what_cannot_be_a_task_is_refused_before_the_fit(tmp_path, monkeypatch):
 
 def test_a_single_adapter_is_a_task_if_asked_for(folder, llama, tmp_path):
     alone = compress(llama, folder, "cp", 2, sweeps=1)
-    with pytest.raises(ValueError, match="holds 'lora' alone; take adapter()"):
+    with pytest.raises(ValueError, match="holds 'lora' alone; take adapter"):
         alone.task_adapter()
     found = compress(llama, folder, "cp", 2, sweeps=1, joint=True)
     assert lortalib.nn.read(found.save(tmp_path / "out")).tasks == ("lora",)
