@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -176,13 +177,16 @@ def fit(
 
 
 class _Run(NamedTuple):
-    """What one start ended in: the parameters for the target of norm one, and how it went."""
+    """What one start ended in: the parameters for the target of norm one, and how it went.
+
+    `growth` has the norm of all terms after some numbers of sweeps.
+    """
 
     tensors: list[Tensor]
     errors: tuple[float, ...]
     converged: bool
     how: str = "alternating least squares"
-    growth: tuple[float, ...] = ()
+    growth: Mapping[int, float] = MappingProxyType({})
 
 
 def _best_run(
@@ -198,11 +202,12 @@ def _best_run(
     best, least = None, math.inf
     for first in firsts:
         sweeper = Sweeper(legs, first, objective, ridge)
-        errors, growth = list[float](), list[float]()
+        errors, growth = list[float](), dict[int, float]()
         before, converged = math.inf, False
         for number in range(1, sweeps + 1):
             errors.append(sweeper.sweep())
-            growth.append(Sweeper.growth(legs, sweeper.tensors))
+            if number.bit_count() == 1:  # after 1, 2, 4, 8 ... sweeps, so that it takes no time
+                growth[number] = Sweeper.growth(legs, sweeper.tensors)
             if progress is not None:
                 progress(number, errors[-1])
             now = math.sqrt(sweeper.penalised(errors[-1]))
@@ -211,7 +216,7 @@ def _best_run(
                 break
             before = now
         if now < least:
-            best = _Run(sweeper.tensors, tuple(errors), converged, growth=tuple(growth))
+            best = _Run(sweeper.tensors, tuple(errors), converged, growth=growth)
             least = now
     if best is None:
         raise ValueError(
@@ -281,9 +286,10 @@ def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:
     """
     if error < EXACT or is_tree(net.legs, net.modes):
         return
-    growth = run.growth or (Sweeper.growth(net.legs, run.tensors),)
-    now, grows = growth[-1], growth[-1] > 1.05 * growth[len(growth) // 2]
-    if now > CANCELLING or (now > GROWING and grows and len(growth) >= 20):
+    now, sweeps = Sweeper.growth(net.legs, run.tensors), len(run.errors)
+    before = [size for number, size in run.growth.items() if 2 * number <= sweeps]
+    grows = sweeps >= 20 and now > 1.05 * before[-1]
+    if now > CANCELLING or (now > GROWING and grows):
         warnings.warn(
             f"the fit diverges: terms {now:.1f} times as large as the target cancel each other, so "
             "a best network of these ranks may not exist. Try a ridge such as 1e-6, another rank, or "
