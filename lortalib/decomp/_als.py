@@ -102,13 +102,17 @@ class Sweeper:
             side is that of the residual.
         """
         parts, now, legs = self._parts(position), self.tensors[position], self.terms[position]
+        triangles = triangles_of(parts, self.ridge)
         if not self._is_far:
-            residual = self.objective.residual_side(self.pieces, position)
-            self.tensors[position] = solve(parts, residual, now, legs, self.ridge)
+            right = self.objective.residual_side(self.pieces, position)
+            self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
             return None
         target = self.objective.target_side(self.pieces, position)
-        residual = target - gram_times(parts, now, legs)
-        self.tensors[position] = solve(parts, residual, now, legs, self.ridge)
+        if triangles is not None:
+            self.tensors[position] = divided(target, parts, triangles, legs)
+        else:
+            right = target - gram_times(parts, now, legs)
+            self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
         return position, parts, target
 
     def _loss(self, position: int, parts: Sequence[GramPart], target: Tensor) -> Tensor:
@@ -164,46 +168,72 @@ class Sweeper:
             ]
 
 
-def solve(
-    parts: Sequence[GramPart], residual: Tensor, now: Tensor, legs: Names, ridge: float
+def step(
+    parts: Sequence[GramPart],
+    triangles: Sequence[Tensor] | None,
+    residual: Tensor,
+    now: Tensor,
+    legs: Names,
+    ridge: float,
 ) -> Tensor:
-    """Solve the normal equations of a parameter, whose matrix is a Kronecker product.
+    """Solve the normal equations of a parameter for its change; see `triangles_of`.
 
     Args:
         parts: the factors of the Gram matrix.
+        triangles: their Cholesky factors; None if it leaves directions open, in which the step is zero.
         residual: the right-hand side for the residual, in the shape of the parameter.
-        now: the present values, kept in directions whose eigenvalue is zero up to rounding.
+        now: the present values.
         legs: the legs of the parameter.
         ridge: added to every eigenvalue.
     """
     right = residual - ridge * now
-    if ridge == 0 or len(parts) == 1:
-        triangles = [_triangle(part.matrices, ridge) for part in parts]
-        if all(triangle is not None for triangle in triangles):
-            for part, triangle in zip(parts, triangles):
-                right = _divided(right, part, triangle, legs)
-            return now + right
-    return now + _step_by_eigenvectors(parts, right, legs, ridge)
+    if triangles is None:
+        return _step_by_eigenvectors(parts, right, legs, ridge)
+    return divided(right, parts, triangles, legs)
 
 
-def _triangle(matrices: Tensor, ridge: float) -> Tensor | None:
-    """Compute Cholesky factors of matrices with a ridge; None if a row all but depends on those above it."""
-    matrices = matrices + ridge * torch.eye(matrices.shape[-1]).to(matrices) if ridge else matrices
-    triangle, info = torch.linalg.cholesky_ex(matrices)
-    sizes = FLAT * matrices.diagonal(dim1=-2, dim2=-1)
-    is_regular = (triangle.diagonal(dim1=-2, dim2=-1).square() > sizes).all(-1) & (info == 0)
-    return triangle if bool(is_regular.all()) else None
+def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None:
+    """Compute the Cholesky factor of each part of a Gram matrix.
+
+    Returns:
+        None if a row of a part all but depends on those above it; or if there is a ridge and the matrix has
+        several parts, since a Kronecker product with a ridge is none.
+    """
+    if ridge and len(parts) > 1:
+        return None
+    found = []
+    for part in parts:
+        matrices = part.matrices
+        if ridge:
+            matrices = matrices + ridge * torch.eye(matrices.shape[-1]).to(matrices)
+        triangle, info = torch.linalg.cholesky_ex(matrices)
+        pivots = triangle.diagonal(dim1=-2, dim2=-1).square()
+        is_regular = pivots > FLAT * matrices.diagonal(dim1=-2, dim2=-1)
+        if bool(info.any()) or not bool(is_regular.all()):
+            return None
+        found.append(triangle)
+    return found
 
 
-def _divided(tensor: Tensor, part: GramPart, triangle: Tensor, legs: Names) -> Tensor:
-    """Divide a parameter by a part of its Gram matrix, given as its Cholesky factor."""
-    own = [legs.index(leg) for leg in (*part.modes, *part.bonds)]
-    order = own + [k for k in range(len(legs)) if k not in own]
-    turned = tensor.permute(order)
-    lead = turned.shape[: len(part.modes)]
-    columns = turned.reshape(*lead, triangle.shape[-1], -1)
-    found = torch.cholesky_solve(columns, triangle).reshape(turned.shape)
-    return found.permute(sorted(range(len(legs)), key=order.__getitem__))
+def divided(
+    tensor: Tensor, parts: Sequence[GramPart], triangles: Sequence[Tensor], legs: Names
+) -> Tensor:
+    """Divide a parameter by its Gram matrix, whose parts are given by their Cholesky factors."""
+    for part, triangle in zip(parts, triangles):
+        order, back = _orders(legs, (*part.modes, *part.bonds))
+        turned = tensor.permute(order)
+        lead = turned.shape[: len(part.modes)]
+        columns = turned.reshape(*lead, triangle.shape[-1], -1)
+        found = torch.cholesky_solve(columns, triangle).reshape(turned.shape)
+        tensor = found.permute(back)
+    return tensor
+
+
+@compile_constant
+def _orders(legs: Names, first: Names) -> tuple[list[int], list[int]]:
+    """Return the permutation that puts some legs first, and the one that takes it back."""
+    order = [legs.index(leg) for leg in (*first, *(leg for leg in legs if leg not in first))]
+    return order, sorted(range(len(order)), key=order.__getitem__)
 
 
 def _step_by_eigenvectors(

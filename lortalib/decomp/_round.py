@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Real
 
 import torch
@@ -16,7 +17,7 @@ from ._fit import fit
 from ._network import Network
 from ._ranks import Rank, read_ranks
 from ._tensor_network import TensorNetwork
-from ._tree import absorb, fold, is_tree, orthonormalise, tree_edges, unfold
+from ._tree import absorb, fold, is_tree, orthonormalise, shared_modes, tree_edges, unfold
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,6 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
     if error is not None and not (isinstance(error, Real) and 0 <= error < 1):
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
     check_values(net.stored, "rounding")
-    check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
     wanted = None
     if rank is not None:
@@ -81,6 +81,7 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
         wanted = {bond: min(asked[bond], size) for bond, size in net.ranks.items()}
     if is_tree(net.legs, net.modes) and not any(term.tied for term in net.legs.terms):
         return _truncated(net, wanted, error)
+    check_finite(net, "rounding")
     if wanted is not None:
         return _fitted(net, wanted)
     assert error is not None
@@ -103,6 +104,11 @@ def _truncated(
     edges = tree_edges(net.legs, net.modes, start)
     for edge in edges:
         orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
+    # Squares of huge or tiny entries are no numbers.
+    peak = tensors[start].abs().max().item()
+    if not math.isfinite(peak):
+        check_finite(net, "rounding")
+    tensors[start] = tensors[start] / (peak or 1.0)
     total = tensors[start].square().sum().item()
     room = (error or 0.0) ** 2 * total
     left = [0.0]
@@ -124,6 +130,7 @@ def _truncated(
                 visit(child, False)
 
     visit(start, False)
+    tensors[start] = tensors[start] * peak
     network = rebuilt(net, tensors)
     scale = total or 1.0
     made, least = math.sqrt(sum(left) / scale), math.sqrt(max(left) / scale)
@@ -153,17 +160,19 @@ def _truncate(
     Returns:
         The sum of the squares of the singular values that were left out.
     """
-    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
+    batch = shared_modes(terms[giver], terms[taker], bond)
+    sides = unfold(tensors[giver], terms[giver], bond, batch)
     u, values, vh = torch.linalg.svd(sides.matrices, full_matrices=False)
-    squares = values.square().reshape(-1, values.shape[-1]).sum(0)
-    tails = squares.flip(0).cumsum(0).flip(0)
+    squares = values.square().reshape(-1, values.shape[-1]).sum(0).tolist()
+    # What is left out if so many values are kept, from all down to none.
+    tails = list(accumulate(reversed(squares), initial=0.0))[::-1]
     if keep is None:
-        keep = max(1, int((tails > room).sum()))
-    keep = min(keep, values.shape[-1])
-    tensors[giver] = fold(sides, u[..., :keep], terms[giver], bond)
-    factor = values[..., :keep, None] * vh[..., :keep, :]
-    tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, sides.batch)
-    return tails[keep].item() if keep < len(tails) else 0.0
+        keep = max(1, sum(tail > room for tail in tails))
+    keep = min(keep, len(squares))
+    tensors[giver] = fold(sides, u.narrow(-1, 0, keep))
+    factor = values.narrow(-1, 0, keep).unsqueeze(-1) * vh.narrow(-2, 0, keep)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, batch)
+    return tails[keep]
 
 
 def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -30,7 +31,7 @@ class Target(NamedTuple):
         shape: the modes and their sizes.
         refinement: how the modes are split in the objective.
         scale: the norm of the target; zero for a zero target, whose objective is not scaled.
-        dtype, device: dtype and device of the target.
+        dtype, device: dtype and device of the target; of a sum, the widest dtype.
         dense: the dense target of norm one, if it is dense and has no weights; else None.
     """
 
@@ -65,8 +66,10 @@ def read_target(
         for net in nets:
             check_modes(nets[0], net)
         shape, first = nets[0].shape, nets[0].tensors[0]
+        dtype = reduce(torch.promote_types, (net.tensors[0].dtype for net in nets))
     else:
         nets, first = [], real(target, "a tensor")
+        dtype = first.dtype
         shape = Shape(dict(zip(axis_names(modes, tuple(first.shape)), first.shape)))
     parts = [tensor for net in nets for tensor in net.stored] if nets else [first]
     check_values(parts, "a fit")
@@ -91,7 +94,7 @@ def read_target(
     objective, scale = _normalised(summands, legs, weight)
     is_plain = objective.is_dense and weight is None
     dense = objective.summands[0].tensors[0] if is_plain else None
-    return Target(objective, shape, refinement, scale, first.dtype, first.device, dense)
+    return Target(objective, shape, refinement, scale, dtype, first.device, dense)
 
 
 def _refinement(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._bond_tree import Edge
-from ._einsum import Names, contract
+from ._einsum import Names
 from ._legs import Legs
 
 
@@ -51,47 +51,57 @@ def is_tree(legs: Legs, modes: Sequence[str]) -> bool:
 
 
 class Sides(NamedTuple):
-    """A parameter as matrices: one for each position of the modes that it shares with its neighbour.
+    """A parameter as matrices: one for each position of the modes that it shares with a neighbour.
 
     Attributes:
         matrices: (*batch, rows, bond).
-        batch: the shared modes.
-        rows: all other legs but the bond.
-        shape: the sizes of the rows.
+        shape: the sizes of the legs in the order of the matrices: shared modes, all other legs, the bond.
+        back: the permutation from that order to the legs of the parameter.
     """
 
     matrices: Tensor
-    batch: Names
-    rows: Names
-    shape: tuple[int, ...]
+    shape: torch.Size
+    back: tuple[int, ...]
 
 
-def unfold(tensor: Tensor, legs: Names, bond: str, neighbour: Names) -> Sides:
-    """Unfold a parameter towards one of its bonds."""
-    batch = tuple(leg for leg in legs if leg in neighbour and leg != bond)
-    rows = tuple(leg for leg in legs if leg not in batch and leg != bond)
-    ordered = tensor.permute([legs.index(leg) for leg in (*batch, *rows, bond)])
-    shape = tuple(ordered.shape[len(batch) : -1])
-    lead = ordered.shape[: len(batch)]
-    matrices = ordered.reshape(*lead, math.prod(shape), ordered.shape[-1])
-    return Sides(matrices, batch, rows, shape)
+def shared_modes(legs: Names, neighbour: Names, bond: str) -> Names:
+    """List the modes that two neighbours in a tree share, in the order of the first."""
+    return tuple(leg for leg in legs if leg in neighbour and leg != bond)
 
 
-def fold(sides: Sides, matrices: Tensor, legs: Names, bond: str) -> Tensor:
+def unfold(tensor: Tensor, legs: Names, bond: str, batch: Names) -> Sides:
+    """Unfold a parameter towards one of its bonds.
+
+    Args:
+        tensor: the parameter.
+        legs: its legs.
+        bond: the bond.
+        batch: the modes that the parameter shares with its neighbour there.
+    """
+    order, back = _orders(legs, bond, batch)
+    ordered = tensor.permute(order)
+    shape, lead = ordered.shape, len(batch)
+    rows = math.prod(shape[lead:-1])
+    return Sides(ordered.reshape(*shape[:lead], rows, shape[-1]), shape, back)
+
+
+@lru_cache(maxsize=4096)
+def _orders(legs: Names, bond: str, batch: Names) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the permutation of legs that `unfold` begins with, and the one that takes it back."""
+    rows = (leg for leg in legs if leg not in batch and leg != bond)
+    order = tuple(legs.index(leg) for leg in (*batch, *rows, bond))
+    return order, tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def fold(sides: Sides, matrices: Tensor) -> Tensor:
     """Undo `unfold` for matrices whose number of columns may have changed."""
-    lead = matrices.shape[: len(sides.batch)]
-    order = (*sides.batch, *sides.rows, bond)
-    tensor = matrices.reshape(*lead, *sides.shape, matrices.shape[-1])
-    return tensor.permute([order.index(leg) for leg in legs])
+    return matrices.reshape(*sides.shape[:-1], matrices.shape[-1]).permute(sides.back)
 
 
 def absorb(tensor: Tensor, legs: Names, bond: str, factor: Tensor, batch: Names) -> Tensor:
     """Multiply a parameter along a bond by matrices (*batch, new size, size)."""
-    fresh = bond + "'"
-    output = tuple(fresh if leg == bond else leg for leg in legs)
-    term = (*batch, fresh, bond)
-    sizes = dict(zip(legs, tensor.shape)) | dict(zip(term, factor.shape))
-    return contract((legs, term), (tensor, factor), output, sizes)
+    sides = unfold(tensor, legs, bond, batch)
+    return fold(sides, sides.matrices @ factor.mT)
 
 
 def positive_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +133,8 @@ def orthonormalise(
         taker: the position of its neighbour.
         qr: the QR decomposition.
     """
-    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
+    batch = shared_modes(terms[giver], terms[taker], bond)
+    sides = unfold(tensors[giver], terms[giver], bond, batch)
     q, r = qr(sides.matrices)
-    tensors[giver] = fold(sides, q, terms[giver], bond)
-    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r, sides.batch)
+    tensors[giver] = fold(sides, q)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r, batch)
