@@ -41,6 +41,9 @@ class Sweeper:
         tensors: the parameters, in float64; they are replaced, not changed.
         objective: the target.
         ridge: the weight of the squared entries of all trainable parameters.
+
+    Attributes:
+        steps: how often a sweep changes all parameters: once, or with every step of L-BFGS.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Sweeper:
         # The root of a start along the target is zero, so it comes first.
         self.order = sorted(own, key=lambda k: bool(self.tensors[k].any()))
         self._once = [k for k in self.order if legs.owners.count(k) == 1]
+        self.steps = 1 if len(self._once) == len(self.order) else DESCENT_STEPS
         self._is_far = True
 
     @property
@@ -60,12 +64,13 @@ class Sweeper:
         """The tensors with their legs."""
         return Pieces(self.terms, tuple(self.tensors))
 
+    @torch.no_grad()
     def sweep(self) -> float:
         """Improve every trainable parameter once; return the relative error."""
         equations = None
         for position in self._once:
             equations = self._solve(position)
-        if len(self._once) < len(self.order):
+        if self.steps > 1:
             self._descend()
             equations = None
         pieces, objective = self.pieces, self.objective
@@ -196,10 +201,10 @@ def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None
     """Compute the Cholesky factor of each part of a Gram matrix.
 
     Returns:
-        None if a row of a part all but depends on those above it; or if there is a ridge and the matrix has
-        several parts, since a Kronecker product with a ridge is none.
+        None if a row of a part all but depends on those above it; or if there is a ridge and not one part,
+        since a Kronecker product with a ridge is none.
     """
-    if ridge and len(parts) > 1:
+    if ridge and len(parts) != 1:
         return None
     found = []
     for part in parts:

@@ -107,7 +107,8 @@ def fit(
         start: ``"svd"`` (singular vectors of the target, for a dense target and bonds that form a tree),
             ``"random"``, ``"auto"`` (the first where it exists), or a network of the line, which also says
             what frozen parameters hold.
-        tolerance: stop when a sweep lowers the relative error by less.
+        tolerance: stop when a sweep lowers the relative error by less. If a parameter stands several times in
+            the line, also when the steps of L-BFGS lower it by a smaller share each, on average.
         ridge: weight of the squared parameters, added to the squared relative error.
         restarts: number of further starts, all random; the best one is returned.
         sweeps: the largest number of sweeps of one start.
@@ -199,7 +200,7 @@ def _best_run(
     progress: Progress | None,
 ) -> _Run:
     """Sweep from every start; return the run that ends with the least objective."""
-    best, least = None, math.inf
+    best, lowest = None, math.inf
     for first in firsts:
         sweeper = Sweeper(legs, first, objective, ridge)
         errors, growth = list[float](), dict[int, float]()
@@ -211,13 +212,14 @@ def _best_run(
             if progress is not None:
                 progress(number, errors[-1])
             now = math.sqrt(sweeper.penalised(errors[-1]))
-            converged = before - now <= max(tolerance, ROUNDING) or now <= objective.precision
+            least = max(tolerance, tolerance * now * sweeper.steps, ROUNDING)
+            converged = before - now <= least or now <= objective.precision
             if converged or not math.isfinite(now):
                 break
             before = now
-        if now < least:
+        if now < lowest:
             best = _Run(sweeper.tensors, tuple(errors), converged, growth=growth)
-            least = now
+            lowest = now
     if best is None:
         raise ValueError(
             f"every start of the fit ended in NaN or infinity, in\n    {legs}\nTry a smaller rank, or "

@@ -32,8 +32,8 @@ class Pieces(NamedTuple):
 
     def without(self, position: int) -> Pieces:
         """Leave out one tensor."""
-        keep = [k for k in range(len(self.terms)) if k != position]
-        return self.subset(keep)
+        (terms, tensors), behind = self, position + 1
+        return Pieces(terms[:position] + terms[behind:], tensors[:position] + tensors[behind:])
 
     def subset(self, positions: Iterable[int]) -> Pieces:
         """Keep the tensors at some positions."""

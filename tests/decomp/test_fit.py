@@ -291,6 +291,14 @@ def test_a_fit_that_diverges_says_so():
     assert max(calm.conditions.values()) < 1e6
 
 
+def test_a_fit_of_a_tied_line_to_noise_ends():
+    """Its terms drift apart for ever, and each of 100 steps in a sweep gains next to nothing."""
+    dense = random_dense(3, 2, 6, 6, seed=4)
+    found = fit(dense, "indscal", 3, modes="layer matrix in out", sweeps=25)
+    assert found.converged
+    assert found.error < 0.8809
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

@@ -246,8 +246,16 @@ def test_what_cannot_be_rounded_is_refused():
         rounded(net, rank={"z": 1})
     with pytest.raises(ValueError, match="no rounding"):
         rounded(small("lora_xs"), rank=1)
-    with pytest.raises(ValueError, match="no fit with smaller ranks comes within 0"):
-        rounded(small("ring", rank=1), error=0.0)
+
+
+def test_a_line_without_a_tree_stays_as_it_is_where_no_fit_is_near_enough():
+    net = small("ring", generator=generator(3))
+    found = rounded(net, error=1e-12)
+    assert (found.network.ranks, found.error, found.least) == (net.ranks, 0.0, None)
+    assert found.how.startswith("copy")
+    for one, other in zip(found.network.tensors, net.tensors):
+        assert one is not other
+        assert one.equal(other)
 
 
 # --- convert --------------------------------------------------------------------------------------
