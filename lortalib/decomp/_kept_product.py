@@ -62,6 +62,6 @@ def _products(
         products.append(tuple(leg for leg in dict.fromkeys(large + term) if leg in needed))
     sizes = {leg: size for pair in zip(terms, shapes) for leg, size in zip(*pair)}
     volumes = [math.prod(sizes[leg] for leg in legs) for legs in products]
-    least = min(volumes, default=math.inf)
-    is_small = least <= math.prod(shapes[0])
-    return products, volumes.index(least) if is_small and volumes else None
+    if not volumes or min(volumes) > math.prod(shapes[0]):
+        return products, None
+    return products, volumes.index(min(volumes))

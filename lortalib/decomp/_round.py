@@ -172,7 +172,7 @@ def _truncate(
     tensors[giver] = fold(sides, u.narrow(-1, 0, keep))
     factor = values.narrow(-1, 0, keep).unsqueeze(-1) * vh.narrow(-2, 0, keep)
     tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, batch)
-    return tails[keep]
+    return float(tails[keep])
 
 
 def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:

@@ -221,10 +221,11 @@ class BankContents:
             self._store.put(theirs.names, stacked, shared=shared if self._shared else None)
             return
         if isinstance(sources, Adapter):
-            names, read = list(sources.tasks), self._reader.read_tasks(sources)
-        else:
-            names, read = list(sources), self._reader.read_all(sources)
-        self._store.put(names, read.own, shared=read.shared)
+            read = self._reader.read_tasks(sources)
+            self._store.put(sources.tasks, read.own, shared=read.shared)
+            return
+        read = self._reader.read_all(sources)
+        self._store.put(list(sources), read.own, shared=read.shared)
 
     @takes(names=LIST_OF_NAMES, tensors=MAPPING)
     def fill(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> None:
