@@ -43,7 +43,7 @@ def build(
     check_full(legs, sizes, modes)
     _check_sizes(legs, sizes)
     hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
-    tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
+    tensors = get_start(init)(legs, sizes, shape.modes, normal_numbers(generator, device, dtype))
     if callable(init):
         _check_start(tensors, legs, sizes, device)
     tensors = start_vectors(hashes, legs.owners, tensors)
@@ -99,9 +99,10 @@ def _check_start(
             raise ValueError(f"init= has to return finite numbers; found {what} for ({term})")
 
 
-def _randn(
+def normal_numbers(
     generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
 ) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Make a source of normal numbers: a function from a shape to a tensor, in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)  # QR needs at least float32
     if device is not None and torch.device(device).type == "meta":
         generator = None

@@ -191,7 +191,7 @@ def test_another_shape_a_line_without_a_tree_and_a_rank_without_room_are_refused
         network("in p, out p", {"in": 4, "out": 4}, 1, init=start)
     with pytest.raises(ValueError, match="tree"):
         network("in p q, out p q", {"in": 3, "out": 4}, 1, init=start)
-    with pytest.raises(ValueError, match="not every parameter"):
+    with pytest.raises(ValueError, match="fall into pieces"):
         network("in, out", {"in": 3, "out": 4}, 1, init=start)
     three = start_along(torch.ones(3, 2, 4), "layer in out")
     with pytest.raises(ValueError, match="room for 2"):
