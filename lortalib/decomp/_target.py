@@ -75,17 +75,14 @@ def read_target(
     check_values(parts, "a fit")
     refinement = _refinement(shape, [*nets, weights], split)
     legs = refinement.open_legs
+    weight = _read_weight(shape, refinement, mask, weights, first.device)
     if nets:
         summands = [pieces_of(refinement.of(net)).wide() for net in nets]
-        if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
-            whole = torch.stack([summand.contract(legs) for summand in summands]).sum(0)
-            summands = [Pieces((legs,), (whole,))]
     else:
         summands = [Pieces((legs,), (first.detach().double().reshape(refinement.shape),))]
-    weight = _read_weight(shape, refinement, mask, weights, first.device)
-    if weight is not None and weight.terms == (legs,):
+    if weight is not None and weight.terms == (legs,):  # as large as the whole tensor
         _check_observed(shape, weight.tensors[0], ridge)
-        whole = summands[0].tensors[0]
+        whole = reduce(torch.add, [summand.contract(legs) for summand in summands])
         whole = torch.where(weight.tensors[0] > 0, whole, torch.zeros_like(whole))
         summands = [Pieces((legs,), (whole,))]
     if not all(bool(t.isfinite().all()) for summand in summands for t in summand.tensors):
