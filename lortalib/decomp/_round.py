@@ -176,7 +176,9 @@ def _truncate(
 
 
 def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:
-    """Fit the line with smaller ranks to the network."""
+    """Fit the line with smaller ranks to the network, which fits itself best with its own ranks."""
+    if ranks == net.ranks:
+        return Rounding(rebuilt(net, wide_copies(net)), 0.0, None, "copy")
     found = fit(net, str(net.legs.unhashed), ranks, start="random", restarts=2)
     return Rounding(found.network, found.error, None, f"fit by {found.how}")
 
@@ -189,4 +191,4 @@ def _fitted_within(net: TensorNetwork, error: float) -> Rounding:
         found = _fitted(net, ranks)
         if found.error <= error:
             return found
-    return Rounding(rebuilt(net, wide_copies(net)), 0.0, None, "copy, as no smaller fit is as near")
+    return _fitted(net, net.ranks)
