@@ -255,6 +255,27 @@ def test_compress(saved, loras, capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["adapter", "ann"]
 
 
+def test_compress_writes_one_folder_that_every_command_reads(saved, loras, capsys, tmp_path):
+    out = tmp_path / "out"
+    options = ["--to", "jd", "--rank", 3, "--sweeps", 4, "--joint"]
+    machine(capsys, "compress", *loras, out, *options)
+    assert [path.name for path in out.iterdir()] == ["adapter.safetensors"]
+    assert machine(capsys, "info", out)["tasks"] == "ann, bob"
+    assert machine(capsys, "check", out)["fits"] is True
+    run(capsys, "export-lora", out, tmp_path / "lora", "--task", "bob")
+    found = machine(capsys, "compare", out, tmp_path / "lora", "--task-a", "bob")
+    assert found["relative distance"] < 1e-5
+    bank = lortalib.nn.bank(
+        LlamaForCausalLM.from_pretrained(saved[0]), "jd", 3, targets="qv", shared=("in", "out")
+    )
+    bank.load(out)
+    assert list(bank) == ["ann", "bob"]
+    bank.save(tmp_path / "bank")
+    for command in ("info", "check"):
+        found = run(capsys, command, tmp_path / "bank", code=1)
+        assert "is the folder of a bank" in (found.out + found.err)
+
+
 def test_compress_refuses_options_that_it_does_not_have(loras, tmp_path):
     for extra in (["--rnak", "3"], [tmp_path / "out", "--what"]):
         with pytest.raises(SystemExit) as left:

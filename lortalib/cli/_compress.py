@@ -38,6 +38,7 @@ def compress(options: Namespace, output: Output) -> bool:
             options.to,
             options.rank,
             **where,
+            joint=options.joint,
             gqa=options.gqa,
             sweeps=options.sweeps,
             progress=lambda group, number, error: step(f"{group} {error:.4f}"),

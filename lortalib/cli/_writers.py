@@ -69,6 +69,7 @@ def add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
         "LORA... OUT",
         "my-lora small --to cp --rank 32",
         "lora-1 lora-2 lora-3 together --to 'adapter r, layer matrix r, in r, head out r'",
+        "lora-1 lora-2 lora-3 together --to jd --rank 16 --joint",
     )
     compressed.add_argument(
         "--to",
@@ -92,6 +93,12 @@ def add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
         default="pool",
         help="where a model has fewer key/value heads than query heads: one tensor for all, or one for k "
         "and v alone (default: pool)",
+    )
+    compressed.add_argument(
+        "--joint",
+        action="store_true",
+        help="write one folder for all, as an adapter whose tasks they are, with what they share once "
+        "(default: a folder for each)",
     )
     compressed.add_argument(
         "--sweeps",

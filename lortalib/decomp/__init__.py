@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ._absorb import absorb
 from ._balance import balance
 from ._budget import budget
-from ._build import Rank
 from ._canonical import canonical
 from ._cross import Cross, cross
 from ._cut import Cut, CutPlan
@@ -63,6 +62,7 @@ from ._product import hadamard, scale
 from ._prune import prune
 from ._rank_change import BondMap, RankChange
 from ._rank_table import RankRow, RankTable
+from ._ranks import Rank
 from ._shared import mark_shared
 from ._start import Start, StartLike, get_start
 from ._sum import direct_sum

@@ -14,9 +14,12 @@ from ._legs import Legs
 from ._objective import Objective
 from ._pieces import Pieces
 
-#: The relative error to a dense target below which right-hand sides are those of the residual, entry by
-#: entry. Above it the difference of two contractions has all the digits that matter, at half the work.
-NEAR = 1e-3
+#: The relative error to a dense target below which right-hand sides are those of the residual, and errors are
+#: summed, entry by entry. Above it differences of contractions have all the digits that matter.
+NEAR = 1e-2
+
+#: The share of a diagonal entry that Cholesky leaves of it, below which a Gram matrix counts as singular.
+FLAT = 1e-8
 
 #: Steps of L-BFGS in one sweep, for lines in which a parameter stands several times.
 DESCENT_STEPS = 100
@@ -38,6 +41,9 @@ class Sweeper:
         tensors: the parameters, in float64; they are replaced, not changed.
         objective: the target.
         ridge: the weight of the squared entries of all trainable parameters.
+
+    Attributes:
+        steps: how often a sweep changes all parameters: once, or with every step of L-BFGS.
     """
 
     def __init__(
@@ -49,22 +55,28 @@ class Sweeper:
         own = [k for k, term in enumerate(legs.terms) if not (term.tied or term.frozen)]
         # The root of a start along the target is zero, so it comes first.
         self.order = sorted(own, key=lambda k: bool(self.tensors[k].any()))
-        self._is_far = objective.is_dense
+        self._once = [k for k in self.order if legs.owners.count(k) == 1]
+        self.steps = 1 if len(self._once) == len(self.order) else DESCENT_STEPS
+        self._is_far = True
 
     @property
     def pieces(self) -> Pieces:
         """The tensors with their legs."""
         return Pieces(self.terms, tuple(self.tensors))
 
+    @torch.no_grad()
     def sweep(self) -> float:
         """Improve every trainable parameter once; return the relative error."""
-        for position in self.order:
-            if self.legs.owners.count(position) == 1:
-                self.tensors[position] = self._solved(position)
-        if any(self.legs.owners.count(position) > 1 for position in self.order):
+        equations = None
+        for position in self._once:
+            equations = self._solve(position)
+        if self.steps > 1:
             self._descend()
-        error = self.objective.relative_error(self.pieces)
-        self._is_far = self.objective.is_dense and error > NEAR
+            equations = None
+        pieces, objective = self.pieces, self.objective
+        loss = objective.loss(pieces) if equations is None else self._loss(*equations)
+        error = objective.relative(loss)
+        self._is_far = error > NEAR or not objective.is_dense
         return error
 
     def penalised(self, error: float) -> float:
@@ -74,8 +86,7 @@ class Sweeper:
 
     def conditions(self) -> dict[int, float]:
         """Compute the condition number of the Gram matrix of each parameter that stands once."""
-        once = [k for k in self.order if self.legs.owners.count(k) == 1]
-        return {k: condition(self._parts(k)) for k in once}
+        return {k: condition(self._parts(k)) for k in self._once}
 
     @staticmethod
     def growth(legs: Legs, tensors: Sequence[Tensor]) -> float:
@@ -88,14 +99,32 @@ class Sweeper:
     def _parts(self, position: int) -> list[GramPart]:
         return gram_parts(self.pieces, position, self.objective.modes, self.objective.weight)
 
-    def _solved(self, position: int) -> Tensor:
+    def _solve(self, position: int) -> tuple[int, list[GramPart], Tensor] | None:
+        """Give a parameter its best values.
+
+        Returns:
+            Its position, Gram matrix and right-hand side; None if the target is near, where the right-hand
+            side is that of the residual.
+        """
         parts, now, legs = self._parts(position), self.tensors[position], self.terms[position]
-        if self._is_far:
-            target = self.objective.target_side(self.pieces, position)
-            residual = target - gram_times(parts, now, legs)
+        triangles = triangles_of(parts, self.ridge)
+        if not self._is_far:
+            right = self.objective.residual_side(self.pieces, position)
+            self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
+            return None
+        target = self.objective.target_side(self.pieces, position)
+        if triangles is not None:
+            self.tensors[position] = divided(target, parts, triangles, legs)
         else:
-            residual = self.objective.residual_side(self.pieces, position)
-        return solve(parts, residual, now, legs, self.ridge)
+            right = target - gram_times(parts, now, legs)
+            self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
+        return position, parts, target
+
+    def _loss(self, position: int, parts: Sequence[GramPart], target: Tensor) -> Tensor:
+        """Compute the squared distance ``|T|^2 - 2 <T, N> + |N|^2`` from a parameter's normal equations."""
+        now, legs = self.tensors[position], self.terms[position]
+        gap = 2 * target - gram_times(parts, now, legs)
+        return self.objective.squared_norm - (now * gap).sum()
 
     def _descend(self) -> None:
         """Lower the objective in all trainable parameters together.
@@ -144,37 +173,97 @@ class Sweeper:
             ]
 
 
-def solve(
-    parts: Sequence[GramPart], residual: Tensor, now: Tensor, legs: Names, ridge: float
+def step(
+    parts: Sequence[GramPart],
+    triangles: Sequence[Tensor] | None,
+    residual: Tensor,
+    now: Tensor,
+    legs: Names,
+    ridge: float,
 ) -> Tensor:
-    """Solve the normal equations of a parameter, whose matrix is a Kronecker product.
+    """Solve the normal equations of a parameter for its change; see `triangles_of`.
 
     Args:
         parts: the factors of the Gram matrix.
+        triangles: their Cholesky factors; None if it leaves directions open, in which the step is zero.
         residual: the right-hand side for the residual, in the shape of the parameter.
-        now: the present values, kept in directions whose eigenvalue is zero up to rounding.
+        now: the present values.
         legs: the legs of the parameter.
         ridge: added to every eigenvalue.
     """
-    values, turns = now.new_ones([1] * now.ndim), []
+    right = residual - ridge * now
+    if triangles is None:
+        return _step_by_eigenvectors(parts, right, legs, ridge)
+    return divided(right, parts, triangles, legs)
+
+
+def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None:
+    """Compute the Cholesky factor of each part of a Gram matrix.
+
+    Returns:
+        None if a row of a part all but depends on those above it; or if there is a ridge and not one part,
+        since a Kronecker product with a ridge is none.
+    """
+    if ridge and len(parts) != 1:
+        return None
+    found = []
+    for part in parts:
+        matrices = part.matrices
+        if ridge:
+            matrices = matrices + ridge * torch.eye(matrices.shape[-1]).to(matrices)
+        triangle, info = torch.linalg.cholesky_ex(matrices)
+        pivots = triangle.diagonal(dim1=-2, dim2=-1).square()
+        is_regular = pivots > FLAT * matrices.diagonal(dim1=-2, dim2=-1)
+        if bool(info.any()) or not bool(is_regular.all()):
+            return None
+        found.append(triangle)
+    return found
+
+
+def divided(
+    tensor: Tensor, parts: Sequence[GramPart], triangles: Sequence[Tensor], legs: Names
+) -> Tensor:
+    """Divide a parameter by its Gram matrix, whose parts are given by their Cholesky factors."""
+    for part, triangle in zip(parts, triangles):
+        order, back = _orders(legs, (*part.modes, *part.bonds))
+        turned = tensor.permute(order)
+        lead = turned.shape[: len(part.modes)]
+        columns = turned.reshape(*lead, triangle.shape[-1], -1)
+        found = torch.cholesky_solve(columns, triangle).reshape(turned.shape)
+        tensor = found.permute(back)
+    return tensor
+
+
+@compile_constant
+def _orders(legs: Names, first: Names) -> tuple[list[int], list[int]]:
+    """Return the permutation that puts some legs first, and the one that takes it back."""
+    order = [legs.index(leg) for leg in (*first, *(leg for leg in legs if leg not in first))]
+    return order, sorted(range(len(order)), key=order.__getitem__)
+
+
+def _step_by_eigenvectors(
+    parts: Sequence[GramPart], right: Tensor, legs: Names, ridge: float
+) -> Tensor:
+    """Solve normal equations that leave directions open, in which the step is zero; see `solve`."""
+    values, turns = right.new_ones([1] * right.ndim), []
     for part in parts:
         number, vectors = torch.linalg.eigh(part.matrices)
         lead = [legs.index(mode) for mode in part.modes]
         axes = [legs.index(bond) for bond in part.bonds]
         # The eigenvalues of several bonds are laid out over these bonds, whichever is which.
-        shape = [now.shape[axis] for axis in lead + axes]
-        values = values * _aligned(number.clamp(min=0).reshape(shape), lead + axes, now.ndim)
+        shape = [right.shape[axis] for axis in lead + axes]
+        values = values * _aligned(number.clamp(min=0).reshape(shape), lead + axes, right.ndim)
         if axes:
-            turns.append((part, vectors.reshape(*shape, *[now.shape[axis] for axis in axes])))
+            turns.append((part, vectors.reshape(*shape, *[right.shape[axis] for axis in axes])))
     bonds = [k for k, leg in enumerate(legs) if any(leg in part.bonds for part in parts)]
-    values = values.expand(now.shape)
+    values = values.expand(right.shape)
     largest = values.amax(bonds, keepdim=True) if bonds else values
-    room = math.prod(now.shape[k] for k in bonds)
+    room = math.prod(right.shape[k] for k in bonds)
     total = values + ridge
-    is_open = total <= largest * room * torch.finfo(now.dtype).eps * 4
-    turned = _turned(residual - ridge * now, turns, legs)
+    is_open = total <= largest * room * torch.finfo(right.dtype).eps * 4
+    turned = _turned(right, turns, legs)
     step = torch.where(is_open, 0.0, turned / torch.where(is_open, 1.0, total))
-    return now + _turned(step, turns, legs, back=True)
+    return _turned(step, turns, legs, back=True)
 
 
 def gram_times(parts: Sequence[GramPart], now: Tensor, legs: Names) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import wraps
-from numbers import Integral
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -76,18 +75,3 @@ def check_values(tensors: Iterable[Tensor], what: str) -> None:
         raise ValueError(
             f"a tensor on the meta device has no numbers, and {what} needs them; make it on another device"
         )
-
-
-def check_ranks(rank: Any) -> None:
-    """Refuse ranks that are not integers: one, several, or by bond.
-
-    Raises:
-        TypeError: a rank that is no integer.
-    """
-    named = rank.items() if isinstance(rank, Mapping) else [("", rank)]
-    if isinstance(rank, Sequence) and not isinstance(rank, str):
-        named = [("", each) for each in rank]
-    for bond, size in named:
-        if isinstance(size, bool) or not isinstance(size, Integral):
-            what = f"the rank of bond {bond!r}" if bond else "rank"
-            raise TypeError(f"{what} must be an integer; found {size!r}")

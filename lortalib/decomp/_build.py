@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Union, cast
 
 import torch
 from torch import Tensor
 
-from .._kinds import DEVICE, GENERATOR, is_integer
+from .._kinds import DEVICE, GENERATOR
 from .._stacklevel import outside
 from ._full import check_full
 from ._hashed import make_hashes, start_vectors
 from ._legs import Legs
 from ._modes import Shape
 from ._network import Network
+from ._ranks import Rank, read_ranks
 from ._start import StartLike, get_start
-
-#: A rank is one size for every bond, one size for each bond in the order of the line, or a mapping from
-#: bond to size. The vectors of hashed parameters stand among the bonds in the sequence and the mapping.
-Rank = Union[int, Sequence[int], Mapping[str, int]]
 
 
 def build(
@@ -47,7 +43,7 @@ def build(
     check_full(legs, sizes, modes)
     _check_sizes(legs, sizes)
     hashes = make_hashes(legs.terms, sizes, legs.line or str(legs))
-    tensors = get_start(init)(legs, sizes, shape.modes, _randn(generator, device, dtype))
+    tensors = get_start(init)(legs, sizes, shape.modes, normal_numbers(generator, device, dtype))
     if callable(init):
         _check_start(tensors, legs, sizes, device)
     tensors = start_vectors(hashes, legs.owners, tensors)
@@ -103,9 +99,10 @@ def _check_start(
             raise ValueError(f"init= has to return finite numbers; found {what} for ({term})")
 
 
-def _randn(
+def normal_numbers(
     generator: torch.Generator | None, device: torch.device | str | None, dtype: torch.dtype
 ) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Make a source of normal numbers: a function from a shape to a tensor, in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)  # QR needs at least float32
     if device is not None and torch.device(device).type == "meta":
         generator = None
@@ -114,43 +111,19 @@ def _randn(
 
 
 def _ranks(legs: Legs, shape: Shape, rank: Rank) -> dict[str, int]:
-    bonds = legs.bonds(shape.modes)
-    names = legs.ranked(shape.modes)
-    line = legs.line or str(legs)
-    what = "bonds" if names == bonds else "bonds and vectors"
-    if isinstance(rank, Mapping):
-        # A vector may be left out, as where one integer is given.
-        if not set(bonds) <= set(rank) <= set(names):
-            raise ValueError(
-                f"ranks were given for {', '.join(map(str, rank)) or 'no bond'}; the {what} are "
-                f"{', '.join(names) or 'none'}, in\n    {line}"
-            )
-        asked = {name: rank[name] for name in names if name in rank}
-    elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
-        if len(rank) != len(names):
-            raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; the {what} are "
-                f"{', '.join(names)}, in\n    {line}"
-            )
-        asked = dict(zip(names, rank))
-    else:
-        asked = dict.fromkeys(bonds, cast(int, rank))
-    for bond, size in asked.items():
-        if not is_integer(size) or size < 1:
-            kind = "size of vector" if bond in legs.vectors else "rank of bond"
-            raise ValueError(f"the {kind} {bond!r} must be an integer >= 1; found {size!r}")
-    asked = {bond: int(size) for bond, size in asked.items()}
+    asked = read_ranks(legs, shape.modes, rank)
     for vector in legs.vectors:
         asked.setdefault(vector, _entries_of_a_site(legs, vector, {**shape, **asked}))
     limits = legs.limits({**shape, **asked}, shape.modes)
     cut = [
         f"{bond} from {asked[bond]} to {limits[bond]}"
-        for bond in names
+        for bond in legs.ranked(shape.modes)
         if limits[bond] < asked[bond]
     ]
     if cut:
         warnings.warn(
-            f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    {line}",
+            f"ranks larger than the modes can fill were cut: {', '.join(cut)}, in\n    "
+            f"{legs.line or legs}",
             stacklevel=outside(),
         )
     return limits

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_finite, takes_network
+from ._bond_tree import Edge
 from ._legs import Legs
 from ._network import Network
 from ._pieces import position_of
 from ._tensor_network import TensorNetwork
-from ._tree import Edge, is_tree, orthonormalise, positive_qr, tree_edges
+from ._tree import is_tree, orthonormalise, positive_qr, tree_edges
 
 
 @takes_network

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_finite, takes_network
-from ._build import Rank
 from ._canonical import canonical, joins_all
 from ._fit import fit
 from ._formats import get_format
 from ._legs import Legs
 from ._network import Network
 from ._pieces import Pieces, pieces_of
+from ._ranks import Rank
 from ._refine import common_factors
 from ._round import round as rounded
 from ._tensor_network import TensorNetwork

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, wraps
 from itertools import combinations
 from string import ascii_letters
@@ -23,6 +23,9 @@ from ._notation import LegsError
 
 #: How many multiplications take as long as reading or writing one number.
 COST_OF_ONE_PASS = 100
+
+#: Up to so many tensors, all orders of a contraction are compared.
+MOST_COMPARED = 8
 
 
 Names = tuple[str, ...]
@@ -51,8 +54,8 @@ def contraction_path(
 ) -> Path:
     """Find the order of pairwise contractions with the fewest multiplications and passes over memory.
 
-    For up to six tensors, which covers every usual format, all orders are compared. For more, each step
-    takes the cheapest pair.
+    For up to eight tensors, which covers every usual format, all orders are compared. Of more, the cheapest
+    pair is contracted first, until eight are left.
 
     Returns:
         Steps ``(i, j, equation)``. Values are numbered: first the tensors, then the result of each step;
@@ -70,12 +73,19 @@ def contraction_path(
     if len(terms) == 1:
         return ((0, 0, equation_of((terms[0],), output)),)
     left, places, steps = terms, list(range(len(terms))), []
-    for i, j in _order(terms, output, size)[1]:
+
+    def contract_pair(i: int, j: int) -> None:
+        nonlocal left, places
         result = _joined(left, (i, j), output)
         steps.append((places[i], places[j], equation_of((left[i], left[j]), result)))
-        left = _without(left, (i, j), result)
-        places = [place for k, place in enumerate(places) if k not in (i, j)]
-        places.append(len(terms) + len(steps) - 1)
+        keep = [k for k in range(len(left)) if k not in (i, j)]
+        left = (*(left[k] for k in keep), result)
+        places = [*(places[k] for k in keep), len(terms) + len(steps) - 1]
+
+    while len(left) > MOST_COMPARED:
+        contract_pair(*_cheapest_pair(left, output, size))
+    for i, j in _best_pairs(left, output, size):
+        contract_pair(i, j)
     return tuple(steps)
 
 
@@ -92,34 +102,56 @@ def equation_of(terms: Sequence[Names], output: Names) -> str:
     return f"{','.join(words[:-1])}->{words[-1]}"
 
 
-def _order(
+def _best_pairs(
     terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
-) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Return the cost and the pairs of the best order (for more than six tensors, of the greedy one)."""
-    if len(terms) == 1:
-        return 0, ()
-    if len(terms) > 6:
-        cost, pair = _cheapest_step(terms, output, size)
-        left = _without(terms, pair, _joined(terms, pair, output))
-        more, pairs = _order(left, output, size)
-        return cost + more, (pair, *pairs)
-    steps = []
-    for pair in combinations(range(len(terms)), 2):
-        one, other, result = terms[pair[0]], terms[pair[1]], _joined(terms, pair, output)
-        moved = sum(math.prod(size[leg] for leg in term) for term in (one, other, result))
-        cost = math.prod(size[leg] for leg in {*one, *other}) + COST_OF_ONE_PASS * moved
-        steps.append((cost, pair, _without(terms, pair, result)))
-    orders = []
-    for cost, pair, left in steps:
-        more, pairs = _order(left, output, size)
-        orders.append((cost + more, (pair, *pairs)))
-    return min(orders)
+) -> list[tuple[int, int]]:
+    """Find the order with the least cost, from the best ways to contract each set of the terms.
+
+    A set is a number whose binary digits say which terms it has, so its subsets are smaller numbers.
+
+    Returns:
+        Pairs of positions in the list of terms, which loses both of a pair and gets the result at its end.
+    """
+    whole, number = (1 << len(terms)) - 1, range(len(terms))
+    legs, best = dict[int, frozenset[str]](), dict[int, tuple[int, int]]()  # cost, and one half
+    for group in range(1, whole + 1):
+        inside = {leg for k in number if group >> k & 1 for leg in terms[k]}
+        needed = {*output, *(leg for k in number if not group >> k & 1 for leg in terms[k])}
+        is_one = group.bit_count() == 1
+        legs[group], best[group] = frozenset(inside if is_one else inside & needed), (0, 0)
+        half, costs = (group - 1) & group, []
+        while half > group ^ half:  # the half with the last term, so that each division is met once
+            other = group ^ half
+            moved = sum(_volume(legs[each], size) for each in (half, other, group))
+            cost = _volume(legs[half] | legs[other], size) + COST_OF_ONE_PASS * moved
+            costs.append((cost + best[half][0] + best[other][0], half))
+            half = (half - 1) & group
+        if costs:
+            best[group] = min(costs)
+    groups, pairs = [1 << k for k in number], list[tuple[int, int]]()
+
+    def contract_group(group: int) -> None:
+        half = best[group][1]
+        if not half:
+            return
+        for each in (group ^ half, half):
+            contract_group(each)
+        i, j = sorted((groups.index(group ^ half), groups.index(half)))
+        pairs.append((i, j))
+        groups[:] = [each for k, each in enumerate(groups) if k not in (i, j)] + [group]
+
+    contract_group(whole)
+    return pairs
 
 
-def _cheapest_step(
+def _volume(legs: Iterable[str], size: Mapping[str, int]) -> int:
+    return math.prod(size[leg] for leg in legs)
+
+
+def _cheapest_pair(
     terms: tuple[Names, ...], output: Names, size: Mapping[str, int]
-) -> tuple[int, tuple[int, int]]:
-    """Find the cheapest pair to contract; return its cost and the pair. Time is quadratic in the terms."""
+) -> tuple[int, int]:
+    """Find the cheapest pair to contract. Time is quadratic in the terms."""
     carriers = Counter(leg for term in terms for leg in term)
     carriers.update(output)
     volume = [math.prod(size[leg] for leg in term) for term in terms]
@@ -136,12 +168,7 @@ def _cheapest_step(
         cost = product + COST_OF_ONE_PASS * (volume[i] + volume[j] + product // gone)
         if cost < least:
             least, best = cost, (i, j)
-    return int(least), best
-
-
-def _without(terms: tuple[Names, ...], pair: tuple[int, int], result: Names) -> tuple[Names, ...]:
-    """Return the terms after a step: without the pair, with the result at the end."""
-    return (*(term for k, term in enumerate(terms) if k not in pair), result)
+    return best
 
 
 def _joined(terms: Sequence[Names], pair: tuple[int, int], output: Names) -> Names:

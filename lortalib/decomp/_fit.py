@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,13 @@ from .._kinds import FUNCTION, GENERATOR, takes
 from .._numbers import check_number
 from .._stacklevel import outside
 from ._als import Progress, Sweeper
-from ._build import Rank
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
 from ._legs import Legs
 from ._network import Network
 from ._objective import Objective
 from ._pieces import Pieces, pieces_of
+from ._ranks import Rank
 from ._target import Target, TargetLike, read_target
 from ._tensor_network import TensorNetwork
 from ._tensorly import Modes
@@ -114,7 +115,8 @@ def fit(
         start: ``"svd"`` (singular vectors of the target, for a dense target and bonds that form a tree),
             ``"random"``, ``"auto"`` (the first where it exists), or a network of the line, which also says
             what frozen parameters hold.
-        tolerance: stop when a sweep lowers the relative error by less.
+        tolerance: stop when a sweep lowers the relative error by less. If a parameter stands several times in
+            the line, also when the steps of L-BFGS lower it by a smaller share each, on average.
         ridge: weight of the squared parameters, added to the squared relative error.
         restarts: number of further starts, all random; the best one is returned.
         sweeps: the largest number of sweeps of one start.
@@ -148,7 +150,9 @@ def fit(
     read = read_target(target, modes, mask, weights, ridge=ridge, split=form.legs)
     source = generator or torch.Generator().manual_seed(0)
     if isinstance(start, TensorNetwork):
-        made = net_of_start(start, form.legs(read.shape), rank, read.shape)
+        made = net_of_start(
+            start, form.legs(read.shape), form.by_bond(read.shape, rank), read.shape
+        )
     else:
         made = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
         made = made.to(read.device)
@@ -182,13 +186,16 @@ def fit(
 
 
 class _Run(NamedTuple):
-    """What one start ended in: the parameters for the target of norm one, and how it went."""
+    """What one start ended in: the parameters for the target of norm one, and how it went.
+
+    `growth` has the norm of all terms after some numbers of sweeps.
+    """
 
     tensors: list[Tensor]
     errors: tuple[float, ...]
     converged: bool
     how: str = "alternating least squares"
-    growth: tuple[float, ...] = ()
+    growth: Mapping[int, float] = MappingProxyType({})
 
 
 def _best_run(
@@ -201,24 +208,26 @@ def _best_run(
     progress: Progress | None,
 ) -> _Run:
     """Sweep from every start; return the run that ends with the least objective."""
-    best, least = None, math.inf
+    best, lowest = None, math.inf
     for first in firsts:
         sweeper = Sweeper(legs, first, objective, ridge)
-        errors, growth = list[float](), list[float]()
+        errors, growth = list[float](), dict[int, float]()
         before, converged = math.inf, False
         for number in range(1, sweeps + 1):
             errors.append(sweeper.sweep())
-            growth.append(Sweeper.growth(legs, sweeper.tensors))
+            if number.bit_count() == 1:  # after 1, 2, 4, 8 ... sweeps, so that it takes no time
+                growth[number] = Sweeper.growth(legs, sweeper.tensors)
             if progress is not None:
                 progress(number, errors[-1])
             now = math.sqrt(sweeper.penalised(errors[-1]))
-            converged = before - now <= max(tolerance, ROUNDING) or now <= objective.precision
+            least = max(tolerance, tolerance * now * sweeper.steps, ROUNDING)
+            converged = before - now <= least or now <= objective.precision
             if converged or not math.isfinite(now):
                 break
             before = now
-        if now < least:
-            best = _Run(sweeper.tensors, tuple(errors), converged, growth=tuple(growth))
-            least = now
+        if now < lowest:
+            best = _Run(sweeper.tensors, tuple(errors), converged, growth=growth)
+            lowest = now
     if best is None:
         raise ValueError(
             f"every start of the fit ended in NaN or infinity, in\n    {legs}\nTry a smaller rank, or "
@@ -287,9 +296,10 @@ def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:
     """
     if error < EXACT or is_tree(net.legs, net.modes):
         return
-    growth = run.growth or (Sweeper.growth(net.legs, run.tensors),)
-    now, grows = growth[-1], growth[-1] > 1.05 * growth[len(growth) // 2]
-    if now > CANCELLING or (now > GROWING and grows and len(growth) >= 20):
+    now, sweeps = Sweeper.growth(net.legs, run.tensors), len(run.errors)
+    before = [size for number, size in run.growth.items() if 2 * number <= sweeps]
+    grows = sweeps >= 20 and now > 1.05 * before[-1]
+    if now > CANCELLING or (now > GROWING and grows):
         warnings.warn(
             f"the fit diverges: terms {now:.1f} times as large as the target cancel each other, so "
             "a best network of these ranks may not exist. Try a ridge such as 1e-6, another rank, or "

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Union
 
 import torch
 from torch import Tensor
 
-from ._build import Rank
 from ._hosvd import start_along
 from ._legs import Legs
 from ._modes import Shape
 from ._network import Network
 from ._objective import Objective
+from ._ranks import Rank, read_ranks
 from ._start import Randn
 from ._tensor_network import TensorNetwork
 
@@ -55,9 +55,7 @@ def net_of_start(start: TensorNetwork, legs: Legs, rank: Rank, shape: Shape) -> 
     Raises:
         ValueError: another line, shape or rank.
     """
-    ranks = start.ranks
-    asked = dict.fromkeys(ranks, rank) if isinstance(rank, int) else rank
-    asked = asked if isinstance(asked, Mapping) else dict(zip(ranks, asked))
+    ranks, asked = start.ranks, read_ranks(legs, shape.modes, rank)
     if dict(start.shape) != dict(shape):
         raise ValueError(f"the start has {start.shape}, the target {shape}")
     if str(start.legs) != str(legs) or ranks != asked:

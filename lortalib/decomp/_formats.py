@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._build import Rank, build
+from ._build import build
 from ._factors import mode_of
 from ._legs import Legs
 from ._lines import (
@@ -31,6 +31,7 @@ from ._lines import (
 from ._modes import Shape, ShapeLike
 from ._network import Network
 from ._notation import abbreviated, closest
+from ._ranks import Rank
 from ._start import StartLike
 
 
@@ -84,6 +85,21 @@ class Format:
             legs = Legs.parse(str(Legs(merged)))
         return legs.with_factors(legs.split(shape))
 
+    def by_bond(self, shape: Shape, rank: Rank) -> Rank:
+        """Return ranks as `network` takes them; Tucker takes one for each mode, in the order of the modes.
+
+        Args:
+            shape: the modes and their sizes.
+            rank: ranks as the format takes them.
+
+        Example:
+            >>> tucker.by_bond(Shape({"layer": 3, "in": 8, "out": 4}), (2, 5, 4))
+            {'t': 2, 'p': 5, 'q': 4}
+        """
+        if self.read is None or not isinstance(rank, Sequence):
+            return rank
+        return self.read(shape.split, rank)
+
     def __call__(
         self,
         shape: ShapeLike,
@@ -101,12 +117,10 @@ class Format:
             {'p': 3, 'q': 3}
         """
         shape = shape if isinstance(shape, Shape) else Shape(shape)
-        if self.read is not None and isinstance(rank, Sequence):
-            rank = self.read(shape.split, rank)
         return build(
             self.legs(shape),
             shape,
-            rank,
+            self.by_bond(shape, rank),
             init=init,
             generator=generator,
             device=device,

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ._build import Rank, build
+from .._kinds import GENERATOR, takes
+from ._build import normal_numbers
 from ._canonical import wide_copies
 from ._network import Network
-from ._rank_change import BondMap, RankChange, changed, read_ranks, refuse_fixed
+from ._rank_change import BondMap, RankChange, changed, refuse_fixed
+from ._ranks import Rank, read_ranks
+from ._start import get_start
 from ._tensor_network import TensorNetwork
 
 
+@takes(generator=GENERATOR)
 def grow(net: Network, rank: Rank, *, generator: torch.Generator | None = None) -> RankChange:
     """Give a network larger ranks, with new directions that contribute nothing yet.
 
@@ -43,24 +47,18 @@ def grow(net: Network, rank: Rank, *, generator: torch.Generator | None = None) 
         ({'a': 3, 'b': 3}, True)
     """
     refuse_fixed(net, "raise")
-    wanted = read_ranks(net, rank)
+    wanted = read_ranks(net.legs, net.modes, rank, net.ranks)
     limits = net.legs.limits({**net.sizes, **wanted}, net.modes)
     ranks = {bond: max(size, limits[bond]) for bond, size in net.ranks.items()}
     zeros = {bond: _zero_end(net, bond) for bond in ranks if ranks[bond] > net.sizes[bond]}
     device = net.tensors[0].device
-    fresh = build(
-        net.legs,
-        net.shape,
-        ranks,
-        init="normal",
-        generator=generator,
-        device=device,
-        dtype=torch.float64,
-    )
+    randn = normal_numbers(generator, device, torch.float64)
+    # Not a new network, which would have no ranks beyond those that the modes can fill, as this one may.
+    fresh = get_start("normal")(net.legs, {**net.sizes, **ranks}, net.open_legs, randn)
     tensors = [
-        _widened(term.legs, old, new.detach(), [b for b, end in zeros.items() if end == k])
-        for k, (term, old, new) in enumerate(
-            zip(net.legs.terms, wide_copies(net), fresh.tensors, strict=True)
+        _widened(term.legs, old, fresh[owner].to(old), [b for b, end in zeros.items() if end == k])
+        for k, (term, old, owner) in enumerate(
+            zip(net.legs.terms, wide_copies(net), net.legs.owners, strict=True)
         )
     ]
     maps = tuple(

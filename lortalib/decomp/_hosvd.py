@@ -76,8 +76,8 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
                 "a tied parameter cannot follow the directions of both of its sides; found it in\n"
                 f"    {legs}"
             )
-        order = legs.leaves_to_root(own)
-        if any(legs.terms[k].of for k, _ in order):
+        edges = legs.tree(own, legs.zero)
+        if any(legs.terms[edge.child].of for edge in edges):
             raise ValueError(
                 "a hashed parameter cannot follow directions: few of its entries are free; found one in\n"
                 f"    {legs}"
@@ -86,7 +86,7 @@ def start_along(dense: Tensor, modes: str | Sequence[str] = LORTA_MODES) -> Star
         axes = list(legs.open_legs(names))
         x = wide.reshape([sizes[leg] for leg in axes])
         left = set(range(len(legs.terms)))
-        for k, bond in order:
+        for k, _, bond in edges:
             left.remove(k)
             # A leg that another remaining parameter carries stays; the other legs end at this parameter.
             stay = {leg for j in left for leg in legs.terms[j].legs} - {bond}

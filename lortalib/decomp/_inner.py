@@ -25,7 +25,8 @@ def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str]
         over: modes that are not summed over; each gets an axis of the result, in this order.
 
     Returns:
-        A tensor with an axis for each mode of ``over``, a scalar without any; differentiable.
+        A tensor with an axis for each mode of ``over``, a scalar without any; differentiable, in the wider of
+        the two dtypes.
 
     Raises:
         ValueError: other modes or sizes, or a name in ``over`` that is no mode; a mode that both split, into
@@ -48,7 +49,8 @@ def inner(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[str]
             f"{', '.join(one.modes)}"
         )
     sizes = [one.shape[mode] for mode in modes]
-    one, other = on_common_factors(one, other)
+    dtype = torch.promote_types(one.tensors[0].dtype, other.tensors[0].dtype)
+    one, other = on_common_factors(_cast(one, dtype), _cast(other, dtype))
     found = pair(pieces_of(one), pieces_of(other), one.modes, one.legs.open_legs(modes))
     return found.reshape(sizes)
 
@@ -80,7 +82,7 @@ def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
         >>> torch.allclose(norm(net), net.dense().norm())
         True
     """
-    wide = _wide(net)
+    wide = _cast(net, torch.float64)
     return inner(wide, wide, over=over).clamp(min=0).sqrt().to(net.tensors[0].dtype)
 
 
@@ -111,15 +113,17 @@ def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[s
         True
     """
     dtype = torch.promote_types(one.tensors[0].dtype, other.tensors[0].dtype)
-    one, other = _wide(one), _wide(other)
+    one, other = _cast(one, torch.float64), _cast(other, torch.float64)
     cross = inner(one, other, over=over)
     squares = inner(one, one, over=over) + inner(other, other, over=over)
     return (squares - 2 * cross).clamp(min=0).sqrt().to(dtype)
 
 
-def _wide(net: TensorNetwork) -> TensorNetwork:
-    """Return the network in float64, in which squares of usual entries neither overflow nor vanish."""
-    return NetworkView(net.legs, [tensor.double() for tensor in net.tensors], net.modes)
+def _cast(net: TensorNetwork, dtype: torch.dtype) -> TensorNetwork:
+    """Return the network in a dtype; in float64, squares of usual entries neither overflow nor vanish."""
+    if net.tensors[0].dtype == dtype:
+        return net
+    return NetworkView(net.legs, [tensor.to(dtype) for tensor in net.tensors], net.modes)
 
 
 def check_modes(one: TensorNetwork, other: TensorNetwork) -> None:

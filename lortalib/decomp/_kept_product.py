@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._einsum import Names
+from ._einsum import Names, compile_constant
 from ._pieces import Pieces, joined
 
 
@@ -36,21 +36,32 @@ class KeptProduct:
             rest: the other tensors; those of an earlier call are recognised as the same objects.
             output: the legs of the result.
         """
-        products = [self._legs(rest, k, output) for k in range(len(rest.terms))]
+        sizes = (self.large.tensors[0].shape, *(tensor.shape for tensor in rest.tensors))
+        products, best = _products(self.large.terms + rest.terms, sizes, tuple(output))
         for k, legs in enumerate(products):
             if rest.tensors[k] is self._other and self._product.terms == (legs,):
                 return joined(self._product, rest.without(k)).contract(output)
-        sizes = rest.sizes | self.large.sizes
-        volumes = [math.prod(sizes[leg] for leg in legs) for legs in products]
-        k = min(range(len(volumes)), key=volumes.__getitem__, default=-1)
-        if k < 0 or volumes[k] > self.large.tensors[0].numel():
+        if best is None:
             return joined(self.large, rest).contract(output)
-        product = joined(self.large, rest.subset([k])).contract(products[k])
-        self._other, self._product = rest.tensors[k], Pieces((products[k],), (product,))
-        return joined(self._product, rest.without(k)).contract(output)
+        legs = products[best]
+        product = joined(self.large, rest.subset([best])).contract(legs)
+        self._other, self._product = rest.tensors[best], Pieces((legs,), (product,))
+        return joined(self._product, rest.without(best)).contract(output)
 
-    def _legs(self, rest: Pieces, k: int, output: Sequence[str]) -> Names:
-        """List the legs of the product with tensor k: those that the result or another tensor needs."""
-        needed = {*output, *(leg for j, term in enumerate(rest.terms) if j != k for leg in term)}
-        both = dict.fromkeys(self.large.terms[0] + rest.terms[k])
-        return tuple(leg for leg in both if leg in needed)
+
+@compile_constant
+def _products(
+    terms: tuple[Names, ...], shapes: tuple[tuple[int, ...], ...], output: Names
+) -> tuple[list[Names], int | None]:
+    """List the legs of the product of the first tensor with each other one: those that the result or another
+    tensor needs. The second result is the position of the smallest; None if the first tensor is smaller."""
+    large, *rest = terms
+    products = []
+    for k, term in enumerate(rest):
+        needed = {*output, *(leg for j, each in enumerate(rest) if j != k for leg in each)}
+        products.append(tuple(leg for leg in dict.fromkeys(large + term) if leg in needed))
+    sizes = {leg: size for pair in zip(terms, shapes) for leg, size in zip(*pair)}
+    volumes = [math.prod(sizes[leg] for leg in legs) for legs in products]
+    if not volumes or min(volumes) > math.prod(shapes[0]):
+        return products, None
+    return products, volumes.index(min(volumes))

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ._bond_tree import Edge, bond_tree
 from ._carriers import check_carriers
 from ._factors import is_factor, mode_of, open_legs, sizes_of_factors
-from ._leaves import leaves_first
 from ._limits import rank_limits
 from ._marks import check_marks, zeroable
 from ._modes import Shape
@@ -258,21 +258,23 @@ class Legs:
             key=lambda k: (not terms[k].zero, "out" not in map(mode_of, terms[k].legs)),
         )
 
-    def leaves_to_root(self, modes: Iterable[str]) -> list[tuple[int, str]]:
-        """List all parameters except the root (the one that starts at zero), leaves first, each with its
-        bond towards the root.
+    def tree(self, modes: Iterable[str], root: int) -> tuple[Edge, ...]:
+        """List the bonds of a tree, those of children before those of their parents.
 
         Args:
             modes: the names of the tensor's axes.
+            root: the position of the root.
 
         Raises:
             ValueError: the bonds do not form a tree that contains every parameter.
 
         Example:
-            >>> Legs.parse("in p, layer p q (zero), out q").leaves_to_root(["layer", "in", "out"])
-            [(2, 'q'), (0, 'p')]
+            >>> for edge in Legs.parse("in p, layer p q, out q").tree(["layer", "in", "out"], root=1):
+            ...     print(edge)
+            Edge(child=2, parent=1, bond='q')
+            Edge(child=0, parent=1, bond='p')
         """
-        return leaves_first(self.terms, self.carriers, self.bonds(modes), self.zero)
+        return bond_tree(self.terms, self.carriers, self.bonds(modes), root)
 
     def sizes(
         self, shapes: Sequence[Sequence[int]], known: Mapping[str, int] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 
-from ._build import Rank
 from ._factors import mode_of, usual_factors
 from ._modes import Shape
+from ._ranks import Rank
 
 #: The order of the modes in a tensor train, as in MetaTT-5D and (with a task) MetaTT-(4+1)D.
 _TRAIN = ("in", "layer", "task", "expert", "matrix", "head", "out")

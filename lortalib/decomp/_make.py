@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ._build import Rank, build
+from ._build import build
 from ._formats import formats, get_format, names_format
 from ._legs import Legs
 from ._modes import Shape, ShapeLike
 from ._network import Network
+from ._ranks import Rank
 from ._start import StartLike
 
 

@@ -45,29 +45,28 @@ class Objective:
         return Objective(summands, self.modes, self.weight)
 
     def target_side(self, net: Pieces, position: int) -> Tensor:
-        """Contract a dense target, the weights and all tensors but one to the legs of that one.
+        """Contract the target, the weights and all tensors but one to the legs of that one.
 
         It is the right-hand side of the normal equations of the parameter.
         """
-        rest = net.without(position)
-        rest = rest if self._is_whole else joined(self._weight, rest)
-        return self._target().contract(rest, net.terms[position])
-
-    def residual_side(self, net: Pieces, position: int) -> Tensor:
-        """Contract the residual, the weights and all tensors but one to the legs of that one.
-
-        It is half the negative gradient of the squared distance. A dense residual is subtracted entry by
-        entry, which keeps its relative precision.
-        """
         rest, legs = net.without(position), net.terms[position]
         if self.is_dense:
-            gap = Pieces((self.modes,), (self._gap(net),))
-            return joined(gap, self._weight, rest).contract(legs)
-        total = -joined(net.renamed("*", self.modes), self._weight, rest).contract(legs)
-        for summand in self.summands:
-            part = joined(summand.renamed("*", self.modes), self._weight, rest)
-            total = total + part.contract(legs)
-        return total
+            rest = rest if self._is_whole else joined(self._weight, rest)
+            return self._target().contract(rest, legs)
+        parts = [
+            joined(summand.renamed("*", self.modes), self._weight, rest).contract(legs)
+            for summand in self.summands
+        ]
+        return torch.stack(parts).sum(0)
+
+    def residual_side(self, net: Pieces, position: int) -> Tensor:
+        """Contract a dense residual, the weights and all tensors but one to the legs of that one.
+
+        It is half the negative gradient of the squared distance. The residual is subtracted entry by entry,
+        which keeps its relative precision.
+        """
+        gap = Pieces((self.modes,), (self._gap(net),))
+        return joined(gap, self._weight, net.without(position)).contract(net.terms[position])
 
     def _gap(self, net: Pieces) -> Tensor:
         return self.summands[0].tensors[0] - net.contract(self.modes)
@@ -107,7 +106,11 @@ class Objective:
 
     def relative_error(self, net: Pieces) -> float:
         """Compute the distance divided by the norm of the target; zero for a zero target met exactly."""
-        squared = self.loss(net).item()
+        return self.relative(self.loss(net))
+
+    def relative(self, loss: Tensor) -> float:
+        """Compute the distance divided by the norm of the target from the squared distance."""
+        squared = loss.clamp(min=0).item()
         return math.sqrt(squared / self.squared_norm) if self.squared_norm else math.sqrt(squared)
 
     def _pair(self, one: Pieces, other: Pieces) -> Tensor:

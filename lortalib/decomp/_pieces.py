@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._einsum import Names, contract
+from ._einsum import Names, Path, compile_constant, contract_along, contraction_path
 from ._tensor_network import TensorNetwork
 
 
@@ -24,8 +24,7 @@ class Pieces(NamedTuple):
 
     def renamed(self, mark: str, keep: Collection[str]) -> Pieces:
         """Append a mark to the name of every leg that is not in ``keep``."""
-        terms = (tuple(leg if leg in keep else leg + mark for leg in t) for t in self.terms)
-        return Pieces(tuple(terms), self.tensors)
+        return Pieces(_renamed(self.terms, mark, tuple(keep)), self.tensors)
 
     def wide(self) -> Pieces:
         """Take the values in float64, without gradients."""
@@ -33,8 +32,8 @@ class Pieces(NamedTuple):
 
     def without(self, position: int) -> Pieces:
         """Leave out one tensor."""
-        keep = [k for k in range(len(self.terms)) if k != position]
-        return self.subset(keep)
+        (terms, tensors), behind = self, position + 1
+        return Pieces(terms[:position] + terms[behind:], tensors[:position] + tensors[behind:])
 
     def subset(self, positions: Iterable[int]) -> Pieces:
         """Keep the tensors at some positions."""
@@ -52,7 +51,21 @@ class Pieces(NamedTuple):
 
     def contract(self, output: Sequence[str]) -> Tensor:
         """Sum over every leg that is not in ``output``, the axes of the result."""
-        return contract(self.terms, self.tensors, tuple(output), self.sizes)
+        shapes = tuple(tensor.shape for tensor in self.tensors)
+        return contract_along(_path(self.terms, tuple(output), shapes), self.tensors)
+
+
+@compile_constant
+def _renamed(terms: tuple[Names, ...], mark: str, keep: Names) -> tuple[Names, ...]:
+    return tuple(tuple(leg if leg in keep else leg + mark for leg in term) for term in terms)
+
+
+@compile_constant
+def _path(terms: tuple[Names, ...], output: Names, shapes: tuple[tuple[int, ...], ...]) -> Path:
+    """Plan a contraction; a fit asks thousands of times, so all of it is behind the cache."""
+    sizes = {leg: size for pair in zip(terms, shapes) for leg, size in zip(*pair)}
+    path: Path = contraction_path(terms, output, tuple(sizes.items()))
+    return path
 
 
 def pieces_of(net: TensorNetwork) -> Pieces:

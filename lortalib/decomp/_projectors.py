@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._bond_tree import Edge
 from ._canonical import wide_copies
 from ._einsum import Names
 from ._tensor_network import TensorNetwork
-from ._tree import Edge, absorb, tree_edges, unfold
+from ._tree import absorb, shared_modes, tree_edges, unfold
 
 #: Directions of a bond that one side does not have count as this part of that side: enough to choose
 #: between them, and its square is below the precision of float64.
@@ -83,8 +84,9 @@ def _triangular_factors(
                 side = below[edge.bond] if edge.parent == node else above[edge.bond]
                 tensor = absorb(tensor, terms[node], edge.bond, side.factor, side.batch)
         neighbour = towards.parent if node == towards.child else towards.child
-        sides = unfold(tensor, terms[node], towards.bond, terms[neighbour])
-        return _Side(torch.linalg.qr(sides.matrices, mode="r").R, sides.batch)
+        batch = shared_modes(terms[node], terms[neighbour], towards.bond)
+        sides = unfold(tensor, terms[node], towards.bond, batch)
+        return _Side(torch.linalg.qr(sides.matrices, mode="r").R, batch)
 
     for edge in edges:
         below[edge.bond] = gathered(edge.child, edge)

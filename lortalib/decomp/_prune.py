@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ._build import Rank
 from ._canonical import canonical, wide_copies
 from ._inner import distance, norm
 from ._network import Network
 from ._pieces import joined, pieces_of
 from ._projectors import projectors
-from ._rank_change import BondMap, RankChange, changed, read_ranks, refuse_fixed
+from ._rank_change import BondMap, RankChange, changed, refuse_fixed
+from ._ranks import Rank, read_ranks
 from ._sum import direct_sum
 from ._tensor_network import NetworkView, TensorNetwork
 from ._tree import is_tree
@@ -56,7 +56,7 @@ def prune(net: Network, rank: Rank) -> RankChange:
         torch.Size([8, 2])
     """
     refuse_fixed(net, "lower")
-    wanted = read_ranks(net, rank)
+    wanted = read_ranks(net.legs, net.modes, rank, net.ranks)
     ranks = {bond: min(wanted[bond], size) for bond, size in net.ranks.items()}
     is_plain_tree = is_tree(net.legs, net.modes) and not any(t.tied for t in net.legs.terms)
     if is_plain_tree:

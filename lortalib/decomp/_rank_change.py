@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from .._kinds import is_integer
-from ._build import Rank
 from ._einsum import Names
 from ._network import Network
 from ._tensor_network import TensorNetwork
@@ -117,34 +114,6 @@ class RankChange:
             legs = self.network.legs.terms[position].legs
             found = absorb(found, legs, bond, getattr(each, kind), each.batch)
         return found.to(tensor.dtype, copy=True).contiguous()
-
-
-def read_ranks(net: TensorNetwork, rank: Rank) -> dict[str, int]:
-    """Read ranks for the bonds of a network; a mapping may name some of them.
-
-    Raises:
-        ValueError: a rank below 1, a wrong number of ranks, a bond that the network lacks.
-    """
-    if isinstance(rank, Mapping):
-        unknown = [bond for bond in rank if bond not in net.ranks]
-        if unknown:
-            raise ValueError(
-                f"no bond {unknown[0]!r}: the bonds are {', '.join(net.ranks) or 'none'}, in\n    {net.legs}"
-            )
-        found = {**net.ranks, **rank}
-    elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
-        if len(rank) != len(net.ranks):
-            raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; the bonds are "
-                f"{', '.join(net.ranks)}, in\n    {net.legs}"
-            )
-        found = dict(zip(net.ranks, rank))
-    else:
-        found = dict.fromkeys(net.ranks, cast(int, rank))
-    for bond, size in found.items():
-        if not is_integer(size) or size < 1:
-            raise ValueError(f"the rank of bond {bond!r} must be an integer >= 1; found {size!r}")
-    return {bond: int(size) for bond, size in found.items()}
 
 
 def refuse_fixed(net: TensorNetwork, what: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .._columns import aligned
-from ._build import Rank
+from ._ranks import Rank
 
 
 @dataclass(frozen=True)

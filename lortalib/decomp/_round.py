@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ._arguments import check_finite, check_ranks, check_values, takes_network
-from ._build import Rank
+from ._arguments import check_finite, check_values, takes_network
 from ._canonical import rebuilt, refuse_frozen, wide_copies
 from ._fit import fit
 from ._network import Network
+from ._ranks import Rank, read_ranks
 from ._tensor_network import TensorNetwork
-from ._tree import absorb, fold, is_tree, orthonormalise, tree_edges, unfold
+from ._tree import absorb, fold, is_tree, orthonormalise, shared_modes, tree_edges, unfold
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,20 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
     (Oseledets 2011 for trains, Grasedyck 2010 for other trees). The error is at most the root of the
     number of bonds times the best possible one. Modes that a bond's two parameters share are kept
     apart: each slice has singular values of its own. Other lines are fitted to the network by `fit`; there
-    an error is reached with the smallest equal share of all ranks.
+    an error is reached with the smallest equal share of all ranks, at the latest with all of them.
 
     Args:
         net: the network. The whole tensor is not formed.
-        rank: ranks as for `network`; larger ones than those of the network stay as they are.
+        rank: ranks as for `network`, or a mapping with some bonds. Larger ones than those of the network stay
+            as they are.
         error: the largest relative error in the Frobenius norm, 0 or more and below 1.
 
     Returns:
         `Rounding`, with the error that was made.
 
     Raises:
-        ValueError: neither or both of rank and error; an error outside its range, or one that a fit does
-            not reach; ranks below 1 or of other bonds; frozen parameters, whose sizes are fixed.
+        ValueError: neither or both of rank and error; an error outside its range; ranks below 1 or of other
+            bonds; frozen parameters, whose sizes are fixed.
 
     Example:
         >>> from lortalib.decomp import direct_sum, tt
@@ -76,36 +78,21 @@ def round(net: TensorNetwork, *, rank: Rank | None = None, error: float | None =
     """
     if (rank is None) == (error is None):
         raise ValueError("give either rank= or error=, what is to be reached")
-    if rank is not None:
-        check_ranks(rank)
     if error is not None and not (isinstance(error, Real) and 0 <= error < 1):
         raise ValueError(f"error is relative, from 0 up to below 1; found {error!r}")
     check_values(net.stored, "rounding")
-    check_finite(net, "rounding")
     refuse_frozen(net.legs, "rounding")
-    wanted = None if rank is None else _wanted(net, rank)
+    wanted = None
+    if rank is not None:
+        asked = read_ranks(net.legs.unhashed, net.modes, rank, net.ranks)
+        wanted = {bond: min(asked[bond], size) for bond, size in net.ranks.items()}
     if is_tree(net.legs, net.modes) and not any(term.tied for term in net.legs.terms):
         return _truncated(net, wanted, error)
+    check_finite(net, "rounding")
     if wanted is not None:
         return _fitted(net, wanted)
     assert error is not None
     return _fitted_within(net, error)
-
-
-def _wanted(net: TensorNetwork, rank: Rank) -> dict[str, int]:
-    """Read ranks for the bonds of a network; none is larger than it is."""
-    if isinstance(rank, Mapping):
-        found = dict(rank)
-    elif isinstance(rank, Sequence):
-        found = dict(zip(net.ranks, rank)) if len(rank) == len(net.ranks) else {}
-    else:
-        found = dict.fromkeys(net.ranks, rank)
-    if set(found) != set(net.ranks):
-        raise ValueError(f"ranks are needed for the bonds {', '.join(net.ranks)}; found {rank!r}")
-    low = [bond for bond, size in found.items() if size < 1]
-    if low:
-        raise ValueError(f"the rank of bond {low[0]!r} must be at least 1; found {found[low[0]]}")
-    return {bond: min(found[bond], size) for bond, size in net.ranks.items()}
 
 
 def _truncated(
@@ -124,6 +111,11 @@ def _truncated(
     edges = tree_edges(net.legs, net.modes, start)
     for edge in edges:
         orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
+    # Squares of huge or tiny entries are no numbers.
+    peak = tensors[start].abs().max().item()
+    if not math.isfinite(peak):
+        check_finite(net, "rounding")
+    tensors[start] = tensors[start] / (peak or 1.0)
     total = tensors[start].square().sum().item()
     room = (error or 0.0) ** 2 * total
     left = [0.0]
@@ -145,6 +137,7 @@ def _truncated(
                 visit(child, False)
 
     visit(start, False)
+    tensors[start] = tensors[start] * peak
     network = rebuilt(net, tensors)
     scale = total or 1.0
     made, least = math.sqrt(sum(left) / scale), math.sqrt(max(left) / scale)
@@ -174,21 +167,25 @@ def _truncate(
     Returns:
         The sum of the squares of the singular values that were left out.
     """
-    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
+    batch = shared_modes(terms[giver], terms[taker], bond)
+    sides = unfold(tensors[giver], terms[giver], bond, batch)
     u, values, vh = torch.linalg.svd(sides.matrices, full_matrices=False)
-    squares = values.square().reshape(-1, values.shape[-1]).sum(0)
-    tails = squares.flip(0).cumsum(0).flip(0)
+    squares = values.square().reshape(-1, values.shape[-1]).sum(0).tolist()
+    # What is left out if so many values are kept, from all down to none.
+    tails = list(accumulate(reversed(squares), initial=0.0))[::-1]
     if keep is None:
-        keep = max(1, int((tails > room).sum()))
-    keep = min(keep, values.shape[-1])
-    tensors[giver] = fold(sides, u[..., :keep], terms[giver], bond)
-    factor = values[..., :keep, None] * vh[..., :keep, :]
-    tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, sides.batch)
-    return tails[keep].item() if keep < len(tails) else 0.0
+        keep = max(1, sum(tail > room for tail in tails))
+    keep = min(keep, len(squares))
+    tensors[giver] = fold(sides, u.narrow(-1, 0, keep))
+    factor = values.narrow(-1, 0, keep).unsqueeze(-1) * vh.narrow(-2, 0, keep)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, factor, batch)
+    return float(tails[keep])
 
 
 def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:
-    """Fit the line with smaller ranks to the network."""
+    """Fit the line with smaller ranks to the network, which fits itself best with its own ranks."""
+    if ranks == net.ranks:
+        return Rounding(rebuilt(net, wide_copies(net)), 0.0, None, "copy")
     found = fit(net, str(net.legs.unhashed), ranks, start="random", restarts=2)
     return Rounding(found.network, found.error, None, f"fit by {found.how}")
 
@@ -196,13 +193,9 @@ def _fitted(net: TensorNetwork, ranks: Mapping[str, int]) -> Rounding:
 def _fitted_within(net: TensorNetwork, error: float) -> Rounding:
     """Fit with rising ranks, all the same share of those of the network, until the error is met."""
     largest = max(net.ranks.values(), default=1)
-    found = None
-    for size in range(1, largest + 1):
+    for size in range(1, largest):
         ranks = {bond: max(1, rank * size // largest) for bond, rank in net.ranks.items()}
         found = _fitted(net, ranks)
         if found.error <= error:
             return found
-    raise ValueError(
-        f"no fit with smaller ranks comes within {error} of the network; the nearest is at "
-        f"{found.error if found else 1.0:.1e}. Ask for a larger error, or for ranks"
-    )
+    return _fitted(net, net.ranks)

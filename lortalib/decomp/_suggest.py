@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .._kinds import GENERATOR, LIST, takes
 from .._numbers import check_number
-from ._build import Rank
 from ._canonical import joins_all
 from ._diagnose import core_consistency, knee
 from ._fit import Fit, fit
 from ._rank_table import RankRow, RankTable
+from ._ranks import Rank
 from ._target import TargetLike, read_target
 from ._tensor_network import TensorNetwork
 from ._tensorly import Modes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from numbers import Real
 
 import torch
@@ -29,8 +30,8 @@ def direct_sum(
         weights: a factor for each network; 1 by default.
 
     Returns:
-        A `Network` with parameters of its own. Hashed parameters have become ordinary ones: a sum of two
-        has more different entries than one vector has numbers.
+        A `Network` with parameters of its own, in the widest of the dtypes. Hashed parameters have become
+        ordinary ones: a sum of two has more different entries than one vector has numbers.
 
     Raises:
         ValueError: no network, different legs or shapes, a wrong number of weights, or a network whose
@@ -68,10 +69,11 @@ def direct_sum(
     scaled = weighted_parameter(first)
     sizes = {bond: sum(network.sizes[bond] for network in networks) for bond in bonds}
     blocks = [network.tensors for network in networks]
+    dtype = reduce(torch.promote_types, (own[0].dtype for own in blocks))
     tensors = []
     for k, term in enumerate(first.legs.terms):
         shape = [sizes.get(leg, first.sizes[leg]) for leg in term.legs]
-        total = torch.zeros(shape, dtype=blocks[0][k].dtype, device=blocks[0][k].device)
+        total = torch.zeros(shape, dtype=dtype, device=blocks[0][k].device)
         offset = dict.fromkeys(bonds, 0)
         for network, own_blocks, weight in zip(networks, blocks, weights):
             block = total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -30,7 +31,7 @@ class Target(NamedTuple):
         shape: the modes and their sizes.
         refinement: how the modes are split in the objective.
         scale: the norm of the target; zero for a zero target, whose objective is not scaled.
-        dtype, device: dtype and device of the target.
+        dtype, device: dtype and device of the target; of a sum, the widest dtype.
         dense: the dense target of norm one, if it is dense and has no weights; else None.
     """
 
@@ -65,24 +66,23 @@ def read_target(
         for net in nets:
             check_modes(nets[0], net)
         shape, first = nets[0].shape, nets[0].tensors[0]
+        dtype = reduce(torch.promote_types, (net.tensors[0].dtype for net in nets))
     else:
         nets, first = [], real(target, "a tensor")
+        dtype = first.dtype
         shape = Shape(dict(zip(axis_names(modes, tuple(first.shape)), first.shape)))
     parts = [tensor for net in nets for tensor in net.stored] if nets else [first]
     check_values(parts, "a fit")
     refinement = _refinement(shape, [*nets, weights], split)
     legs = refinement.open_legs
+    weight = _read_weight(shape, refinement, mask, weights, first.device)
     if nets:
         summands = [pieces_of(refinement.of(net)).wide() for net in nets]
-        if mask is not None or isinstance(weights, Tensor):  # as large as the whole tensor anyway
-            whole = torch.stack([summand.contract(legs) for summand in summands]).sum(0)
-            summands = [Pieces((legs,), (whole,))]
     else:
         summands = [Pieces((legs,), (first.detach().double().reshape(refinement.shape),))]
-    weight = _read_weight(shape, refinement, mask, weights, first.device)
-    if weight is not None and weight.terms == (legs,):
+    if weight is not None and weight.terms == (legs,):  # as large as the whole tensor
         _check_observed(shape, weight.tensors[0], ridge)
-        whole = summands[0].tensors[0]
+        whole = reduce(torch.add, [summand.contract(legs) for summand in summands])
         whole = torch.where(weight.tensors[0] > 0, whole, torch.zeros_like(whole))
         summands = [Pieces((legs,), (whole,))]
     if not all(bool(t.isfinite().all()) for summand in summands for t in summand.tensors):
@@ -91,7 +91,7 @@ def read_target(
     objective, scale = _normalised(summands, legs, weight)
     is_plain = objective.is_dense and weight is None
     dense = objective.summands[0].tensors[0] if is_plain else None
-    return Target(objective, shape, refinement, scale, first.dtype, first.device, dense)
+    return Target(objective, shape, refinement, scale, dtype, first.device, dense)
 
 
 def _refinement(

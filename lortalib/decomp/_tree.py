@@ -1,4 +1,4 @@
-"""Finds the tree that the bonds of a network form, and moves factors along its edges."""
+"""Finds the trees of bonds that can be cut, and moves factors along their edges."""
 
 from __future__ import annotations
 
@@ -10,54 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._einsum import Names, contract
+from ._bond_tree import Edge
+from ._einsum import Names
 from ._legs import Legs
 
 
-class Edge(NamedTuple):
-    """A bond between two parameters of a tree.
-
-    Attributes:
-        child: the position of the parameter that is farther from the root.
-        parent: the position of the other one.
-        bond: the name of the bond.
-    """
-
-    child: int
-    parent: int
-    bond: str
-
-
 def tree_edges(legs: Legs, modes: Sequence[str], root: int) -> tuple[Edge, ...]:
-    """List the edges of a tree, children before their parents.
+    """List the edges of a tree that algorithms can cut, children before their parents; see `Legs.tree`.
 
     A mode may stand on several parameters if these are connected: each of its positions then has a tree of
     its own, as each layer has in LoRA.
 
     Raises:
-        ValueError: the bonds do not form a tree that contains every parameter, or a mode stands on
-            parameters that are not connected by others that carry it.
+        ValueError: the bonds form no tree, or a mode stands on parameters that are not connected by others
+            that carry it.
     """
     return _tree_edges(legs, tuple(modes), root)
 
 
 @lru_cache(maxsize=1024)
 def _tree_edges(legs: Legs, modes: Names, root: int) -> tuple[Edge, ...]:
-    bonds, met, edges = set(legs.bonds(modes)), [root], list[Edge]()
-    for near in met:
-        for bond in legs.terms[near].legs:
-            if bond not in bonds or any(bond == edge.bond for edge in edges):
-                continue
-            ends = [k for k in legs.carriers[bond] if k != near]
-            if len(ends) > 1 or ends[0] in met:
-                raise ValueError(
-                    f"the bonds form no tree: {bond!r} closes a loop or joins {len(ends) + 1} parameters, "
-                    f"in\n    {legs}"
-                )
-            edges.append(Edge(ends[0], near, bond))
-            met.append(ends[0])
-    if len(met) < len(legs.terms):
-        raise ValueError(f"the parameters fall into pieces without a common bond, in\n    {legs}")
+    edges = legs.tree(modes, root)
     for mode in legs.open_legs(modes):
         carriers = legs.carriers[mode]
         if sum(e.child in carriers and e.parent in carriers for e in edges) < len(carriers) - 1:
@@ -65,7 +38,7 @@ def _tree_edges(legs: Legs, modes: Names, root: int) -> tuple[Edge, ...]:
                 f"the mode {mode!r} stands on parameters that are not neighbours, which closes a loop, in"
                 f"\n    {legs}"
             )
-    return tuple(reversed(edges))
+    return edges
 
 
 def is_tree(legs: Legs, modes: Sequence[str]) -> bool:
@@ -78,47 +51,57 @@ def is_tree(legs: Legs, modes: Sequence[str]) -> bool:
 
 
 class Sides(NamedTuple):
-    """A parameter as matrices: one for each position of the modes that it shares with its neighbour.
+    """A parameter as matrices: one for each position of the modes that it shares with a neighbour.
 
     Attributes:
         matrices: (*batch, rows, bond).
-        batch: the shared modes.
-        rows: all other legs but the bond.
-        shape: the sizes of the rows.
+        shape: the sizes of the legs in the order of the matrices: shared modes, all other legs, the bond.
+        back: the permutation from that order to the legs of the parameter.
     """
 
     matrices: Tensor
-    batch: Names
-    rows: Names
-    shape: tuple[int, ...]
+    shape: torch.Size
+    back: tuple[int, ...]
 
 
-def unfold(tensor: Tensor, legs: Names, bond: str, neighbour: Names) -> Sides:
-    """Unfold a parameter towards one of its bonds."""
-    batch = tuple(leg for leg in legs if leg in neighbour and leg != bond)
-    rows = tuple(leg for leg in legs if leg not in batch and leg != bond)
-    ordered = tensor.permute([legs.index(leg) for leg in (*batch, *rows, bond)])
-    shape = tuple(ordered.shape[len(batch) : -1])
-    lead = ordered.shape[: len(batch)]
-    matrices = ordered.reshape(*lead, math.prod(shape), ordered.shape[-1])
-    return Sides(matrices, batch, rows, shape)
+def shared_modes(legs: Names, neighbour: Names, bond: str) -> Names:
+    """List the modes that two neighbours in a tree share, in the order of the first."""
+    return tuple(leg for leg in legs if leg in neighbour and leg != bond)
 
 
-def fold(sides: Sides, matrices: Tensor, legs: Names, bond: str) -> Tensor:
+def unfold(tensor: Tensor, legs: Names, bond: str, batch: Names) -> Sides:
+    """Unfold a parameter towards one of its bonds.
+
+    Args:
+        tensor: the parameter.
+        legs: its legs.
+        bond: the bond.
+        batch: the modes that the parameter shares with its neighbour there.
+    """
+    order, back = _orders(legs, bond, batch)
+    ordered = tensor.permute(order)
+    shape, lead = ordered.shape, len(batch)
+    rows = math.prod(shape[lead:-1])
+    return Sides(ordered.reshape(*shape[:lead], rows, shape[-1]), shape, back)
+
+
+@lru_cache(maxsize=4096)
+def _orders(legs: Names, bond: str, batch: Names) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the permutation of legs that `unfold` begins with, and the one that takes it back."""
+    rows = (leg for leg in legs if leg not in batch and leg != bond)
+    order = tuple(legs.index(leg) for leg in (*batch, *rows, bond))
+    return order, tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def fold(sides: Sides, matrices: Tensor) -> Tensor:
     """Undo `unfold` for matrices whose number of columns may have changed."""
-    lead = matrices.shape[: len(sides.batch)]
-    order = (*sides.batch, *sides.rows, bond)
-    tensor = matrices.reshape(*lead, *sides.shape, matrices.shape[-1])
-    return tensor.permute([order.index(leg) for leg in legs])
+    return matrices.reshape(*sides.shape[:-1], matrices.shape[-1]).permute(sides.back)
 
 
 def absorb(tensor: Tensor, legs: Names, bond: str, factor: Tensor, batch: Names) -> Tensor:
     """Multiply a parameter along a bond by matrices (*batch, new size, size)."""
-    fresh = bond + "'"
-    output = tuple(fresh if leg == bond else leg for leg in legs)
-    term = (*batch, fresh, bond)
-    sizes = dict(zip(legs, tensor.shape)) | dict(zip(term, factor.shape))
-    return contract((legs, term), (tensor, factor), output, sizes)
+    sides = unfold(tensor, legs, bond, batch)
+    return fold(sides, sides.matrices @ factor.mT)
 
 
 def positive_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +133,8 @@ def orthonormalise(
         taker: the position of its neighbour.
         qr: the QR decomposition.
     """
-    sides = unfold(tensors[giver], terms[giver], bond, terms[taker])
+    batch = shared_modes(terms[giver], terms[taker], bond)
+    sides = unfold(tensors[giver], terms[giver], bond, batch)
     q, r = qr(sides.matrices)
-    tensors[giver] = fold(sides, q, terms[giver], bond)
-    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r, sides.batch)
+    tensors[giver] = fold(sides, q)
+    tensors[taker] = absorb(tensors[taker], terms[taker], bond, r, batch)

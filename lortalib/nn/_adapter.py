@@ -13,10 +13,10 @@ from .._kinds import FLAG, Kind, takes
 from ..decomp import Cut, Network, TensorNetwork
 from ._adapter_files import AdapterFiles
 from ._anatomy import Site
-from ._carrier import Host
 from ._config import AdapterConfig
 from ._forward import Handle, PairSource, attach
 from ._group import Group
+from ._host_interface import Host
 from ._sharded import divide_again, whole, whole_network
 from ._table import count_parameters, describe
 from ._trained_modules import TrainedModules

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..decomp import Network
-from ._carrier import Host
 from ._forward import PairSource
+from ._host_interface import Host
 from ._offloaded import bring_back
 from ._recompute import AdapterScope, Remembered, added_in_forward
 from ._shared_parameters import find_aliases, leave_out, put_back, share_again

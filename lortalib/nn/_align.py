@@ -126,7 +126,7 @@ def _check(adapter: Adapter) -> None:
     owners: dict[int, str] = {}
     for group in adapter.groups:
         net = adapter.network(group)
-        hashed = [net.legs.terms[k] for k, _ in net.legs.leaves_to_root(net.modes)]
+        hashed = [net.legs.terms[k] for k, *_ in net.legs.tree(net.modes, net.legs.zero)]
         if any(term.of for term in hashed):
             raise ValueError(
                 f"the parameters of {group.name!r} are hashed, so they cannot follow a gradient; align an "

@@ -17,8 +17,10 @@ from lortalib.decomp import (
     absorb,
     balance,
     cp,
+    direct_sum,
     distance,
     environment,
+    fit,
     formats,
     gram,
     hadamard,
@@ -327,3 +329,22 @@ def test_norms_of_half_precision_neither_overflow_nor_vanish(size):
     ):
         assert found.dtype == torch.float16
         assert found.item() == pytest.approx(wanted.item(), rel=2e-2)
+
+
+def test_networks_of_two_dtypes_meet_in_the_wider_one():
+    shape = {"layer": 3, "in": 5, "out": 4}
+    narrow = cp(shape, 2, init="normal")
+    wide = cp(shape, 3, init="normal", dtype=torch.float64)
+    dense = [
+        NetworkView(net.legs, [t.detach().double() for t in net.tensors], net.modes).dense()
+        for net in (narrow, wide)
+    ]
+    for one, other in ((narrow, wide), (wide, narrow)):
+        found = inner(one, other)
+        assert found.dtype == hadamard(one, other).tensors[0].dtype == torch.float64
+        torch.testing.assert_close(found, (dense[0] * dense[1]).sum())
+        total = direct_sum([one, other])
+        assert total.tensors[0].dtype == torch.float64
+        torch.testing.assert_close(total.dense(), dense[0] + dense[1], rtol=1e-12, atol=1e-12)
+        fitted = fit([one, other], "cp", 5, sweeps=2).network
+        assert fitted.tensors[0].dtype == torch.float64

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from strategies import FORMATS, examples, generator, registered, seeds, small
+from strategies import FORMATS, examples, generator, random_networks, registered, seeds, small
 
 from lortalib.decomp import Network, direct_sum, grow, network, prune, tt
 from lortalib.decomp import round as rounded
@@ -286,6 +286,25 @@ def test_a_large_train_is_changed_in_small_tensors():
     assert found.network.tensors[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("split", [False, True])
+@examples(30)
+@given(data=st.data())
+def test_networks_of_any_line_and_any_ranks_change(split, data):
+    """Also with ranks beyond those that the modes can fill, as tensors of a user's own may have."""
+    net = data.draw(random_networks(split))
+    assume(net.ranks)
+    assume(not any(term.frozen for term in net.legs.terms))
+    dense = net.dense().detach()
+    larger = {bond: size + data.draw(st.integers(0, 2)) for bond, size in net.ranks.items()}
+    found = grow(net, larger).network
+    assert all(size >= net.ranks[bond] for bond, size in found.ranks.items())
+    torch.testing.assert_close(found.dense().detach(), dense)
+    smaller = {bond: data.draw(st.integers(1, size)) for bond, size in net.ranks.items()}
+    change = prune(net, smaller)
+    gap = (change.network.dense().detach() - dense).norm().item()
+    assert abs(gap - change.error * dense.norm().item()) < 1e-6 * dense.norm().item() + 1e-9
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -307,8 +326,8 @@ def test_ranks_that_cannot_be_are_refused(change):
         (0, "rank of bond 'a' must be an integer >= 1; found 0"),
         (1.5, "must be an integer"),
         (True, "must be an integer"),
-        ((1, 2), r"2 ranks were given, \(1, 2\); the bonds are"),
-        ({"z": 1}, "no bond 'z': the bonds are a, b, c, d"),
+        ((1, 2), r"2 ranks were given, \(1, 2\); there are 4 bonds"),
+        ({"z": 1}, "ranks were given for z; the bonds are a, b, c, d"),
     ):
         with pytest.raises(ValueError, match=says):
             change(net, rank)

@@ -160,6 +160,23 @@ def test_weights_may_be_constant_along_modes(name, is_dense):
     assert one.error == pytest.approx(measured(one, target.dense(), whole.sqrt().numpy()), abs=1e-7)
 
 
+@pytest.mark.parametrize("order", ["in out", "out in"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_weights_may_be_one_parameter_over_all_modes(order, number):
+    """They are as a tensor, whatever its axes: what is weighed is the sum, and not its first factor."""
+    parts = [
+        cp({"in": 4, "out": 4}, 3, init="normal", dtype=torch.float64, generator=generator(k))
+        for k in range(number)
+    ]
+    values = torch.rand(4, 4, dtype=torch.float64, generator=generator(5))
+    whole = values if order == "in out" else values.T
+    for weights in (Network(order, [values], order.split()), whole):
+        found = fit(parts, "cp", 2, weights=weights, start="random", sweeps=5)
+        dense = sum(part.dense() for part in parts)
+        assert found.error == pytest.approx(measured(found, dense, whole.sqrt().numpy()), abs=1e-7)
+        assert found.error > 1e-3
+
+
 def test_weights_over_some_modes_may_split_them():
     target = cp({"in": 6, "out": 4}, 2, init="normal", dtype=torch.float64)
     weights = Network("in.1 a, in.2 a", [torch.rand(2, 1), torch.rand(3, 1)], ["in"])
@@ -291,6 +308,14 @@ def test_a_fit_that_diverges_says_so():
     assert max(calm.conditions.values()) < 1e6
 
 
+def test_a_fit_of_a_tied_line_to_noise_ends():
+    """Its terms drift apart for ever, and each of 100 steps in a sweep gains next to nothing."""
+    dense = random_dense(3, 2, 6, 6, seed=4)
+    found = fit(dense, "indscal", 3, modes="layer matrix in out", sweeps=25)
+    assert found.converged
+    assert found.error < 0.8809
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -339,7 +364,7 @@ ODD = {"layer": 2, "in": 3, "out": 5}
         (DENSE, {"start": cp(ODD, 2)}, "the start has Shape"),
         (DENSE, {"start": cp(NET.shape, 3)}, "of the line and the ranks"),
         (NET, {"start": "svd"}, "a network is never formed"),
-        (DENSE, {"start": "svd"}, "needs a tree"),
+        (DENSE, {"start": "svd"}, "form no tree"),
         (DENSE, {"sweeps": 0}, "sweeps must be finite and at least 1; found 0"),
         (DENSE, {"ridge": math.nan}, "ridge must be finite"),
         ([NET, cp(ODD, 2)], {}, "same modes and sizes"),

@@ -232,6 +232,19 @@ def test_a_large_train_is_rounded_in_small_tensors():
     assert found.network.tensors[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_error_is_right_where_squares_are_no_numbers(size):
+    net = small("tt", rank=3, generator=generator(2))
+    expected = rounded(net, error=0.3)
+    tensors = list(net.tensors)
+    tensors[0] = tensors[0] * size
+    found = rounded(Network(net.legs, tensors, net.modes), error=0.3)
+    assert found.network.ranks == expected.network.ranks
+    assert found.error == pytest.approx(expected.error)
+    dense = expected.network.dense().detach() * size
+    torch.testing.assert_close(found.network.dense().detach() / size, dense / size)
+
+
 def test_what_cannot_be_rounded_is_refused():
     net = small("tt")
     for options in ({}, {"rank": 2, "error": 0.1}):
@@ -240,14 +253,24 @@ def test_what_cannot_be_rounded_is_refused():
     for error in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="error is relative"):
             rounded(net, error=error)
-    with pytest.raises(ValueError, match="rank of bond 'a' must be at least 1"):
+    with pytest.raises(ValueError, match="rank of bond 'a' must be an integer >= 1; found 0"):
         rounded(net, rank=0)
-    with pytest.raises(ValueError, match="ranks are needed for the bonds a, b, c, d"):
-        rounded(net, rank={"a": 1})
+    with pytest.raises(ValueError, match="ranks were given for z; the bonds are a, b, c, d"):
+        rounded(net, rank={"z": 1})
     with pytest.raises(ValueError, match="no rounding"):
         rounded(small("lora_xs"), rank=1)
-    with pytest.raises(ValueError, match="no fit with smaller ranks comes within 0"):
-        rounded(small("ring", rank=1), error=0.0)
+
+
+@pytest.mark.parametrize("options", [{"error": 1e-12}, {"rank": 9}])
+@pytest.mark.parametrize("name", ["cp", "ring", "rescal"])
+def test_a_line_without_a_tree_stays_as_it_is_where_no_smaller_ranks_are_asked_for(name, options):
+    net = small(name, generator=generator(3))
+    found = rounded(net, **options)
+    assert (found.network.ranks, found.error, found.least) == (net.ranks, 0.0, None)
+    assert found.how == "copy"
+    for one, other in zip(found.network.tensors, net.tensors):
+        assert one is not other
+        assert one.equal(other)
 
 
 # --- convert --------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def refused(model, says, kind=ValueError, batches=None, **options):
 def test_a_format_without_directions_is_refused_before_any_batch(decomposition, llama):
     fresh(llama, decomposition)
     if decomposition in NO_TREE | HASHED:
-        says = "are hashed" if decomposition in HASHED else "needs a tree"
+        says = "are hashed" if decomposition in HASHED else "form no tree"
         assert refused(llama, says) == []
 
 

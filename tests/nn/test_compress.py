@@ -277,33 +277,69 @@ def test_a_bank_takes_them(inputs, tmp_path):
         ("jd", "jd"),
         ("jd_diag", "jd_diag"),
         ("in p, adapter layer matrix p q, head out q", "in p, layer matrix p q, head out q"),
+        ("cp", "in r, out r, head r, layer r, matrix r, r"),
     ],
 )
-def test_one_folder_of_a_bank_holds_all_with_the_shared_sides_once(line, one, tmp_path):
+@pytest.mark.parametrize("shared", [(), ("in", "out")])
+def test_one_folder_holds_all_with_what_they_share_once(line, one, shared, inputs, tmp_path):
     for k, name in enumerate("abc"):
-        random_lora(LLAMA, tmp_path / name, seed=k)
-    found = compress(LLAMA.model(), [tmp_path / name for name in "abc"], line, 2, sweeps=2)
+        random_lora(LLAMA, tmp_path / name, "ForCausalLM", seed=k)
+    model = LLAMA.model("ForCausalLM")
+    folders = [tmp_path / name for name in "abc"]
+    found = compress(model, folders, line, 2, sweeps=2, joint=True)
+    out = found.save(tmp_path / "together")
+    assert [file.name for file in out.iterdir()] == ["adapter.safetensors"]
+    numbers = load_file(out / "adapter.safetensors").values()
+    assert sum(tensor.numel() for tensor in numbers) == found.count()
 
-    def made():
-        return lortalib.nn.bank(LLAMA.model(), one, 2, shared=("in", "out"))
-
-    bank = made()
-    bank.update({name: found.adapter(name) for name in found.names})
-    bank.save(tmp_path / "together")
-    read = made()
-    read.load(tmp_path / "together")
-    assert set(read) == {"a", "b", "c"}
+    adapter = lortalib.nn.load(model, out)
+    assert adapter.tasks == found.names == ("a", "b", "c")
+    with adapter.using(["c", "a"]):
+        wanted = output(model, inputs)
+    adapter.remove()
+    bank = lortalib.nn.bank(model, one, 2, shared=shared)
+    for fill in (lambda: bank.load(out), lambda: bank.update(found.task_adapter())):
+        fill()
+        assert list(bank) == ["a", "b", "c"]
+        with bank.using(["c", "a"]):
+            assert close(output(model, inputs), wanted)
+        for name in found.names:
+            assert (
+                relative(changes(bank.adapter(name), model), changes(found.adapter(name), model))
+                < 1e-5
+            )
+            del bank[name]
+    bank.remove()
     for name in found.names:
-        adapter, other = found.adapter(name), read.adapter(name)
-        for group in adapter.groups:
-            pairs = zip(adapter.network(group).stored, other.network(group).stored, strict=True)
-            assert all(torch.equal(*pair) for pair in pairs)
-    numbers = 0
-    for file in ("adapter.safetensors", "bank.safetensors"):
-        tensors = load_file(tmp_path / "together" / file)
-        numbers += sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    # the adapter that changes nothing, which describes the bank, has a core of zeros
-    assert numbers == found.count() + bank.count()
+        task = lortalib.nn.read(out, task=name)
+        assert relative(changes(task, model), changes(found.adapter(name), model)) < 1e-5
+
+
+def test_what_cannot_be_a_task_is_refused_before_the_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("lortalib.decomp.fit", None)
+    family, kind = FAMILIES["Bert"], "ForSequenceClassification"
+    random_lora(family, tmp_path / "lora", kind, modules_to_save=["classifier"])
+    random_lora(family, tmp_path / "plain", kind)
+    model = family.model(kind)
+    whole, plain = {"one": tmp_path / "lora"}, {"one": tmp_path / "plain"}
+    with pytest.raises(ValueError, match="'one' has its own classifier, trained as a whole"):
+        compress(model, whole, "cp", 2, joint=True)
+    with pytest.raises(ValueError, match="name of a task"):
+        compress(model, {"mean": tmp_path / "plain"}, "cp", 2, joint=True)
+    with pytest.raises(ValueError, match="no dropout"):
+        compress(model, plain, "cp", 2, joint=True, dropout=0.5)
+    with pytest.raises(LegsError, match="'task' alone"):
+        compress(model, plain, "in r, out r, head r, layer r, matrix r, adapter", 2, joint=True)
+    with pytest.raises(TypeError, match="joint must be True or False"):
+        compress(model, plain, "cp", 2, joint="together")
+
+
+def test_a_single_adapter_is_a_task_if_asked_for(folder, llama, tmp_path):
+    alone = compress(llama, folder, "cp", 2, sweeps=1)
+    with pytest.raises(ValueError, match="holds 'lora' alone; take adapter"):
+        alone.task_adapter()
+    found = compress(llama, folder, "cp", 2, sweeps=1, joint=True)
+    assert lortalib.nn.read(found.save(tmp_path / "out")).tasks == ("lora",)
 
 
 def test_one_adapter_is_saved_to_the_folder_itself_with_its_head(tmp_path):

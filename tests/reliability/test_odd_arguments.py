@@ -87,7 +87,7 @@ CALLS = {
     "fit, restarts": (lambda: fitted(restarts=-1), "restarts must be finite and at least 0"),
     "fit, mask": (lambda: fitted(mask="x"), "nested numbers; found str"),
     "fit, None": (lambda: D.fit(None, "cp", 2, modes="layer in out"), "nested numbers; found NoneType"),
-    "round, rank 1.5": (lambda: D.round(net("tt"), rank=1.5), "rank must be an integer; found 1.5"),
+    "round, rank 1.5": (lambda: D.round(net("tt"), rank=1.5), "must be an integer >= 1; found 1.5"),
     "round, rank by bond": (lambda: D.round(net("tt"), rank={"a": 1, "b": 0}), "rank of bond 'b'"),
     "round, error": (lambda: D.round(net("tt"), error="x"), "error is relative, .*; found 'x'"),
     "scale": (lambda: D.scale(net(), "x"), "scaled by a number; found str"),

@@ -92,7 +92,8 @@ class BankFiles(BankContents):
         """Store the adapters that a bank of this shape saved, replacing adapters of the same names.
 
         Args:
-            folder: a folder that `save` wrote, or a repository of the Hugging Face hub with its files.
+            folder: a folder that `save` wrote; or the folder of an adapter with tasks, each of which becomes
+                an adapter of its name; or a repository of the Hugging Face hub with such files.
             revision: a branch, tag or commit of the repository; by default ``main``.
             token: a token of the hub; by default the one that ``hf auth login`` stored.
             subfolder: the folder in the repository, or below a local folder, that has the files.
@@ -116,6 +117,9 @@ class BankFiles(BankContents):
             ['ann', 'bob']
         """
         saved = read_bank(folder, self._home.model, self._rules, revision, token, subfolder)
+        if isinstance(saved, Adapter):
+            self.update(saved)
+            return
         base = self._reader.read("the folder", saved.base)
         legs = {group.name: saved.base.network(group).legs for group in saved.base.groups}
         check_same_marks("the saved bank", legs, self._reader.legs)

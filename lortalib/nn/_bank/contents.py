@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..._kinds import MAPPING, Kind, are, takes
 from ...decomp import Legs
+from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._group import Group
 from .._plan import Plan
@@ -31,8 +32,11 @@ def _is_hashable(value: object) -> bool:
 NAME = Kind("a name, which is hashable", _is_hashable)
 LIST_OF_NAMES = Kind("a list of names, which are hashable", are(_is_hashable))
 SOURCES = Kind(
-    "a mapping from names to adapters, folders or tensors, or a bank",
-    lambda value: isinstance(value, (Mapping, BankContents)),
+    "a mapping from names to adapters, folders or tensors, an adapter with tasks, or a bank",
+    lambda value: (
+        isinstance(value, (Mapping, BankContents))
+        or bool(isinstance(value, Adapter) and value.tasks)
+    ),
 )
 
 
@@ -179,12 +183,13 @@ class BankContents:
         self.update({name: source})
 
     @takes(sources=SOURCES)
-    def update(self, sources: Mapping[Hashable, Source] | BankContents) -> None:
+    def update(self, sources: Mapping[Hashable, Source] | Adapter | BankContents) -> None:
         """Store several adapters, replacing adapters of the same names. If one is refused, none is stored.
 
         Args:
-            sources: a mapping from names to sources, as `add` takes them; or another bank of this shape,
-                whose adapters make the same updates in this bank.
+            sources: a mapping from names to sources, as `add` takes them; or an adapter with tasks, each of
+                which becomes an adapter of its name; or another bank of this shape, whose adapters make the
+                same updates in this bank.
 
         Raises:
             ValueError, TypeError, FileNotFoundError, AdapterFileError: as for `add`.
@@ -210,6 +215,10 @@ class BankContents:
             shared = {group: self._shared.shared(group, ts) for group, ts in theirs.base.items()}
             self._shared.check_fits(shared, "the other bank")
             self._store.put(theirs.names, stacked, shared=shared if self._shared else None)
+            return
+        if isinstance(sources, Adapter):
+            read = self._reader.read_tasks(sources)
+            self._store.put(sources.tasks, read.own, shared=read.shared)
             return
         read = self._reader.read_all(sources)
         self._store.put(list(sources), read.own, shared=read.shared)

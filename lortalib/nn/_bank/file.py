@@ -90,14 +90,17 @@ def read_bank(
     revision: str | None = None,
     token: str | bool | None = None,
     subfolder: str | None = None,
-) -> SavedBank:
-    """Read what `write_bank` wrote.
+) -> SavedBank | Adapter:
+    """Read what `write_bank` wrote, or an adapter with tasks.
 
     Args:
         folder: the folder, or a repository of the hub.
         model: the model, to which the adapters are fitted.
         rules: as for `bank`.
         revision, token, subfolder: as for `local_folder`.
+
+    Returns:
+        The adapters of a bank, or the adapter with tasks.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -107,6 +110,9 @@ def read_bank(
     folder = local_folder(folder, FILES, revision, token, subfolder)
     path = folder / BANK
     if not path.is_file() and adapter_file(folder).is_file():
+        adapter = read_adapter(model, folder, rules=rules)
+        if adapter.tasks:
+            return adapter
         raise FileNotFoundError(
             f"{folder} holds an adapter and no bank: it has no {BANK}. Store it with bank[name] = folder; on "
             "the command line, give it as --adapter NAME=FOLDER"

@@ -9,21 +9,17 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor
 
-from ..._kinds import LIST
-from ...decomp import Legs
 from .._adapter import Adapter
 from .._anatomy import BlockRule
 from .._files import read_adapter
-from .._group import Group
 from .._plan import Plan
+from .._task_lines import TASK, are_common, line_of_one_task
 from .home import BankHome
-from .shared import SharedParameters, several_values
+from .shape import BankShape, Stacked, widened
+from .shared import SharedParameters
 
 #: A source for `Bank.add`: an adapter, its folder, or the tensors of each group in the order of the line.
 Source = Union[Adapter, str, "PathLike[str]", Mapping[str, Sequence[Tensor]]]
-
-#: A mapping from the name of each group to its tensors, each with a leading axis of adapters.
-Stacked = dict[str, list[Tensor]]
 
 
 class Reading(NamedTuple):
@@ -38,13 +34,8 @@ class Reading(NamedTuple):
     shared: Stacked | None
 
 
-class SourceReader:
+class SourceReader(BankShape):
     """Reads sources into tensors of the shape, dtype and device of one bank; changes nothing.
-
-    Attributes:
-        legs: the line of each group's network, by the name of the group.
-        keys: for each own parameter of a group a key, which is the same for all that are one parameter.
-        shapes: their shapes.
 
     Args:
         home: the home of the bank, to whose model adapters from files are fitted.
@@ -64,17 +55,11 @@ class SourceReader:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        super().__init__(plan, shared, dtype, device)
         self._home = home
         self._shared = shared
         self._rules = rules
-        self._dtype = dtype
-        self._device = device
-        self._groups = {group.name: group for group in plan.groups}
         self._alpha = plan.config.alpha
-        self.legs = {name: plan.networks[name].legs for name in self._groups}
-        own = {name: shared.own(name, plan.networks[name].stored) for name in self._groups}
-        self.keys = {name: [id(t) for t in tensors] for name, tensors in own.items()}
-        self.shapes = {name: [tuple(t.shape) for t in tensors] for name, tensors in own.items()}
 
     def read(self, name: Hashable, source: Source) -> Reading:
         """Read one adapter.
@@ -124,6 +109,45 @@ class SourceReader:
         }
         return Reading(own, found[0][1] if found else None)
 
+    def read_tasks(self, adapter: Adapter) -> Reading:
+        """Read the tasks of an adapter, each as an adapter; see `read`.
+
+        Args:
+            adapter: an adapter with tasks.
+
+        Returns:
+            Their own tensors, each with a leading axis of tasks; and the shared ones.
+
+        Raises:
+            ValueError: a task's own parameter is one that the bank's adapters share.
+        """
+        label, number = f"adapter {adapter.name!r}", len(adapter.tasks)
+        _refuse_modules(label, adapter)
+        tensors = {group.name: adapter.tensor(group) for group in adapter.groups}
+        legs = {name: line_of_one_task(tensor.legs) for name, tensor in tensors.items()}
+        self.check_alike(label, adapter.groups, legs)
+        own: dict[str, list[Tensor]] = {}
+        shared: dict[str, list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            own[name], shared[name] = [], []
+            stored = zip(tensor.legs.terms, are_common(tensor.legs), tensor.stored)
+            for mark, (term, is_common, each) in zip(self.legs[name].terms, stored):
+                value = each.detach()
+                if not mark.shared:
+                    value = value[None] if is_common else value.movedim(term.legs.index(TASK), 0)
+                    own[name].append(value.expand(number, *value.shape[1:]))
+                elif is_common:
+                    shared[name].append(value)
+                else:
+                    raise ValueError(
+                        f"{label} does not fit the bank: each of its tasks has a ({term}) of its own, which "
+                        f"the adapters of the bank share, in\n    {self.legs[name]}"
+                    )
+        if self._shared:
+            self._shared.check_fits(shared, label)
+        stacked = self.read_stacked(adapter.tasks, self.scaled(own, adapter.scaling))
+        return Reading(stacked, shared if self._shared else None)
+
     def read_stacked(
         self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]
     ) -> Stacked:
@@ -171,43 +195,10 @@ class SourceReader:
             )
         root = factor if uses == 1 else factor ** (1 / uses)
         pairs = zip(own, tensors)
-        return [_wide(t) * root if holders[k] == scaled else t for k, t in pairs]
-
-    def _own_terms(self, group: str) -> list[int]:
-        """List the positions of the terms that every adapter has of its own."""
-        return [k for k, term in enumerate(self.legs[group].terms) if not term.shared]
-
-    def check_alike(self, label: str, groups: Sequence[Group], legs: Mapping[str, Legs]) -> None:
-        """Refuse an adapter or a bank whose tensors have another meaning than this bank's.
-
-        Args:
-            label: a noun for the source, for the error message.
-            groups: its groups.
-            legs: the legs of its networks, by the name of the group.
-
-        Raises:
-            ValueError: its groups update other projections, or its networks have other legs.
-        """
-        for group in groups:
-            own = self._groups.get(group.name)
-            if own is None or group.meaning != own.meaning:
-                raise ValueError(
-                    f"{label} does not fit the bank: its group {group.name!r} adapts other projections; "
-                    "make the bank with the adapter's targets, layers, gqa and acts_on"
-                )
-            if legs[group.name].unmarked != self.legs[group.name].unmarked:
-                raise ValueError(
-                    f"{label} does not fit the bank: its group {group.name!r} has the legs\n"
-                    f"    {legs[group.name]}\nand the bank's\n    {self.legs[group.name]}"
-                )
+        return [widened(t) * root if holders[k] == scaled else t for k, t in pairs]
 
     def _of_adapter(self, name: Hashable, adapter: Adapter) -> tuple[Stacked, Stacked | None]:
-        paths = adapter.trained_modules.paths
-        if paths:
-            raise ValueError(
-                f"adapter {name!r} trains whole modules ({', '.join(paths)}), of which the rows of one "
-                "batch cannot have different values"
-            )
+        _refuse_modules(f"adapter {name!r}", adapter)
         networks = {group.name: adapter.network(group) for group in adapter.groups}
         legs = {group: network.legs for group, network in networks.items()}
         self.check_alike(f"adapter {name!r}", adapter.groups, legs)
@@ -222,94 +213,14 @@ class SourceReader:
         self._shared.check_fits(shared, f"adapter {name!r}")
         return self.scaled(own, adapter.scaling), shared
 
-    def check_shapes(
-        self, label: str, tensors: Mapping[str, Sequence[Tensor]], lead: tuple[int, ...]
-    ) -> None:
-        """Refuse tensors that are not those of an adapter, with some leading axes.
 
-        Args:
-            label: how an error message begins.
-            tensors: a mapping from the name of each group to its tensors.
-            lead: the leading axes.
-
-        Raises:
-            TypeError: a group without a list of tensors.
-            ValueError: other groups, shapes or kinds of tensors.
-        """
-        unknown = [group for group in tensors if group not in self.shapes]
-        if unknown:
-            raise ValueError(
-                f"{label}: it has the groups {list(self.shapes)}; found {unknown[0]!r} among those given"
-            )
-        for group, shapes in self.shapes.items():
-            given = tensors.get(group, ())
-            LIST.check(f"{label}: its group {group!r}", given)
-            wanted = [(*lead, *shape) for shape in shapes]
-            found = [tuple(getattr(tensor, "shape", ())) for tensor in given]
-            if found != wanted:
-                raise ValueError(
-                    f"{label}: its group {group!r} ({self.legs[group]}) has tensors of the shapes "
-                    f"{wanted}; found {found or f'none among the groups {list(tensors)}'}"
-                )
-            for tensor in given:
-                if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_complex():
-                    what = type(tensor).__name__
-                    if isinstance(tensor, Tensor):
-                        what = f"one on {tensor.device} of {tensor.dtype}"
-                    raise ValueError(
-                        f"{label}: its group {group!r} takes tensors of real numbers; found {what}"
-                    )
-        self._check_repeated(label, tensors)
-
-    def _check_repeated(self, label: str, tensors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Refuse different tensors for parameters that are one tensor: tied, or hashed from one vector."""
-        first: dict[
-            int, tuple[str, Tensor]
-        ] = {}  # of each parameter, which networks can have in common
-        for group, given in tensors.items():
-            legs, own = self.legs[group], self._own_terms(group)
-            for key, one in zip(self.keys[group], given):
-                name, value = first.setdefault(key, (group, one))
-                if name != group and not _wide(value).equal(_wide(one.to(value))):
-                    raise ValueError(several_values(label, group))
-            for k, one in zip(own, given):
-                other = given[own.index(legs.holders[k])]
-                if one is other or _wide(one).equal(_wide(other)):
-                    continue
-                vector = legs.terms[legs.holders[k]].of
-                what = (
-                    f"hashed from {vector!r} have one vector" if vector else "tied have one tensor"
-                )
-                raise ValueError(
-                    f"{label}: the parameters of its group {group!r} ({legs}) that are {what}; found "
-                    "different ones"
-                )
-
-    def _cast(self, names: Sequence[Hashable], tensors: Mapping[str, Sequence[Tensor]]) -> Stacked:
-        """Bring the tensors to the bank's dtype and device."""
-        with torch.no_grad():
-            for group, values in tensors.items():
-                for value in values:
-                    self._check_range(names, group, value)
-            return {
-                group: [value.to(self._device, self._dtype) for value in values]
-                for group, values in tensors.items()
-            }
-
-    def _check_range(self, names: Sequence[Hashable], group: str, value: Tensor) -> None:
-        """Refuse values that the bank's dtype cannot hold; some casts would clip them silently."""
-        largest = torch.finfo(self._dtype).max
-        wide = _wide(value)
-        if not wide.numel():
-            return
-        low, high = (bound.item() for bound in wide.aminmax())
-        if -largest <= low and high <= largest:  # false for NaN too
-            return
-        fits = (wide.reshape(len(wide), -1).double().abs() <= largest).all(1)
-        name = names[int(fits.logical_not().nonzero()[0])]
+def _refuse_modules(label: str, adapter: Adapter) -> None:
+    """Refuse an adapter with modules that train as a whole."""
+    paths = adapter.trained_modules.paths
+    if paths:
         raise ValueError(
-            f"adapter {name!r} holds NaN or infinity in group {group!r}, or values beyond {largest:g}, "
-            f"the largest in {self._dtype}; a bank of a wider dtype holds larger values"
+            f"{label} trains whole modules ({', '.join(paths)}), of which the rows of one "
+            "batch cannot have different values"
         )
 
 
@@ -332,8 +243,3 @@ def check_name(name: Hashable) -> None:
     """
     if name is None:
         raise ValueError("None stands for rows without an adapter; give the adapter another name")
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Convert a tensor to a dtype that torch can compute with."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

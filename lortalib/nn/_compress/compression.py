@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -20,8 +20,11 @@ from .._config import AdapterConfig
 from .._files import Lora, save
 from .._group import Group
 from .._table import network_table
+from .._task_lines import check_dropout, check_task_names
+from .._tasks import TaskAdapter
+from .._trained_modules import TrainedModules
 from .errors import lines, measure, table, total
-from .slices import slice_of
+from .slices import over_tasks, slice_of
 
 if TYPE_CHECKING:
     from ...decomp import Fit
@@ -31,11 +34,13 @@ class Compression:
     """Adapters of one model, compressed into one tensor for each group of sites; `compress` makes it.
 
     If the tensor has a mode for the adapters, only parameters with this leg belong to one adapter; all
-    others are shared. Each adapter is an ordinary one of the same line: the slice at its position.
+    others are shared. Each adapter is an ordinary one of the same line: the slice at its position. All
+    together are one `TaskAdapter`, whose tasks they are.
 
     Attributes:
         names: the names of the adapters, in the order of the mode.
         mode: the name of the mode that numbers the adapters; empty if there is none.
+        joint: whether `save` writes one folder for all adapters.
         groups: the groups of sites.
         fits: the fit of each group's tensor, by the name of the group; ``fits[name].network`` is the
             tensor. Its error also counts how far the copies of a pooled key/value head differ.
@@ -61,6 +66,7 @@ class Compression:
         fits: Mapping[str, Fit],
         config: AdapterConfig,
         mode: str,
+        joint: bool,
     ) -> None:
         self._model, self._config = model, config
         self._trained = {name: lora.trained_modules for name, lora in originals.items()}
@@ -72,6 +78,7 @@ class Compression:
         )
         self.names = tuple(originals)
         self.mode = mode
+        self.joint = joint
         self.groups = tuple(groups)
         self.fits = dict(fits)
         self.errors = tuple(measure(map(self.adapter, self.names), originals))
@@ -141,12 +148,35 @@ class Compression:
         trained = copy.deepcopy(self._trained[name])
         return Adapter(name, config, self.groups, networks, trained)
 
+    def task_adapter(self) -> TaskAdapter:
+        """Take all adapters together: a `TaskAdapter` that is on no model, whose tasks are the adapters.
+
+        Each task has of its own what carries the mode of the adapters; what they share is there once.
+
+        Returns:
+            The `TaskAdapter`, with parameters of its own. ``bank.update`` takes all its tasks.
+
+        Raises:
+            ValueError: the adapters cannot be tasks; ``compress(..., joint=True)`` finds out before the fit.
+        """
+        check_joint(self._trained, self._config.dropout)
+        if not self.mode:
+            raise ValueError(
+                f"the tensor has no mode for adapters, since it holds {self.names[0]!r} alone; take "
+                "adapter(), or compress it with joint=True"
+            )
+        networks = {name: over_tasks(net, self.mode) for name, net in self.networks.items()}
+        line = str(networks[self.groups[0].name].legs)
+        config = replace(self._config, decomposition=line)
+        return TaskAdapter("joint", config, self.groups, networks, TrainedModules(), self.names)
+
     @takes(folder=PATH)
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the adapters: a single one to the folder itself, several each to a folder of its name in it.
 
         `lortalib.nn.load`, `lortalib.nn.read` and a bank read each. Shared parameters are written with
-        each adapter, so that none needs the others.
+        each adapter, so that none needs the others. If `joint` is true, the folder itself gets all adapters,
+        as `task_adapter`: shared parameters are written once, and ``bank.load`` reads it too.
 
         Args:
             folder: a folder that does not exist, or is empty.
@@ -164,11 +194,18 @@ class Compression:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".compressing-") as aside:
             # One renaming at the end, so that the folder is never half written.
             whole = Path(aside, "adapters")
-            for name in self.names:
-                own = whole / name if len(self.names) > 1 else whole
-                save(self.adapter(name), own, model=self._model)
+            for own, adapter in self._folders():
+                save(adapter, whole / own, model=self._model)
             os.replace(whole, out)
         return out
+
+    def _folders(self) -> Iterator[tuple[str, Adapter]]:
+        """Yield what is written, with the name of its folder."""
+        if self.joint:
+            yield ".", self.task_adapter()
+            return
+        for name in self.names:
+            yield name if len(self.names) > 1 else ".", self.adapter(name)
 
     def _name_of_line(self, networks: Mapping[str, Network]) -> str:
         """Return the name of the format if it has the line of the networks, else their line."""
@@ -186,6 +223,26 @@ class Compression:
         kinds = ("adapter", "matrix") if self.mode else ("matrix",)
         tables = [line for kind in kinds for line in lines(self.table(kind))]
         return "\n".join([head, *network_table(self.groups, self.networks), *tables])
+
+
+def check_joint(trained: Mapping[str, TrainedModules], dropout: float) -> None:
+    """Refuse adapters that cannot be the tasks of one.
+
+    Args:
+        trained: the modules that train as a whole with each adapter, by its name.
+        dropout: the dropout of the compressed adapters.
+
+    Raises:
+        ValueError: an adapter has such modules, or the name of no task; or dropout.
+    """
+    check_task_names(list(trained))
+    check_dropout(dropout)
+    for name, modules in trained.items():
+        if modules.paths:
+            raise ValueError(
+                f"adapter {name!r} has its own {', '.join(modules.paths)}, trained as a whole, which tasks "
+                "have in common; compress without joint=True (--joint), which writes a folder for each"
+            )
 
 
 def check_empty(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..._kinds import FUNCTION, GENERATOR, takes
+from ..._kinds import FLAG, FUNCTION, GENERATOR, takes
 from ...decomp import Legs, LegsError, Network, Rank, Shape, balance, get_format
 from .._anatomy import check_model, site_weight
 from .._config import AdapterConfig, check_settings, choose_acts_on
@@ -17,14 +17,16 @@ from .._files import Rules, lora_network, lora_sites
 from .._group import Group, group_sites
 from .._meta_model import as_model
 from .._plan import check_whole
-from .compression import Compression
+from .._task_lines import line_of_one_task
+from .compression import Compression, check_joint
+from .slices import line_over_tasks
 from .sources import FOLDERS, Folders, read_sources
 
 #: Called after every sweep with the name of the group, the number of sweeps and the relative error.
 Progress = Callable[[str, int, float], object]
 
 
-@takes(folders=FOLDERS, generator=GENERATOR, progress=FUNCTION.or_none)
+@takes(folders=FOLDERS, generator=GENERATOR, progress=FUNCTION.or_none, joint=FLAG)
 def compress(
     model: Any,
     folders: Folders,
@@ -43,6 +45,7 @@ def compress(
     revision: str | Sequence[str | None] | None = None,
     token: str | bool | None = None,
     subfolder: str | Sequence[str | None] | None = None,
+    joint: bool = False,
 ) -> Compression:
     """Fit one tensor of any line to saved LoRAs of PEFT and adapters of lortalib of one model.
 
@@ -74,6 +77,8 @@ def compress(
         subfolder: the folder in each repository, or below each local folder, that has the files; or a list
             with one for each, where ``"."`` is the top. Without names, an adapter with a subfolder of its
             own is called after that.
+        joint: whether the adapters are to be the tasks of one adapter, for which `Compression.save` writes
+            one folder.
 
     Returns:
         `Compression`: the tensors, the adapters, and their errors by layer, matrix and head.
@@ -84,7 +89,8 @@ def compress(
             biases), or one that does not fit the model.
         LegsError: a line that does not fit the modes, for instance one without a leg for the adapters.
         ValueError: a tensor on the residual stream, such as indscal; names that are missing or taken;
-            or a bad argument.
+            or a bad argument. With ``joint``: an adapter with modules that were trained as a whole, a name
+            that no task can have, or dropout.
 
     Example:
         >>> import tempfile, lortalib
@@ -108,13 +114,17 @@ def compress(
     _check_line(decomposition)
     model = check_model(as_model(model))
     originals = read_sources(model, folders, rules, revision, token, subfolder)
+    if joint:
+        check_joint({name: lora.trained_modules for name, lora in originals.items()}, dropout)
     shapes = {path: shape for lora in originals.values() for path, shape in lora.shapes.items()}
     chosen = lora_sites(model, shapes, rules)
     check_whole(model, {site.path: site_weight(model, site) for site in chosen})
     groups = group_sites(chosen, gqa)
-    mode = _mode(decomposition, len(originals))
+    mode = _mode(decomposition, joint or len(originals) > 1)
     for group in groups:
-        _check_modes(decomposition, group.shape, mode)
+        legs = _check_modes(decomposition, group.shape, mode)
+        if joint:
+            line_of_one_task(line_over_tasks(legs, mode))
     fits = {}
     for group in groups:
         found = fit(
@@ -133,7 +143,7 @@ def compress(
         even = found.network.like(balance(found.network).tensors)
         fits[group.name] = replace(found, network=even)
     config = AdapterConfig(decomposition, 1.0, 1.0, float(dropout), gqa, "compress")
-    return Compression(model, originals, groups, fits, config, mode)
+    return Compression(model, originals, groups, fits, config, mode, joint)
 
 
 def _check_line(decomposition: object) -> None:
@@ -150,21 +160,21 @@ def _check_line(decomposition: object) -> None:
         )
 
 
-def _mode(decomposition: str, number: int) -> str:
-    """Name the mode that numbers the adapters; a line of one adapter has it only if it names it."""
+def _mode(decomposition: str, is_needed: bool) -> str:
+    """Name the mode that numbers the adapters. If it is not needed, only a line that names it has it."""
     line = get_format(decomposition).line
     legs = Legs.parse(line).carriers if isinstance(line, str) else {}
     if "task" in legs:
         return "task"
-    return "adapter" if number > 1 or "adapter" in legs else ""
+    return "adapter" if is_needed or "adapter" in legs else ""
 
 
-def _check_modes(decomposition: str, shape: Shape, mode: str) -> None:
-    """Check that the line has a leg for every mode, and say how to write the one for the adapters."""
+def _check_modes(decomposition: str, shape: Shape, mode: str) -> Legs:
+    """Return the line, if it has a leg for every mode; else say how to write the one for the adapters."""
     legs = get_format(decomposition).legs({mode: 1, **shape} if mode else shape)
     if not mode or mode in legs.carriers:
         legs.check([mode, *shape] if mode else shape.modes)
-        return
+        return legs
     modes = [{leg.partition(".")[0] for leg in term.legs} for term in legs.terms]
     apart = [k for k, own in enumerate(modes) if not {"in", "out"} & own]
     terms = [str(term) for term in legs.terms]

@@ -1,10 +1,11 @@
-"""Takes the network of one adapter out of a network with a mode for adapters."""
+"""Takes the network of one adapter, or of all as tasks, out of a network with a mode for adapters."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from ...decomp import Legs, Network, Shape, TensorNetwork, absorb, get_format
+from .._task_lines import TASK
 
 
 def slice_of(network: Network, mode: str, position: int, decomposition: str) -> Network:
@@ -28,6 +29,48 @@ def slice_of(network: Network, mode: str, position: int, decomposition: str) -> 
     legs = _renamed(view.legs, get_format(decomposition).legs(view.shape), view.shape)
     copies = [tensor.detach().clone() for tensor in view.tensors]
     return Network(legs, [copies[owner] for owner in legs.owners], view.modes)
+
+
+def over_tasks(network: Network, mode: str) -> Network:
+    """Take all adapters: a network with parameters of its own, whose mode ``task`` numbers them.
+
+    Args:
+        network: a network.
+        mode: the mode that numbers the adapters.
+    """
+    copies = [tensor.detach().clone() for tensor in network.tensors]
+    modes = [TASK if name == mode else name for name in network.modes]
+    legs = line_over_tasks(network.legs, mode)
+    return Network(legs, [copies[owner] for owner in legs.owners], modes)
+
+
+def line_over_tasks(legs: Legs, mode: str) -> Legs:
+    """Write a line with the leg ``task`` in place of another mode.
+
+    Args:
+        legs: the line.
+        mode: the mode that numbers the adapters.
+
+    Example:
+        >>> str(line_over_tasks(Legs.parse("in p, adapter layer p q, out q"), "adapter"))
+        'in p, task layer p q, out q'
+    """
+
+    def name(leg: str) -> str:
+        own, dot, place = leg.partition(".")
+        return TASK + dot + place if own == mode else leg
+
+    return Legs(
+        tuple(
+            replace(
+                term,
+                legs=tuple(map(name, term.legs)),
+                factors=tuple((name(leg), size) for leg, size in term.factors),
+                spans=(),
+            )
+            for term in legs.terms
+        )
+    )
 
 
 def _renamed(legs: Legs, wanted: Legs, shape: Shape) -> Legs:

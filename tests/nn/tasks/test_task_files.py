@@ -126,6 +126,56 @@ def test_one_task_is_an_ordinary_adapter_and_a_lora(line, tmp_path):
         assert close(output(other, inputs), expected, 1e-10)
 
 
+@pytest.mark.parametrize("shared", [(), ("in", "out")])
+@pytest.mark.parametrize("line", ["metatt_41d", "indscal", *LINES])
+def test_a_bank_takes_every_task(line, shared, tmp_path):
+    model, inputs = model_of(), inputs_of("encoder")
+    adapter = adapted(model, line)
+    names = ["b", None, "c", "a"]
+    with adapter.using(names):
+        expected = output(model, inputs)
+    folder = adapter.save(tmp_path)
+    one, acts_on = adapter.task("a").config.decomposition, adapter.config.acts_on
+    adapter.remove()
+    try:
+        bank = lortalib.nn.bank(
+            model, one, 2, shared=shared, acts_on=acts_on, alpha=2.0, dtype=torch.float64
+        )
+    except ValueError:  # nothing is left that an adapter has of its own
+        assert shared
+        return
+    with bank.using([None]):
+        assert close(output(model, inputs), output(model_of(), inputs))
+    read = lortalib.nn.read(folder)
+    for fill in (lambda: bank.load(folder), lambda: bank.update(read)):
+        if shared and any(s.startswith("task") for s in line.split(", ") if "in" in s.split()):
+            with pytest.raises(ValueError, match="each of its tasks has a"):
+                fill()
+            assert len(bank) == 0
+            continue
+        fill()
+        assert tuple(bank) == TASKS
+        with bank.using(names):
+            assert close(output(model, inputs), expected, 1e-8)
+        for name in TASKS:
+            del bank[name]
+    bank.remove()
+
+
+def test_a_bank_refuses_tasks_of_another_shape(tmp_path):
+    model = model_of()
+    adapter = adapted(model)
+    folder = adapter.save(tmp_path)
+    adapter.remove()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    with pytest.raises(ValueError, match=r"does not fit the bank: its group .* has the legs"):
+        bank.load(folder)
+    with pytest.raises(TypeError, match="an adapter with tasks, or a bank"):
+        bank.update(lortalib.nn.read(folder, task="a"))
+    assert len(bank) == 0
+    bank.remove()
+
+
 @pytest.mark.parametrize("line", ["metatt_41d", "cp", LINES[0]])
 def test_one_task_of_a_folder(line, tmp_path):
     model, inputs = model_of(), inputs_of("encoder")
