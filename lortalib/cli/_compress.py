@@ -25,7 +25,7 @@ def compress(options: Namespace, output: Output) -> bool:
     name = named_model(options.model, bases[0][0], "the first adapter")
     on_stream = any(acts_on_stream for _, acts_on_stream in bases)
     model: nn.Module = (
-        load(name, "float32", options.trust_remote_code)
+        load(name, "float32", options.trust_remote_code, whole=True)
         if on_stream
         else shape_of(name, options.trust_remote_code)
     )

@@ -33,17 +33,20 @@ def shape_of(name: str, trust_remote_code: bool = False) -> nn.Module:
         return meta_model(config, trust_remote_code)
 
 
-def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load(
+    name: str, dtype: str, trust_remote_code: bool = False, whole: bool = False
+) -> PreTrainedModel:
     """Read the model with its weights, as the class that its configuration names.
 
     Args:
         name: name of a folder, or of a model on the hub.
         dtype: dtype of the weights: one of `DTYPES`, or "auto" for the dtype of the stored weights.
         trust_remote_code: whether code that comes with the model may run.
+        whole: whether every weight has to be in the files; transformers draws others at random.
 
     Raises:
         OSError: there is no such model.
-        ValueError: the dtype is unknown, or no model can be made from the configuration.
+        ValueError: the dtype is unknown, no model can be made from the configuration, or a weight is missing.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
@@ -54,7 +57,15 @@ def load(name: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedMo
     with _told_of(name):
         config = AutoConfig.from_pretrained(_checked(name), trust_remote_code=trust_remote_code)
         model = model_class(config) or AutoModel
-        found: PreTrainedModel = model.from_pretrained(name, **options)
+        found: PreTrainedModel
+        found, told = model.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(told["missing_keys"])
+    if whole and missing:
+        more = f" and {len(missing) - 3} more" * (len(missing) > 3)
+        raise ValueError(
+            f"{name} has no {', '.join(missing[:3])}{more}, for which transformers draws random numbers; "
+            "nothing was written. Copy the folder again, or work in Python if another class is meant"
+        )
     return found
 
 

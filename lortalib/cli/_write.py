@@ -24,7 +24,7 @@ def merge(options: Namespace, output: Output) -> bool:
     # Both fail before a large model is read.
     description = lnn.read_description(options.folder, **place(options))
     check_task(options.folder, description["tasks"], options.task)
-    model = load(options.model, options.dtype, options.trust_remote_code)
+    model = load(options.model, options.dtype, options.trust_remote_code, whole=True)
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     adapter.remove(merged=True)
@@ -73,7 +73,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
                 "with the weights of its model: give --model"
             )
     else:
-        model = load(options.model, "float32", options.trust_remote_code)
+        model = load(options.model, "float32", options.trust_remote_code, whole=True)
         adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)
