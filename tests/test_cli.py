@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from saved_files import edit
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -210,6 +211,23 @@ def test_merge(saved, capsys, tmp_path):
         assert torch.allclose(merged(**IDS)[0], logits, atol=1e-5)
     refused = run(capsys, "merge", model, folder, tmp_path / "out", code=1)
     assert "exists and is not empty" in refused.err
+
+
+def test_a_model_that_lacks_weights_is_not_merged(saved, capsys, tmp_path):
+    """transformers draws them at random, with a report."""
+    model, folder, *_ = saved
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for command in (
+        ["merge", base, folder, tmp_path / "out"],
+        ["export-lora", folder, tmp_path / "out", "--model", base],
+    ):
+        said = run(capsys, *command, code=1).err
+        assert "has no model.norm.weight, for which transformers draws random numbers" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_lora(saved, capsys, tmp_path):

@@ -29,7 +29,9 @@ def compress(options: Namespace, output: Output) -> bool:
     name = named_model(options.model, bases[0][0], "the first adapter")
     on_stream = any(acts_on_stream for _, acts_on_stream in bases)
     model: nn.Module = (
-        load(base_of(options, name), "float32") if on_stream else shape_of(base_of(options, name))
+        load(base_of(options, name), "float32", whole=True)
+        if on_stream
+        else shape_of(base_of(options, name))
     )
     with output.counter(options.sweeps, "sweeps") as step:
         found = lnn.compress(

@@ -65,21 +65,32 @@ def shape_of(base: Base) -> nn.Module:
         return meta_model(_config(base), base.trust_remote_code)
 
 
-def load(base: Base, dtype: str) -> PreTrainedModel:
+def load(base: Base, dtype: str, whole: bool = False) -> PreTrainedModel:
     """Read the model with its weights, as the class that its configuration names.
 
     Args:
         base: the model.
         dtype: dtype of the weights: one of `DTYPES`, or "auto" for the dtype of the stored weights.
+        whole: whether every weight has to be in the files; transformers draws others at random.
 
     Raises:
         OSError: there is no such model.
-        ValueError: the dtype is unknown, or no model can be made from the configuration.
+        ValueError: the dtype is unknown, no model can be made from the configuration, or a weight is missing.
     """
     chosen = dtype if dtype == "auto" else dtype_of(dtype)
     with _told_of(base):
         model = model_class(_config(base)) or AutoModel
-        found: PreTrainedModel = model.from_pretrained(base.name, dtype=chosen, **base.options)
+        found: PreTrainedModel
+        found, told = model.from_pretrained(
+            base.name, dtype=chosen, output_loading_info=True, **base.options
+        )
+    missing = sorted(told["missing_keys"])
+    if whole and missing:
+        more = f" and {len(missing) - 3} more" * (len(missing) > 3)
+        raise ValueError(
+            f"{base.name} has no {', '.join(missing[:3])}{more}, for which transformers draws random numbers; "
+            "nothing was written. Copy the folder again, or work in Python if another class is meant"
+        )
     return found
 
 

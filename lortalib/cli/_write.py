@@ -25,7 +25,7 @@ def merge(options: Namespace, output: Output) -> bool:
     description = lnn.read_description(options.folder, **place(options))
     check_task(options.folder, description["tasks"], options.task)
     base = base_of(options, options.model)
-    model = load(base, options.dtype)
+    model = load(base, options.dtype, whole=True)
     output.say(f"read {type(model).__name__} from {options.model}")
     adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     adapter.remove(merged=True)
@@ -69,7 +69,7 @@ def export_lora(options: Namespace, output: Output) -> bool:
                 "with the weights of its model: give --model"
             )
     else:
-        model = load(base_of(options, options.model), "float32")
+        model = load(base_of(options, options.model), "float32", whole=True)
         adapter = lnn.load(model, options.folder, **place(options), task=options.task)
     if options.format == "gguf":
         file = lnn.export_gguf(adapter, options.out)

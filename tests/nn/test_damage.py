@@ -13,6 +13,7 @@ from saved_files import FILE, description, edit
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+import lortalib
 from lortalib.nn import AdapterFileError, load, load_lora
 from lortalib.nn._files.tensors import open_tensors
 from lortalib.nn._files.upgrades import UPGRADES, upgrade
@@ -32,6 +33,20 @@ def target():
     model = LLAMA_FAMILY.model("ForCausalLM")
     put(model, name="other", seed=1).merge()
     return model
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(saved, target, monkeypatch):
+    """As with a disk that fails, or without the right to read."""
+    lora = lortalib.nn.adapters(target)["other"].export_lora(saved / "lora")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("lortalib.nn._files.folder.parse_json", fail)
+    with unchanged(target), pytest.raises(AdapterFileError, match=r"config\.json cannot be read: "):
+        load_lora(target, lora)
+    monkeypatch.setattr("lortalib.nn._files.tensors.TensorFile.__init__", fail)
+    refuses(target, saved, r"adapter\.safetensors cannot be read: .*Input/output error")
 
 
 def refuses(model, folder, message, error=AdapterFileError):

@@ -1,14 +1,19 @@
 """Damage to the files of an adapter, drawn at random: by accident, and by somebody who means harm."""
 
+import contextlib
 import copy
 import json
 import struct
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_files import FILE, description, edit, tensors
 from test_any_damage import VALUES, flipped, places
 
+from lortalib.nn._files import digest
+
+BANK = "bank.safetensors"
 LORA = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -136,9 +141,28 @@ def raw(file, draw):
     return kind
 
 
+def harm_bank(file, draw):
+    """Other names or tensors of a bank, with the right digest where the library writes one."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    values = apart(load_file(file))
+    kind = draw.choice(["names", "tensors"])
+    if kind == "names":
+        names = mutated(json.loads(values["names"].numpy().tobytes()), draw)
+        values["names"] = torch.frombuffer(bytearray(text_of(names).encode()), dtype=torch.uint8)
+    else:
+        mutate_tensors(values, draw)
+    with contextlib.suppress(ValueError, KeyError):
+        metadata["sha256"] = digest(metadata["adapter"], values)
+    save_file(apart(values), file, metadata=metadata)
+    return f"{kind} of the bank"
+
+
 def meant(folder, draw):
     """A file of somebody who means harm: what is changed has the right digest, or needs none."""
     files = {file.name for file in folder.iterdir()}
+    if BANK in files and draw.random() < 0.8:
+        return harm_bank(folder / BANK, draw)
     if FILE in files and "adapter.json" not in files:
         if draw.random() < 0.7:
             edit(folder, text=text_of(mutated(description(folder), draw)))

@@ -147,12 +147,14 @@ def read_json(file: Path) -> Any:
     """Read a JSON file as `parse_json` does.
 
     Raises:
-        AdapterFileError: the file is too long, not UTF-8, or not strict JSON.
+        AdapterFileError: the file cannot be read, is too long, not UTF-8, or not strict JSON.
     """
     try:
         with file.open("rb") as opened:
             return parse_json(opened.read(LONGEST_TEXT + 1).decode())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}") from error
+    except ValueError as error:
         raise AdapterFileError(f"{file} is damaged: {error}") from error
 
 

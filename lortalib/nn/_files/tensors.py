@@ -169,7 +169,9 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     with path.open("rb") as file:
         try:
             found = TensorFile(path, file)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise AdapterFileError(f"{path} cannot be read: {error}") from error
+        except ValueError as error:
             raise AdapterFileError(f"{path} is damaged or cut short: {error}") from error
         yield found
 
