@@ -114,7 +114,7 @@ def _check_unsorted() -> None:
     while frame is not None:
         if _ORDER in frame.f_code.co_varnames:
             raise ValueError(
-                "encode() and predict() of sentence-transformers sort texts by length, so names of rows would "
+                "encode and predict of sentence-transformers sort texts by length, so names of rows would "
                 "go to other texts; name one for all, or call the model itself, as in "
                 "model(model.tokenize(texts)), which keeps the order"
             )
