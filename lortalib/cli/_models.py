@@ -88,8 +88,8 @@ def load(base: Base, dtype: str, whole: bool = False) -> PreTrainedModel:
     if whole and missing:
         more = f" and {len(missing) - 3} more" * (len(missing) > 3)
         raise ValueError(
-            f"{base.name} has no {', '.join(missing[:3])}{more}, for which transformers draws random numbers; "
-            "nothing was written. Copy the folder again, or work in Python if another class is meant"
+            f"{base.name} has no {', '.join(missing[:3])}{more}, for which transformers draws random "
+            "numbers; nothing was done. Copy the folder again, or work in Python if another class is meant"
         )
     return found
 

@@ -79,7 +79,7 @@ def make_server(options: Namespace) -> Server:
         raise FileNotFoundError(f"there is no folder {options.add_from}; give one as --add-from")
     base = base_of(options, options.model)
     tokenizer = tokenizer_of(base)
-    model = load(base, options.dtype).eval()
+    model = load(base, options.dtype, whole=True).eval()
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} of {options.model} does not continue texts; give a causal language model"

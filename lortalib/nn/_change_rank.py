@@ -35,8 +35,8 @@ def change_rank(
 
     Args:
         adapter: an adapter on a model.
-        optimizer: an optimiser of torch with parameters of the adapter, or a wrapper with its ``state`` and
-            ``param_groups``.
+        optimizer: an optimiser of torch with all parameters of the adapter that train, or a wrapper with its
+            ``state`` and ``param_groups``.
         rank: ranks as for `apply`, or a mapping with some bonds; networks that lack a bond are refused. Ranks
             larger than the modes of a network can fill are reduced.
         generator: the source of randomness for new directions; by default torch's global one.
@@ -47,7 +47,7 @@ def change_rank(
     Raises:
         ValueError: ranks that a network cannot have (see `lortalib.decomp.prune`); an adapter that is merged,
             shares a factor between its networks, or has tasks; parameters that are divided over processes or
-            have hooks; an optimiser without parameters of the adapter, or with a state of which it is not
+            have hooks; an optimiser that lacks parameters of the adapter, or with a state of which it is not
             known how it follows.
         RuntimeError: the adapter is on no model; several processes train; a checkpointed forward waits for
             its backward. Adapter and optimiser are unchanged after any error.
@@ -128,10 +128,13 @@ def check_changeable(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None
                 )
             _check_parameter(tensor)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not held & owners.keys():
+    trained = {id(p) for p in adapter.networks.parameters() if p.requires_grad}
+    if not trained <= held:
         raise ValueError(
-            f"the optimiser has no parameter of adapter {adapter.name!r}; make it from "
-            "lortalib.nn.parameter_groups(adapter, lr) after the adapter was applied"
+            f"the optimiser lacks {len(trained - held)} of the {len(trained)} parameters of adapter "
+            f"{adapter.name!r} that train, and another one would go on with the old ones; make one from "
+            "lortalib.nn.parameter_groups(adapter, lr) after the adapter was applied, or freeze what does "
+            "not train"
         )
     if processes() > 1:
         raise RuntimeError(

@@ -38,7 +38,8 @@ def carried_over(
                 raise ValueError(
                     f"the optimiser keeps {name!r}, and it is not known how that follows a change of rank. "
                     f"Averages of gradients ({', '.join(_GRADIENTS)}) and of their squares "
-                    f"({', '.join(_SQUARES)}) are: use AdamW, Adam, SGD, RMSprop or Adagrad of torch"
+                    f"({', '.join(_SQUARES)}) are: use AdamW, Adam, SGD, RMSprop "
+                    "without centered=True, or Adagrad of torch"
                 )
             for change in changes:
                 follow = change.gradient if name in _GRADIENTS else change.square

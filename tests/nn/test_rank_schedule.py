@@ -185,8 +185,11 @@ def test_what_cannot_change_is_refused_and_stays():
     before = output(model, inputs)
     with pytest.raises(ValueError, match="ranks were given for z"):
         nn.change_rank(adapter, optimizer, {"z": 2})
-    with pytest.raises(ValueError, match="has no parameter of adapter 'default'"):
+    with pytest.raises(ValueError, match="lacks 5 of the 5 parameters of adapter 'default'"):
         nn.change_rank(adapter, torch.optim.SGD(model.classifier.parameters()), 2)
+    others = list(adapter.parameters())[1:]
+    with pytest.raises(ValueError, match=r"lacks 1 of the 5 .* go on with the old ones"):
+        nn.RankSchedule(adapter, torch.optim.SGD(others), {1: 2})  # another has the first
     first = adapter.network(adapter.groups[0]).stored[0]
     optimizer.state[first]["prev_step"] = torch.ones(3)
     with pytest.raises(ValueError, match="keeps 'prev_step', and it is not known"):

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from adapted import put
 from assets import minilm
+from banks import random_stack
+from models import FAMILIES
 
 import lortalib
 
@@ -39,6 +43,56 @@ def trainer(model, out):
         train_dataset=datasets.Dataset.from_dict(pairs),
         loss=MultipleNegativesRankingLoss(model),
     )
+
+
+def untrained():
+    """A tiny model that encodes without files."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    class Words(torch.nn.Module):
+        """Numbers the letters of each text, and runs a BERT on them."""
+
+        def __init__(self):
+            super().__init__()
+            self.auto_model = FAMILIES["Bert"].model("Model")
+
+        def preprocess(self, texts, *args, **options):
+            rows = [torch.tensor([ord(letter) - 94 for letter in text]) for text in texts]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+        tokenize = preprocess
+
+        def forward(self, features, **options):
+            found = self.auto_model(
+                input_ids=features["input_ids"], attention_mask=features["attention_mask"]
+            )
+            return {**features, "token_embeddings": found[0]}
+
+    return SentenceTransformer(modules=[Words(), Pooling(16)], device="cpu").eval()
+
+
+@pytest.mark.parametrize("door", ["bank", "tasks"])
+def test_names_of_rows_never_go_to_other_texts(door):
+    texts = ["ab", "abcd", "a"]  # encode() begins with the longest
+    model = untrained()
+    if door == "tasks":
+        owner = put(model, "cp", tasks=["one", "two"])
+    else:
+        owner = lortalib.nn.bank(model, "cp", 2)
+        owner.fill(["one", "two"], random_stack(owner, 2))
+    alone = {}
+    for name in ("one", "two"):
+        with owner.using([name]):
+            alone[name] = model.encode(texts)
+    assert np.abs(alone["one"] - alone["two"]).max() > 1e-3
+    with owner.using(["one", "two", "one"]), torch.no_grad():
+        rows = model(model.tokenize(texts))["sentence_embedding"].numpy()
+        np.testing.assert_allclose(rows[0], alone["one"][0], atol=1e-5)
+        np.testing.assert_allclose(rows[1], alone["two"][1], atol=1e-5)
+        with pytest.raises(ValueError, match="sort texts by length, so names of rows"):
+            model.encode(texts)
 
 
 def test_from_the_trainer_to_a_merged_model(tmp_path):

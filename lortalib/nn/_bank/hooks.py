@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,6 +61,9 @@ _MEDIA = (
     "input_features",
 )
 
+#: The variable of sentence-transformers that holds the order into which a call sorts its texts.
+_ORDER = "length_sorted_idx"
+
 
 #: In a pickle of the model: what its bank's home contains.
 _HOME = "content of the home"
@@ -93,8 +98,11 @@ class BatchSizeHook:
         """Record the number of rows; torch calls this with the arguments of the forward."""
         batch = self._current.get()
         if batch is not None:
-            if self._stream and not is_tracing():
-                check_unmerged(module, self._stream)
+            if not is_tracing():
+                if self._stream:
+                    check_unmerged(module, self._stream)
+                if batch.size > 1:
+                    _check_unsorted()
             sizes = self._sizes(args, kwargs)
             media = [sizes[name] for name in _MEDIA if name in sizes and sizes.keys() & _TEXTS]
             batch.begin(self._current.scope.running, _batch_size(sizes, batch.size), media)
@@ -119,6 +127,19 @@ class BatchSizeHook:
             for name, value in (*named, *extra, *rest)
             if isinstance(value, Tensor) and value.dim() > 1
         }
+
+
+def _check_unsorted() -> None:
+    """Refuse names of rows within a call that sorts its texts, so that a row would have another's name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _ORDER in frame.f_code.co_varnames:
+            raise ValueError(
+                "encode and predict of sentence-transformers sort texts by length, so names of rows would "
+                "go to other texts; name one for all, or call the model itself, as in "
+                "model(model.tokenize(texts)), which keeps the order"
+            )
+        frame = frame.f_back
 
 
 def _batch_size(sizes: Mapping[str, int], rows: int) -> int | None:

@@ -358,6 +358,16 @@ def test_bad_arguments_leave_the_model_as_it_was(line, options, error):
     assert list(model.state_dict()) == before
 
 
+def test_an_adapter_as_start_of_tasks_is_refused():
+    first = adapted(model_of())
+    first.default = "b"
+    model = model_of()
+    for start in (first, first.task("a")):
+        with pytest.raises(ValueError, match="init= is an adapter, and tasks= names tasks"):
+            lortalib.nn.apply(model, "metatt_41d", 2, tasks=["a", "b", "c"], init=start)
+    assert not adapters(model)
+
+
 def test_what_other_doors_say():
     with pytest.raises(ValueError, match="PEFT have no such mode"):
         lortalib.nn.bank(LAW_FAMILIES["encoder"].model(), "metatt_41d", 2)

@@ -9,7 +9,17 @@ from banks import prompts, small_llama
 from hypothesis import given, reject
 from hypothesis import strategies as st
 from strategies import examples, generator
-from task_adapters import FAMILIES, FORMATS, LINES, TASKS, adapted, check_rows, model_of, task_lines
+from task_adapters import (
+    FAMILIES,
+    FORMATS,
+    LINES,
+    TASKS,
+    adapted,
+    check_rows,
+    inputs_of,
+    model_of,
+    task_lines,
+)
 from updates import dense_tensor
 
 import lortalib
@@ -94,6 +104,17 @@ def test_a_task_for_each_token():
             with adapter.using(name):
                 alone = output(model, {"input_ids": ids[row : row + 1, part]})[0]
             assert close(found[row, part], alone, 1e-10)
+
+
+@pytest.mark.parametrize("names", [["a"] * 6, ["a", "b"] * 3], ids=["one task", "two tasks"])
+def test_other_tokens_than_those_named_are_refused(names):
+    model, ids = model_of(), inputs_of("encoder")
+    adapter = adapted(model)
+    tokens = ids["input_ids"].shape[1]
+    with adapter.using([names] * 4), pytest.raises(ValueError, match="4 rows of 6 tokens, but"):
+        model(**ids)
+    with adapter.using([(names * 6)[:tokens]] * 4):
+        assert torch.isfinite(model(**ids)[0]).all()
 
 
 def test_beams_and_decoding_use_the_task_of_their_row():
