@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._stacklevel import outside
 from .._torch import saved_buffers
 from ._anatomy import ATTRIBUTE, plain_name
+from ._carrier import Host
 from ._sharded import is_zero_parameter
 
 #: Whether the model is written too, beside the adapter that is being saved.
@@ -94,12 +95,13 @@ class BaseRecord:
         self._changed |= {name: None for name, _, tensor in _tensors(model) if id(tensor) in own}
 
 
-def warn_of_changes(names: list[str]) -> None:
+def warn_of_changes(host: Host) -> None:
     """Warn that a file of an adapter does not contain changes of its base, unless the base is written too.
 
     Args:
-        names: names of changed tensors.
+        host: the host of the adapter.
     """
+    names = host.changed_base()
     if names and not _BASE_IS_WRITTEN.get():
         more = f" and {len(names) - 3} more" * (len(names) > 3)
         warnings.warn(

@@ -131,6 +131,14 @@ def test_a_file_of_the_adapter_alone_says_what_it_lacks(model, change, tmp_path)
             save(tmp_path / save.__name__)
 
 
+def test_a_file_for_llama_cpp_says_it_too(model, tmp_path):
+    pytest.importorskip("gguf")
+    adapter = put(model)
+    write(model)
+    with pytest.warns(UserWarning, match=r"has changed since .*model\.norm\.weight"):
+        lortalib.nn.export_gguf(adapter, tmp_path / "lora.gguf")
+
+
 @pytest.mark.parametrize("act", UNCHANGED.values(), ids=UNCHANGED)
 def test_what_the_library_does_to_the_base_is_no_change(model, act, tmp_path):
     adapter = put(model)
