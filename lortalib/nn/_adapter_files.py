@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._kinds import FLAG, MAPPING, MODULE, TEXT, TOKEN, takes
 from ._adapter_module import AdapterModule
 from ._anatomy import unwrapped
+from ._base_record import warn_of_changes
 
 
 class AdapterFiles(AdapterModule):
@@ -48,7 +49,9 @@ class AdapterFiles(AdapterModule):
                 f"adapter {self.name!r} is on a model, whose modules it saves; leave out model="
             )
         if self._host or model is None:
-            self.require_host().prepare_files(self)
+            host = self.require_host()
+            host.prepare_files(self)
+            warn_of_changes(host)
         return save(cast(Any, self), folder, state, model)
 
     def export_lora(self, folder: str | PathLike[str], *, task: str | None = None) -> Path:

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._stacklevel import outside
 from .._torch import saved_buffers
 from ._anatomy import ATTRIBUTE, plain_name
+from ._carrier import Host
 from ._sharded import is_zero_parameter
 
 #: Whether the model is written too, beside the adapter that is being saved.
@@ -21,20 +23,30 @@ _BASE_IS_WRITTEN = ContextVar("_BASE_IS_WRITTEN", default=False)
 
 
 class _Known(NamedTuple):
-    """What is known of a tensor: its shape and its module, and its version while it is the same object."""
+    """What is known of a tensor: its shape and its module, and its numbers while it is the same object.
+
+    Attributes:
+        shape: its shape.
+        module: its module.
+        tensor: its id, since a weak reference would forbid torch to swap tensors; None if writes are not
+            counted.
+        version: torch's count of the writes to it.
+        lines: some of its numbers. Others write the same numbers again, as DDP and ``load_state_dict`` do.
+    """
 
     shape: tuple[int, ...]
     module: weakref.ref[nn.Module]
-    tensor: int | None  # its id: a weak reference would forbid torch to swap tensors
-    version: int
+    tensor: int | None = None
+    version: int = 0
+    lines: tuple[Tensor, ...] = ()
 
 
 class BaseRecord:
     """The parameters and saved buffers of a model, as they were before the first adapter.
 
-    Every change of a shape, a new tensor or module and every write in place is noticed, except writes through
-    ``p.data`` and to tensors that other tools have replaced or divided. Tensors that were removed are not
-    mentioned.
+    A change of a shape, a new tensor or module and a write in place are noticed, except writes through
+    ``p.data``, to tensors that other tools have replaced or divided, and of few numbers amid a matrix.
+    Tensors that were removed are not mentioned.
 
     Args:
         model: the model; None to begin when `changed` is called next, as for a copy that is not complete yet.
@@ -59,7 +71,7 @@ class BaseRecord:
             known = self._known.get(name)
             if id(tensor) in own:
                 found.pop(name, None)
-            elif known is None or _differs(known, _look(module, tensor)):
+            elif known is None or _differs(known, module, tensor):
                 found[name] = None
         return list(found)
 
@@ -83,12 +95,13 @@ class BaseRecord:
         self._changed |= {name: None for name, _, tensor in _tensors(model) if id(tensor) in own}
 
 
-def warn_of_changes(names: list[str]) -> None:
+def warn_of_changes(host: Host) -> None:
     """Warn that a file of an adapter does not contain changes of its base, unless the base is written too.
 
     Args:
-        names: names of changed tensors.
+        host: the host of the adapter.
     """
+    names = host.changed_base()
     if names and not _BASE_IS_WRITTEN.get():
         more = f" and {len(names) - 3} more" * (len(names) > 3)
         warnings.warn(
@@ -124,15 +137,38 @@ def _look_at_all(model: nn.Module) -> dict[str, _Known]:
 
 
 def _look(module: nn.Module, tensor: Any) -> _Known:
-    shape = tuple(tensor.ds_shape if is_zero_parameter(tensor) else tensor.shape)
     # Inference tensors count no writes; other tools write to their own kinds of tensors.
     counts = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
-    if is_zero_parameter(tensor) or not counts:
-        return _Known(shape, weakref.ref(module), None, 0)
-    return _Known(shape, weakref.ref(module), id(tensor), tensor._version)
+    if is_zero_parameter(tensor) or tensor.is_meta or not counts:
+        return _Known(_shape(tensor), weakref.ref(module))
+    lines = tuple(line.clone() for line in _lines(tensor.detach()))
+    return _Known(_shape(tensor), weakref.ref(module), id(tensor), tensor._version, lines)
 
 
-def _differs(known: _Known, now: _Known) -> bool:
-    if now.shape != known.shape or now.module() is not known.module():
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.ds_shape if is_zero_parameter(tensor) else tensor.shape)
+
+
+def _lines(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the lines along each axis through the first entry and through the middle; a new row or column, or
+    a training step, changes one of them."""
+    for middle in (False, True) if tensor.numel() else ():
+        place = [size // 2 if middle else 0 for size in tensor.shape]
+        for axis in range(max(tensor.dim(), 1)):
+            at: list[Any] = [*place]
+            at[axis : axis + 1] = [slice(None)] * (tensor.dim() > 0)
+            yield tensor[tuple(at)]
+
+
+def _differs(known: _Known, module: nn.Module, tensor: Any) -> bool:
+    if _shape(tensor) != known.shape or module is not known.module():
         return True
-    return None is not now.tensor == known.tensor and now.version != known.version
+    if id(tensor) != known.tensor or tensor._version == known.version:
+        return False
+    return not all(map(_equal, known.lines, _lines(tensor.detach())))
+
+
+def _equal(known: Tensor, now: Tensor) -> bool:
+    """Compare every bit of numbers, which the model may have moved or cast since."""
+    one, other = (t.to(now.device, now.dtype).reshape(-1).contiguous() for t in (known, now))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

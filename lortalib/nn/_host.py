@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ._adapter import Adapter
 from ._adapter_dict import home_of
 from ._anatomy import ATTRIBUTE, Site
-from ._base_record import warn_of_changes
 from ._base_weights import BaseWeights, weight_name
 from ._finite import check_finite
 from ._forward import detach
@@ -64,10 +63,8 @@ class AdapterHost(WeightChanges):
         adapter.trained_modules.bring_back(self.model)
 
     def prepare_files(self, adapter: Adapter) -> None:
-        """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype; warn
-        of changes of the base that the files do not contain."""
+        """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype."""
         divide_again(self.model)
-        warn_of_changes(self.changed_base())
 
     # On and off
 

@@ -20,6 +20,9 @@ class Host(Protocol):
     def base_weight(self, site: Site) -> Tensor:
         """Return the base's weight of a site, without any merged update."""
 
+    def changed_base(self) -> list[str]:
+        """List the tensors of the base that have changed, whose values no file of an adapter contains."""
+
     def bring_back(self, adapter: Any) -> None:
         """Bring the modules that train with an adapter back from accelerate's offloading."""
 

@@ -27,6 +27,10 @@ class PeftHost:
         assert isinstance(layer, LortaLayer)
         return layer.unmerged_weight
 
+    def changed_base(self) -> list[str]:
+        """Return nothing: PEFT's files are PEFT's to check."""
+        return []
+
     def bring_back(self, adapter: Any) -> None:
         """Bring the modules that PEFT trains with an adapter back from accelerate's offloading."""
         paths = [

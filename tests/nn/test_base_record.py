@@ -62,10 +62,25 @@ def leave_head_in(model):
     other.remove(merged=True)
 
 
-CHANGES = (resize, write, load, train, leave_in, leave_head_in)
+def again(model):
+    """Write the numbers of the base again, as DDP does with those of its first process."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.clone())
+    model.load_state_dict(model.state_dict())
+
+
+def rows(model):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] += 1
+
+
+CHANGES = (resize, write, load, train, leave_in, leave_head_in, rows)
 UNCHANGED = {
     "nothing": lambda model, one: None,
     "a dtype": lambda model, one: model.double().float(),
+    "another dtype": lambda model, one: again(model.bfloat16()),
+    "the same numbers": lambda model, one: again(model),
     "merged and unmerged": lambda model, one: (one.merge(), one.unmerge()),
     "switched": lambda model, one: (one.disable(), one.enable()),
     "a head that trains": lambda model, one: head(model),
@@ -109,11 +124,19 @@ def test_a_file_of_the_adapter_alone_says_what_it_lacks(model, change, tmp_path)
     name = {
         resize: "model.embed_tokens.weight", write: "model.norm.weight", train: "model.norm.weight",
         load: "mlp.up_proj.weight", replace: "lm_head.weight", add: "model.shift",
-        leave_in: "q_proj.weight", leave_head_in: "q_proj.weight",
+        leave_in: "q_proj.weight", leave_head_in: "q_proj.weight", rows: "embed_tokens.weight",
     }[change]  # fmt: skip
     for save in (adapter.save, adapter.export_lora):
         with pytest.warns(UserWarning, match=rf"has changed since .*{name}"):
             save(tmp_path / save.__name__)
+
+
+def test_a_file_for_llama_cpp_says_it_too(model, tmp_path):
+    pytest.importorskip("gguf")
+    adapter = put(model)
+    write(model)
+    with pytest.warns(UserWarning, match=r"has changed since .*model\.norm\.weight"):
+        lortalib.nn.export_gguf(adapter, tmp_path / "lora.gguf")
 
 
 @pytest.mark.parametrize("act", UNCHANGED.values(), ids=UNCHANGED)

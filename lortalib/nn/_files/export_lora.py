@@ -17,6 +17,7 @@ from ..._stacklevel import outside
 from ..._version import __version__
 from .._adapter import ADAPTER, Adapter
 from .._anatomy import named_modules
+from .._base_record import warn_of_changes
 from .._sharded import divide_again
 from .._trained_modules import Values
 from .adapter import check_numbers
@@ -107,6 +108,8 @@ def export_lora(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     _check_target(Path(folder))
+    if adapter.is_on_model:
+        warn_of_changes(adapter.require_host())
     if model is None and adapter.is_on_model:
         model = adapter.model
     if model is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..._kinds import MODULE, PATH, takes
 from .._adapter import ADAPTER, Adapter
+from .._base_record import warn_of_changes
 from .._sharded import divide_again
 from .adapter import check_numbers
 from .folder import TENSORS, TENSORS_OF_PEFT, put_files
@@ -86,6 +87,8 @@ def export_gguf(
             "a GGUF file names the architecture of the model: give the model, or apply the adapter"
         )
     divide_again(model)
+    if adapter.is_on_model:
+        warn_of_changes(adapter.require_host())
     if task is not None:
         adapter = adapter.task(task)
     if adapter.trained_modules.paths:
