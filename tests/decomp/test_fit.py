@@ -242,6 +242,13 @@ def test_ranks_are_read_as_the_format_reads_them():
         assert fit(dense, "tt", 50, modes=modes).error < 1e-12
 
 
+def test_ranks_beside_a_start_are_read_as_the_format_reads_them():
+    dense, shape = random_dense(4, 3, 5), {"out": 4, "layer": 3, "in": 5}
+    start = build("tucker", shape, (4, 2, 3))
+    found = fit(dense, "tucker", (4, 2, 3), modes="out layer in", start=start, sweeps=2)
+    assert found.network.ranks == start.ranks == {"p": 3, "q": 4, "t": 2}
+
+
 @pytest.mark.parametrize("name", ["parafac", "tucker", "tensor_train"])
 def test_where_tensorly_fails_least_squares_goes_on(name, monkeypatch):
     from lortalib.decomp import _tensorly_fit
