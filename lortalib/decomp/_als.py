@@ -67,16 +67,16 @@ class Sweeper:
     @torch.no_grad()
     def sweep(self) -> float:
         """Improve every trainable parameter once; return the relative error."""
-        equations = None
+        loss = None
         for position in self._once:
-            equations = self._solve(position)
+            loss = self._solve(position)
         if self.steps > 1:
             self._descend()
-            equations = None
-        pieces, objective = self.pieces, self.objective
-        loss = objective.loss(pieces) if equations is None else self._loss(*equations)
-        error = objective.relative(loss)
-        self._is_far = error > NEAR or not objective.is_dense
+            loss = None
+        error = math.inf if loss is None else self.objective.relative(loss)
+        if loss is None or (self.objective.is_dense and error <= NEAR):
+            error = self.objective.relative_error(self.pieces)
+        self._is_far = error > NEAR or not self.objective.is_dense
         return error
 
     def penalised(self, error: float) -> float:
@@ -99,12 +99,12 @@ class Sweeper:
     def _parts(self, position: int) -> list[GramPart]:
         return gram_parts(self.pieces, position, self.objective.modes, self.objective.weight)
 
-    def _solve(self, position: int) -> tuple[int, list[GramPart], Tensor] | None:
+    def _solve(self, position: int) -> Tensor | None:
         """Give a parameter its best values.
 
         Returns:
-            Its position, Gram matrix and right-hand side; None if the target is near, where the right-hand
-            side is that of the residual.
+            The squared distance to the target, where the normal equations tell it well: far from the target,
+            and if they leave no direction open.
         """
         parts, now, legs = self._parts(position), self.tensors[position], self.terms[position]
         triangles = triangles_of(parts, self.ridge)
@@ -113,18 +113,16 @@ class Sweeper:
             self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
             return None
         target = self.objective.target_side(self.pieces, position)
-        if triangles is not None:
-            self.tensors[position] = divided(target, parts, triangles, legs)
-        else:
+        if triangles is None:
             right = target - gram_times(parts, now, legs)
             self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
-        return position, parts, target
-
-    def _loss(self, position: int, parts: Sequence[GramPart], target: Tensor) -> Tensor:
-        """Compute the squared distance ``|T|^2 - 2 <T, N> + |N|^2`` from a parameter's normal equations."""
-        now, legs = self.tensors[position], self.terms[position]
-        gap = 2 * target - gram_times(parts, now, legs)
-        return self.objective.squared_norm - (now * gap).sum()
+            return None
+        now = self.tensors[position] = divided(target, parts, triangles, legs)
+        if position != self._once[-1]:
+            return None
+        # With G = L L^T, |T - N|^2 is |T|^2 less |L^-1 b|^2: a sum of squares, in which no terms cancel.
+        half = divided(target, parts, triangles, legs, half=True)
+        return self.objective.squared_norm - half.square().sum() - self.ridge * now.square().sum()
 
     def _descend(self) -> None:
         """Lower the objective in all trainable parameters together.
@@ -221,16 +219,32 @@ def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None
 
 
 def divided(
-    tensor: Tensor, parts: Sequence[GramPart], triangles: Sequence[Tensor], legs: Names
+    tensor: Tensor,
+    parts: Sequence[GramPart],
+    triangles: Sequence[Tensor],
+    legs: Names,
+    half: bool = False,
 ) -> Tensor:
-    """Divide a parameter by its Gram matrix, whose parts are given by their Cholesky factors."""
+    """Divide a parameter by its Gram matrix, whose parts are given by their Cholesky factors.
+
+    Args:
+        tensor: the parameter, or a right-hand side in its shape.
+        parts: the factors of the Gram matrix.
+        triangles: their Cholesky factors, as `triangles_of` returns them.
+        legs: the legs of the parameter.
+        half: whether the tensor is divided by the Cholesky factors alone.
+    """
     for part, triangle in zip(parts, triangles):
         order, back = _orders(legs, (*part.modes, *part.bonds))
         turned = tensor.permute(order)
         lead = turned.shape[: len(part.modes)]
         columns = turned.reshape(*lead, triangle.shape[-1], -1)
-        found = torch.cholesky_solve(columns, triangle).reshape(turned.shape)
-        tensor = found.permute(back)
+        found = (
+            torch.linalg.solve_triangular(triangle, columns, upper=False)
+            if half
+            else torch.cholesky_solve(columns, triangle)
+        )
+        tensor = found.reshape(turned.shape).permute(back)
     return tensor
 
 

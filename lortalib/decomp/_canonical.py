@@ -86,7 +86,7 @@ def refuse_frozen(legs: Legs, what: str) -> None:
     if frozen:
         raise ValueError(
             f"a frozen parameter keeps its numbers, so there is no {what} of a network with "
-            f"{', '.join(frozen)}, in\n    {legs}"
+            f"{', '.join(frozen)}, in\n    {legs}\n`absorb` contracts one into a neighbour that trains"
         )
 
 

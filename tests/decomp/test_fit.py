@@ -94,6 +94,23 @@ def test_the_error_falls_and_the_last_one_is_the_error(name, data):
     assert found.seconds > 0
 
 
+@pytest.mark.parametrize("name", [name for name in FITTED if name not in TIED])
+@examples(4)
+@given(seed=seeds, digits=st.floats(-0.5, 6), masked=st.booleans())
+def test_the_errors_are_right_at_any_distance(name, seed, digits, masked):
+    """Far from the target they come from the normal equations, near it from the residual."""
+    truth, start = truth_and_start(name)
+    dense = truth.dense().detach()
+    dense = dense / dense.norm() + 10**-digits * random_dense(*dense.shape, seed=seed)
+    mask = torch.rand(dense.shape, generator=generator(seed)) > 0.2 if masked else None
+    found = fit(
+        dense, name, truth.ranks, modes=truth.modes, mask=mask, start=start, sweeps=20, tolerance=0
+    )
+    expected = measured(found, dense, 1.0 if mask is None else mask.double().numpy())
+    assert found.errors[-1] == pytest.approx(expected, rel=1e-8, abs=1e-13)
+    assert all(b <= a * (1 + 1e-10) + 1e-14 for a, b in zip(found.errors, found.errors[1:]))
+
+
 @examples(25)
 @given(net=random_networks(), seed=seeds)
 def test_any_line_can_be_fitted(net, seed):
@@ -240,6 +257,13 @@ def test_ranks_are_read_as_the_format_reads_them():
     assert fit(dense, "tensor-train", (3, 2), modes=modes).network.ranks == {"a": 3, "b": 2}
     with pytest.warns(UserWarning, match="ranks larger than the modes can fill were cut"):
         assert fit(dense, "tt", 50, modes=modes).error < 1e-12
+
+
+def test_ranks_beside_a_start_are_read_as_the_format_reads_them():
+    dense, shape = random_dense(4, 3, 5), {"out": 4, "layer": 3, "in": 5}
+    start = build("tucker", shape, (4, 2, 3))
+    found = fit(dense, "tucker", (4, 2, 3), modes="out layer in", start=start, sweeps=2)
+    assert found.network.ranks == start.ranks == {"p": 3, "q": 4, "t": 2}
 
 
 @pytest.mark.parametrize("name", ["parafac", "tucker", "tensor_train"])

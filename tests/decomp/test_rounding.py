@@ -13,6 +13,7 @@ from strategies import FORMATS, build, examples, generator, networks, registered
 from lortalib.decomp import (
     Legs,
     Network,
+    absorb,
     canonical,
     convert,
     cp,
@@ -230,6 +231,15 @@ def test_a_large_train_is_rounded_in_small_tensors():
     assert made.entries < 5_000
     assert 0 < found.error < 1
     assert found.network.tensors[0].dtype == torch.float32
+
+
+def test_a_matrix_along_a_mode_is_absorbed_before_rounding():
+    net = small("tt", generator=generator(4))
+    dot = net.mode_dot(torch.randn(5, net.shape["in"], dtype=torch.float64), "in")
+    with pytest.raises(ValueError, match="`absorb` contracts one into a neighbour"):
+        rounded(dot, rank=1)
+    found = rounded(absorb(dot, len(dot.names) - 1), rank=2)
+    torch.testing.assert_close(found.network.dense(), dot.dense())
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])
