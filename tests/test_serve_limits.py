@@ -177,6 +177,14 @@ def test_an_engine_that_could_answer_nothing(options, why):
         Server(None, Letters())
 
 
+def test_an_older_transformers_is_refused(monkeypatch):
+    model = tiny()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    monkeypatch.setattr("lortalib.serve._engine.ContinuousBatchingConfig", SimpleNamespace)
+    with pytest.raises(ImportError, match="needs transformers 5.18 or newer"):
+        Engine(model, bank, [0])
+
+
 def test_a_server_that_stops_waits_for_answers_that_are_being_written():
     with Running() as running:
         server, inside, done = running.server, threading.Event(), threading.Event()
