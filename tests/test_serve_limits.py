@@ -181,7 +181,7 @@ def test_an_older_transformers_is_refused(monkeypatch):
     model = tiny()
     bank = lortalib.nn.bank(model, "cp", 2)
     monkeypatch.setattr("lortalib.serve._engine.ContinuousBatchingConfig", SimpleNamespace)
-    with pytest.raises(ImportError, match="needs transformers 5.18 or newer"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.18 or newer"):
         Engine(model, bank, [0])
 
 
