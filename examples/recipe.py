@@ -22,6 +22,7 @@ from rich.table import Table
 from run_folder import RESULTS, claim, folder_of, last_checkpoint, results, write_json
 from transformers import AutoTokenizer
 
+from lortalib.decomp import get_format
 from lortalib.peft import LortaConfig
 
 
@@ -56,9 +57,31 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return found
 
 
+def format_of(given: str) -> str:
+    """A name of a format or a line of legs, refused here and not after minutes of training."""
+    try:
+        get_format(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return given
+
+
+def positive(given: str) -> int:
+    """An integer of at least 1."""
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"an integer of at least 1 is needed; found {given}")
+    return int(given)
+
+
+#: How arguments are read of which not every value of their type will do.
+KINDS = {"decomposition": format_of} | dict.fromkeys(
+    ("rank", "batch", "accumulate", "length", "held-out", "save-every"), positive
+)
+
+
 def option(arguments: argparse.ArgumentParser, name: str, default: Any, said: str) -> None:
     """An argument with the type of its default, which its help shows."""
-    kind = type(default) if default is not None else str
+    kind = KINDS.get(name, type(default) if default is not None else str)
     arguments.add_argument(
         f"--{name}", type=kind, default=default, help=f"{said} (default: %(default)s)"
     )

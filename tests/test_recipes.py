@@ -13,7 +13,7 @@ import instruct
 import nlu
 import pytest
 from hub_folders import tiny_llama, tiny_roberta
-from recipe import chat_tokenizer
+from recipe import begin, chat_tokenizer, parser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--steps", "2", "--save-every", "1", "--batch", "2", "--length", "32"]
@@ -29,6 +29,27 @@ RECIPES = {
     "dpo.py": (["smollm2", "rated_sentences"], ["--held-out", "4"], "reward accuracy"),
     "vision.py": (["digits"], ["--held-out", "16", "--pretrain-steps", "2"], "accuracy"),
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--decomposition", "cpp"], "did you mean 'cp'?"),
+        (["--decomposition", "in r r, out r"], "leg 'r' stands twice"),
+        (["--rank", "0"], "an integer of at least 1"),
+        (["--batch", "two"], "an integer of at least 1"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_written(
+    words, why, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a recipe", *words])
+    with pytest.raises(SystemExit) as left:
+        begin(parser("A recipe.", out="runs/one"))
+    assert left.value.code == 2
+    assert why in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_names_of_folders_are_short_and_differ(tmp_path):
         return run_folder.folder_of(arguments, arguments.parse_args(told)).name
 
     lines = ["in r, out r", "in_r, out_r", "a" * 300, "a" * 301]
-    names = [named("--decomposition", line) for line in lines]
+    names = [named("--model", line) for line in lines]
     assert len(set(names)) == len(lines)
     assert max(map(len, names)) < 120
     assert not re.search(r"[^A-Za-z0-9_.+-]", "".join(names))

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -176,6 +177,14 @@ def test_an_engine_that_could_answer_nothing(options, why):
         Server(None, Letters())
 
 
+def test_an_older_transformers_is_refused(monkeypatch):
+    model = tiny()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    monkeypatch.setattr("lortalib.serve._engine.ContinuousBatchingConfig", SimpleNamespace)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.18 or newer"):
+        Engine(model, bank, [0])
+
+
 def test_a_server_that_stops_waits_for_answers_that_are_being_written():
     with Running() as running:
         server, inside, done = running.server, threading.Event(), threading.Event()
@@ -203,3 +212,22 @@ def test_an_address_of_the_newer_kind():
     engine.waiting = 1
     with Server(engine, Letters(), "::1") as server:
         assert server.server_address[0] == "::1"
+
+
+def test_clients_that_ask_again_are_all_answered():
+    with Running(waiting=8, width=8) as running, ThreadPoolExecutor(60) as pool:
+        refused = []
+
+        def ask(k):
+            body = {**SHORT, "prompt": [5, 6, k % 50], "seed": k}
+            for _ in range(3000):
+                status, found = running.ask("POST", "/v1/completions", body)
+                if status == 200:
+                    return found["usage"]["completion_tokens"]
+                assert status == 503
+                refused.append(k)
+                time.sleep(0.01)
+            raise AssertionError("it was turned away for 30 seconds")
+
+        assert all(found <= 2 for found in pool.map(ask, range(120)))
+        assert refused

@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from .._kinds import Kind
@@ -53,6 +54,7 @@ class Engine:
 
     Raises:
         TypeError: the model or the bank is of another kind.
+        ImportError: transformers is older than 5.18.
         ValueError: no token ends a completion; or a number that is too small.
 
     Example:
@@ -83,6 +85,11 @@ class Engine:
         page = 32
         BANK.check("Engine(): bank", bank)
         MODEL.check("Engine(): model", model)
+        if "page_size" not in vars(ContinuousBatchingConfig()):
+            raise ImportError(
+                "lortalib.serve needs transformers 5.18 or newer, whose continuous batching it uses; found "
+                f"{transformers.__version__}"
+            )
         if not ends:
             raise ValueError("a completion needs a token that ends it; give ends=[id]")
         if room < page or width < 1 or waiting < 1:

@@ -108,7 +108,7 @@ def random_tensors(bank, seed):
 
 def alone(running, adapter, prompt, length=5):
     """The answer of an ordinary adapter on a model without a bank."""
-    model = LlamaForCausalLM(running.model.config).double().eval()
+    model = tiny(running.model.config.max_position_embeddings)
     model.load_state_dict(running.model.state_dict())
     if adapter is not None:
         own = put(model, "indscal", 4, dtype=torch.float64)
