@@ -95,8 +95,8 @@ def apply(
             same decomposition, rank, targets.
         tasks: names of tasks, for a decomposition with the mode ``task``, such as ``"metatt_41d"``, ``"cp"``
             or a line of legs. The adapter is then a `TaskAdapter`, and a forward uses the task that
-            ``adapter.using("sst2")`` chooses; see docs/tasks.md. Not with ``dropout``, ``shared`` or an adapter
-            as ``init``.
+            ``adapter.using("sst2")`` chooses; see docs/tasks.md. Not with ``dropout``, ``shared`` or an
+            adapter as ``init``.
         rules: rules that describe the attention blocks of a remote-code model; see `sites`.
         verify_with: example inputs of the model. One forward of the live model checks the plan of the
             attention before anything is changed (see `lortalib.nn.verify`). Networks of the MLP or on the
@@ -133,8 +133,8 @@ def apply(
         )
     if tasks and isinstance(init, Adapter):
         raise ValueError(
-            "init= is an adapter, and tasks= names tasks, which have no values of another adapter to start at. "
-            "Leave out one of the two; to go on with tasks that were trained, load their folder and add_task()"
+            "init= is an adapter, and tasks= names tasks, which have no values of another to start at. Leave "
+            "out one of the two; to go on with tasks that were trained, load their folder and add_task()"
         )
     if isinstance(shared, (Adapter, Bank)):
         sharing = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()
