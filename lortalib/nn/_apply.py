@@ -133,9 +133,8 @@ def apply(
         )
     if tasks and isinstance(init, Adapter):
         raise ValueError(
-            "init= is an adapter, and tasks= names tasks, which have no values of another adapter to start "
-            "at. Leave out one of the two; to go on with tasks that were trained, load their folder and "
-            "add_task()"
+            "init= is an adapter, and tasks= names tasks, which have no values of another to start at. Leave "
+            "out one of the two; to go on with tasks that were trained, load their folder and add_task()"
         )
     if isinstance(shared, (Adapter, Bank)):
         sharing = shared.adapter(None) if isinstance(shared, Bank) else shared.snapshot()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._stacklevel import outside
 from .._torch import saved_buffers
 from ._anatomy import ATTRIBUTE, plain_name
-from ._carrier import Host
+from ._host_interface import Host
 from ._sharded import is_zero_parameter
 
 #: Whether the model is written too, beside the adapter that is being saved.

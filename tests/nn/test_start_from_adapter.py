@@ -86,7 +86,7 @@ REFUSED = {
     "targets": ({"targets": "qk"}, "use its targets, layers, gqa and acts_on"),
     "layers": ({"layers": [0]}, "use its targets, layers, gqa and acts_on"),
     "stream": ({"acts_on": "stream"}, "use its targets, layers, gqa and acts_on"),
-    "tasks": ({"tasks": ["a", "b"]}, "has the legs"),
+    "tasks": ({"tasks": ["a", "b"]}, "init= is an adapter, and tasks= names tasks"),
 }
 
 

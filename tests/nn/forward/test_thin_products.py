@@ -50,3 +50,23 @@ def test_gradients_of_both_products_and_of_these(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_has_the_dtype_of_the_map(dtype):
     assert down(torch.ones(40, 8), torch.ones(2, 8, dtype=dtype), 0.5).dtype == dtype
+
+
+@pytest.mark.parametrize("may_write", [True, False])
+def test_autocast_leaves_an_output_in_its_dtype(may_write):
+    y, h, b = torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):  # y is of a module that computes in float32 there
+        found = add_up(y.clone(), h, b, may_write)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, y + h @ b, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [(), (3,)], ids=["one map", "a map for each row"])
+@pytest.mark.parametrize("may_write", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_output_of_any_strides_gets_the_product(trains, may_write, rows):
+    y = torch.randn(3, 6, 4).transpose(1, 2)  # as behind a hook that returns a view
+    h, b = torch.randn(3, 4, 2), torch.randn(*rows, 2, 6, requires_grad=trains)
+    with torch.set_grad_enabled(trains):
+        found = add_up(y.clone(memory_format=torch.preserve_format), h, b, may_write)
+    assert torch.allclose(found, y + h @ b, atol=1e-6)
