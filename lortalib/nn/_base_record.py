@@ -54,8 +54,8 @@ class BaseRecord:
     """
 
     def __init__(self, model: nn.Module | None, changed: Iterable[str] = ()) -> None:
+        self._changed = dict.fromkeys(changed)  # first, so that an interrupt forgets no change
         self._known = None if model is None else _look_at_all(model)
-        self._changed = dict.fromkeys(changed)
 
     def changed(self, model: nn.Module, leave_out: Iterable[Tensor] = ()) -> list[str]:
         """List the names of the tensors that have changed.

@@ -53,10 +53,13 @@ class WeightChanges(AdapterDict):
         repeat them behind the change, and the record of the base does not count it.
 
         Args:
-            modules: the modules.
+            modules: the modules; none if nothing but hooks is switched.
         """
         modules = list(modules)
-        checkpoints = live_checkpoints() if modules else []
+        if not modules:  # to switch an adapter costs nothing
+            yield
+            return
+        checkpoints = live_checkpoints()
         self._states.note(checkpoints, self._weights_state())
         guard(self.model, modules, checkpoints, self._is_as_in)
         with self._record.own_writes(self.model, self._in_files()):
