@@ -111,11 +111,12 @@ def _truncated(
     edges = tree_edges(net.legs, net.modes, start)
     for edge in edges:
         orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
-    # Squares of huge or tiny entries are no numbers.
     peak = tensors[start].abs().max().item()
     if not math.isfinite(peak):
         check_finite(net, "rounding")
-    tensors[start] = tensors[start] / (peak or 1.0)
+    # Squares of huge or tiny entries are no numbers; a power of two scales without rounding.
+    unit = math.ldexp(1.0, math.frexp(peak)[1] - 1)
+    tensors[start] = tensors[start] / unit
     total = tensors[start].square().sum().item()
     room = (error or 0.0) ** 2 * total
     left = [0.0]
@@ -137,7 +138,7 @@ def _truncated(
                 visit(child, False)
 
     visit(start, False)
-    tensors[start] = tensors[start] * peak
+    tensors[start] = tensors[start] * unit
     network = rebuilt(net, tensors)
     scale = total or 1.0
     made, least = math.sqrt(sum(left) / scale), math.sqrt(max(left) / scale)

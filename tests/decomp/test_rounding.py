@@ -242,6 +242,13 @@ def test_a_matrix_along_a_mode_is_absorbed_before_rounding():
     torch.testing.assert_close(found.network.dense(), dot.dense())
 
 
+def test_a_network_without_bonds_stays_bit_for_bit():
+    values = torch.randn(5, 4, dtype=torch.float64, generator=generator(1))
+    found = rounded(Network("in out", [values.clone()], ("in", "out")), error=0.5)
+    assert found.network.tensors[0].equal(values)
+    assert found.error == 0.0
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_the_error_is_right_where_squares_are_no_numbers(size):
     net = small("tt", rank=3, generator=generator(2))
