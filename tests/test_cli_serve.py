@@ -157,7 +157,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(saved, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--adapter", "my-adapter"], "as in ann=my-adapter"),
+        (["--adapter", "a=b", "model"], "found 'model'. MODEL goes first"),
         (["--adapter", "=my-adapter"], "as in ann=my-adapter"),
         (["--port", "65536"], "from 0 to 65535"),
         (["--waiting", "0"], "at least 1"),
