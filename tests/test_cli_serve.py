@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import lortalib
 from lortalib.cli import _serve, main
 from lortalib.cli._parser import make_parser
-from lortalib.serve import Server
+from lortalib.serve import Engine, Server
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,24 @@ def test_the_command_starts_and_stops(saved, how, monkeypatch, capsys):
     assert ("stops after the answers" in text) == (how != "shutdown")
 
 
+def test_a_second_interrupt_ends_the_process(saved, monkeypatch):
+    folder, _ = saved
+    close = Engine.close
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    monkeypatch.setattr(Engine, "close", lambda engine: close(engine) or interrupted())
+    monkeypatch.setattr(_serve.os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        main(["serve", str(folder / "model"), "--port=0", "--bank", str(folder / "bank")])
+    assert left.value.code == 130
+
+
 def test_what_cannot_be_served_is_refused_with_the_reason(saved, tmp_path, capsys):
     folder, _ = saved
     model, ann = str(folder / "model"), str(folder / "ann")
@@ -157,7 +175,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(saved, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--adapter", "my-adapter"], "as in ann=my-adapter"),
+        (["--adapter", "a=b", "model"], "found 'model'. MODEL goes first"),
         (["--adapter", "=my-adapter"], "as in ann=my-adapter"),
         (["--port", "65536"], "from 0 to 65535"),
         (["--waiting", "0"], "at least 1"),

@@ -104,6 +104,7 @@ print(f"{each / 1024:.0f} KiB for a user, {ROWS * 4 / 1024:.0f} KiB with shared 
 
 # %%
 # A user's adapter can be taken out again: saved, merged for a server of its own, or trained on.
+# ``lortalib serve`` (:doc:`/serving`) answers requests for all users of a bank.
 
 adapter = bank.adapter("ann")
 adapter.save(tempfile.mkdtemp(), model=model)

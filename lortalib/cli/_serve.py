@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -52,9 +53,18 @@ def serve(options: Namespace, output: Output) -> bool:
             output.say("stops after the answers that have begun; Ctrl-C again stops at once")
             sys.stdout.flush()
         finally:
-            server.engine.close()
-            server.wait_for_answers(_LAST)
+            _close(server)
     return True
+
+
+def _close(server: Server) -> None:
+    """Let the answers that have begun end; an interrupt ends the process."""
+    try:
+        server.engine.close()
+        server.wait_for_answers(_LAST)
+    except KeyboardInterrupt:
+        # A thread is in the middle of a forward, and Python's own way to end would abort there.
+        os._exit(130)
 
 
 def make_server(options: Namespace) -> Server:

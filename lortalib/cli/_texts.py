@@ -62,7 +62,7 @@ def named_folder(given: str) -> tuple[str, str]:
     name, _, place = given.partition("=")
     if not name.strip() or not place.strip():
         raise ArgumentTypeError(
-            f"a name and a folder are needed, as in ann=my-adapter; found {given!r}"
+            f"a name and a folder are needed, as in ann=my-adapter; found {given!r}. MODEL goes first"
         )
     return name, place
 

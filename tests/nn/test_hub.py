@@ -104,6 +104,9 @@ def test_several_repositories_have_places_of_their_own(hub, capsys):
     ]
     assert main(["compare", *both, *options, "--token", hub.token]) == 0
     assert main(["compress", *both, "out", "--sweeps=1", "--model=base", *options]) == 0
+    adapter.save("here")
+    here = ["user/one", "here", "--revision", "first try", "--revision", "."]
+    assert main(["compare", *here, "--token", hub.token]) == 0
     for call in (
         lambda: compare_updates(*both, revision="first try", subfolder=[None, "in"]),
         lambda: lortalib.nn.compress(fresh(), both, revision=["first try", "no"], sweeps=1),

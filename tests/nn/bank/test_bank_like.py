@@ -19,6 +19,9 @@ def test_a_bank_like_an_adapter_holds_it(line, way, tmp_path):
     model, inputs = small_llama(), prompts()
     options = {"init": "lorta"} if line == "cp" else {}
     adapter = put(model, line, 2, seed=1, alpha=0.5, **options)
+    if options:  # the published start is zero, and its scaling is not alpha
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter)
     wanted = output(model, inputs)
     source = adapter if way == "adapter" else adapter.save(tmp_path / "own")
     if way == "PEFT":
@@ -64,6 +67,7 @@ def test_a_bank_like_a_saved_bank_loads_it(shared, residual, tmp_path):
     again = lortalib.nn.bank_like(model, folder, dtype=torch.bfloat16)
     again.load(folder)
     assert list(again) == ["ann", 3]
+    assert (again.count(), again.nbytes) == (bank.count(), bank.nbytes)
     assert equal_tensors(again["ann"], bank["ann"])
     assert torch.equal(rows_of(model, again, ["ann", 3], inputs), wanted)
 
