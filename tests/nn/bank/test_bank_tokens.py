@@ -106,6 +106,14 @@ def test_rows_of_tokens_take_little_room(owners):
         assert {owners[token - 1] for token in row if token} == {owner}
 
 
+def test_names_that_were_given_in_inference_mode_serve_a_training():
+    with torch.inference_mode():
+        rows = TokenRows([0, 1, 1])
+    x = torch.randn(3, 2, requires_grad=True)
+    rows.join(rows.split(x)).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 2))
+
+
 def test_other_tokens_than_those_named_are_refused():
     model, inputs = small_llama(), prompts(2, 5)
     bank = filled(model)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lortalib.nn._forward.thin_products import add_up, down
 
@@ -70,3 +71,21 @@ def test_an_output_of_any_strides_gets_the_product(trains, may_write, rows):
     with torch.set_grad_enabled(trains):
         found = add_up(y.clone(memory_format=torch.preserve_format), h, b, may_write)
     assert torch.allclose(found, y + h @ b, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(), (3,)], ids=["one map", "a map for each row"])
+def test_an_output_that_others_use_is_not_written_to(rows):
+    y, h, b = torch.randn(3, 4, 6), torch.randn(3, 4, 2), torch.randn(*rows, 2, 6)
+    before = y.clone()
+    with torch.no_grad():
+        assert not torch.equal(add_up(y, h, b, may_write=False), before)
+        assert torch.equal(y, before)
+
+
+def test_traces_do_not_depend_on_the_number_of_tokens():
+    a, trace = torch.randn(2, 5), make_fx(lambda x, a: down(x, a, 0.0), tracing_mode="symbolic")
+    traced = trace(torch.randn(40, 5), a)
+    for tokens in (3, 50):
+        x = torch.randn(tokens, 5)
+        assert torch.allclose(traced(x, a), x @ a.T, atol=1e-6)
+    assert not traced.shape_env.guards
