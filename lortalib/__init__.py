@@ -31,13 +31,13 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def _hint(name: str) -> str:
-    """Say which module of the library has a name; `peft` is not loaded for this."""
+    """Say which module of the library has a name; `peft` and `serve` are not loaded for this."""
     if name.startswith("_"):
         return ""
-    peft = ["peft"] if f"{__name__}.peft" in sys.modules else []
+    loaded = [door for door in ("serve", "peft") if f"{__name__}.{door}" in sys.modules]
     paths = {each: each for each in __all__} | {
         own: f"{door}.{own}"
-        for door in (*peft, "decomp", "nn")
+        for door in (*loaded, "decomp", "nn")
         for own in importlib.import_module(f".{door}", __name__).__all__
     }
     if name in paths:

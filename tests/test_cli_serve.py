@@ -6,11 +6,13 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
 import torch
 from hub_folders import WORDS, tiny_llama, tiny_roberta
+from test_serve_clients import until
 from transformers import AutoModelForCausalLM
 
 import lortalib
@@ -124,6 +126,29 @@ def test_the_command_starts_and_stops(saved, how, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "http://127.0.0.1:" in text
     assert ("stops after the answers" in text) == (how != "shutdown")
+
+
+def test_a_forward_that_raises_ends_the_command(saved, monkeypatch, capsys):
+    folder, _ = saved
+    make, found = _serve.make_server, []
+
+    def failing(options):
+        server = make(options)
+        server.engine.model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+        threading.Thread(target=lambda: found.append(status(server))).start()
+        return server
+
+    def status(server):
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            ask(server, "base:ann")
+        return failed.value.code, failed.value.read().decode()
+
+    monkeypatch.setattr(_serve, "make_server", failing)
+    assert main(["serve", str(folder / "model"), "--port=0", "--bank", str(folder / "bank")]) == 1
+    assert "a forward failed" in capsys.readouterr().err
+    until(lambda: found)
+    assert found[0][0] == 500
+    assert "division by zero" in found[0][1]
 
 
 def test_a_second_interrupt_ends_the_process(saved, monkeypatch):

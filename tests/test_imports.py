@@ -25,11 +25,13 @@ def torch_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("apply", "nn"), ("cp", "decomp"), ("LortaConfig", "peft")]
+    ("name", "place"),
+    [("apply", "nn"), ("cp", "decomp"), ("LortaConfig", "peft"), ("Server", "serve")],
 )
 def test_a_name_of_a_module_is_found(name, place):
     import lortalib
     import lortalib.peft
+    import lortalib.serve
 
     with pytest.raises(AttributeError, match=rf"use lortalib\.{place}\.{name}$"):
         getattr(lortalib, name)

@@ -46,6 +46,7 @@ def serve(options: Namespace, output: Output) -> bool:
     output.show(findings, [findings])
     output.say("GET /v1/models lists the models; Ctrl-C stops")
     sys.stdout.flush()
+    server.service_actions = lambda: _check_running(server)  # type: ignore[method-assign]
     with server, _stopped_by_terminate():
         try:
             server.serve_forever()
@@ -55,6 +56,15 @@ def serve(options: Namespace, output: Output) -> bool:
         finally:
             _close(server)
     return True
+
+
+def _check_running(server: Server) -> None:
+    """End a server that can answer no more, so that whoever watches the process starts it again."""
+    if not server.engine.is_running:
+        raise ValueError(
+            "a forward failed, so nothing more can be answered; the answer to the last request says why. "
+            "Start the server again"
+        )
 
 
 def _close(server: Server) -> None:

@@ -211,6 +211,11 @@ class Engine:
             self._scheduler.block_new_requests = False
         return given_up
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests: until `close`, or a forward that raises."""
+        return bool(self._manager.is_running())
+
     def close(self) -> None:
         """Answer what was submitted, then stop; the model has no hooks of the engine afterwards."""
         self._manager.stop(block=True)
