@@ -93,7 +93,8 @@ class Format:
             rank: ranks as the format takes them.
 
         Example:
-            >>> tucker.by_bond(Shape({"layer": 3, "in": 8, "out": 4}), (2, 5, 4))
+            >>> from lortalib.decomp import get_format
+            >>> get_format("tucker").by_bond(Shape({"layer": 3, "in": 8, "out": 4}), (2, 5, 4))
             {'t': 2, 'p': 5, 'q': 4}
         """
         if self.read is None or not isinstance(rank, Sequence):

@@ -46,8 +46,8 @@ def read_ranks(
     elif isinstance(rank, Sequence) and not isinstance(rank, (str, bytes)):
         if len(rank) != len(names):
             raise ValueError(
-                f"{len(rank)} ranks were given, {tuple(rank)}; there are {len(names)} {what} "
-                f"({', '.join(names)}), in\n    {line}"
+                f"{len(rank)} ranks were given, {tuple(rank)}; the {what} are "
+                f"{', '.join(names) or 'none'}, in\n    {line}"
             )
         found = dict(zip(names, rank))
     else:

@@ -256,7 +256,7 @@ def test_a_bank_stores_vectors():
         bank[name] = adapter
         adapter.remove()
     assert bank.count() == 24
-    assert bank.nbytes == 2 * 2 * 24 * 4  # for each of two adapters the vector of each of two terms
+    assert bank.nbytes == 2 * 24 * 4  # for each of two adapters one vector, which both terms have
     rows[None] = output(model, inputs)
     number = len(rows[None])
     names = [["bob", None, "ann"][k % 3] for k in range(number)]
