@@ -39,16 +39,12 @@ def down(x: Tensor, a: Tensor, p: float, layout: Layout | None = None) -> Tensor
 def _product(x: Tensor, a: Tensor) -> Tensor:
     """Compute ``x @ a^T``, by the faster of two ways.
 
-    A processor's library fills its vectors along the last axis of the result. For a product of many tokens
-    this should be the tokens, not the rank: ``a @ x^T``, whose transpose is the result, takes 0.4 to 1.05 of
-    the time (docs/performance.md), and autograd computes the gradient in the same layout.
+    A processor's library fills its vectors along the last axis of the result. Where the rank leaves half a vector
+    or less empty, ``a @ x^T``, whose last axis is the tokens, is faster: with one thread and with two it took
+    0.4 to 1.0 of the time (docs/performance.md). Autograd computes the gradient in the same layout.
     """
-    if (
-        is_tracing()
-        or x.device.type != "cpu"
-        or x.dtype not in _WIDE
-        or x.numel() < 32 * x.shape[-1]
-    ):
+    is_plain = x.device.type == "cpu" and x.dtype in _WIDE and not is_tracing()
+    if not is_plain or len(a) % 16 < 8 or x.numel() < 32 * x.shape[-1]:
         return linear(x, a)
     return torch.mm(a, x.reshape(-1, x.shape[-1]).t()).t().view(*x.shape[:-1], len(a))
 

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lortalib.nn._forward.thin_products import add_up, down
 
-#: Leading axes of x; from 32 tokens on the product is taken in another layout.
+#: Leading axes of x; from 32 tokens on, at rank 8, the product is taken in another layout.
 TOKENS = st.sampled_from([(1,), (3, 7), (31,), (32,), (2, 16), (2, 4, 9), (0, 5)])
 
 
