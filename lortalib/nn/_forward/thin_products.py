@@ -39,9 +39,10 @@ def down(x: Tensor, a: Tensor, p: float, layout: Layout | None = None) -> Tensor
 def _product(x: Tensor, a: Tensor) -> Tensor:
     """Compute ``x @ a^T``, by the faster of two ways.
 
-    A processor's library fills its vectors along the last axis of the result. Where the rank leaves half a vector
-    or less empty, ``a @ x^T``, whose last axis is the tokens, is faster: with one thread and with two it took
-    0.4 to 1.0 of the time (docs/performance.md). Autograd computes the gradient in the same layout.
+    A processor's library fills its vectors along the last axis of the result. Where the rank leaves half a
+    vector or less empty, ``a @ x^T``, whose last axis is the tokens, is mostly faster: with one thread and
+    with two it took 0.4 to 1.0 of the time (docs/performance.md). Autograd computes the gradient in the same
+    layout.
     """
     is_plain = x.device.type == "cpu" and x.dtype in _WIDE and not is_tracing()
     if not is_plain or len(a) % 16 < 8 or x.numel() < 32 * x.shape[-1]:
