@@ -179,7 +179,15 @@ def _packing() -> object:
 
 def live_checkpoints() -> list[object]:
     """List the objects of all checkpoints whose functions may run again; see `running_checkpoints`.
-    torch keeps no list, so this asks the garbage collector, which takes some milliseconds."""
+    torch keeps no list, so this asks the garbage collector, which takes some milliseconds; and some more if
+    there are any, since those that are garbage will never run."""
+    if not _checkpoint_objects():
+        return []
+    gc.collect()
+    return _checkpoint_objects()
+
+
+def _checkpoint_objects() -> list[object]:
     return [each for each in gc.get_referrers(*_CHECKPOINTS) if type(each) in _CHECKPOINTS]
 
 

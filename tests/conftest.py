@@ -1,5 +1,7 @@
 """The real models of the examples, and the usual tiny one."""
 
+import sys
+
 import assets
 import pytest
 
@@ -15,6 +17,16 @@ def asset():
             pytest.skip(str(missing))
 
     return load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_checkpoint_is_left():
+    """The tests of a file leave no graph behind; one would put guards on the models of all later tests."""
+    yield
+    if "torch.utils.checkpoint" in sys.modules:
+        from lortalib._torch import live_checkpoints
+
+        assert live_checkpoints() == []
 
 
 @pytest.fixture

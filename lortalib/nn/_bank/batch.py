@@ -54,7 +54,7 @@ class BatchTensors:
         self._layout = layout
         self._tensors = tensors
         self.trains = any(t.requires_grad for each in tensors.values() for t in each)
-        self._batch: tuple[object, int | None] = None, None
+        self._batch: tuple[Callable[[], object], int | None] = (lambda: None), None
         self._media: frozenset[int] = frozenset()
         self._made: Cache = {}
         self._of_forward: tuple[Callable[[], object], Cache] = (lambda: None), {}
@@ -128,7 +128,9 @@ class BatchTensors:
             batch: the number of rows; None if it is not known.
             media: the numbers of pictures or sounds that were given beside texts.
         """
-        self._batch = running, batch
+        # Weakly: its frame has tensors whose graph can keep a checkpoint, which keeps what is remembered for
+        # it; Python cannot collect a circle through the graph.
+        self._batch = (lambda: None) if running is None else weakref.ref(running), batch
         self._media = frozenset(media) - {batch}
 
     def check(self, x: Tensor, path: str, running: object) -> None:
@@ -151,7 +153,7 @@ class BatchTensors:
                     "tokens for each forward, or name one adapter for each row"
                 )
             return
-        known, batch = self._batch
+        known, batch = self._batch[0](), self._batch[1]
         if batch is None or known is not running:
             batch = self.size
         if self.size > 1 and known is running and x.shape[0] in self._media:
