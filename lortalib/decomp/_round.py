@@ -105,13 +105,15 @@ def _truncated(
     projection of the modes of the other side, which later ones leave as they are. The squares of
     what is left out therefore add up to the squared error (Vannieuwenhoven et al. 2012).
     """
-    tensors, terms = wide_copies(net), [term.legs for term in net.legs.terms]
+    # No copies: every tensor that an edge reaches is replaced.
+    tensors = [tensor.detach().double() for tensor in net.tensors]
+    terms = [term.legs for term in net.legs.terms]
     # From an end, the centre of a train need not come back.
     start = next((edge.child for edge in tree_edges(net.legs, net.modes, net.legs.zero)), 0)
     edges = tree_edges(net.legs, net.modes, start)
     for edge in edges:
         orthonormalise(tensors, terms, edge.bond, edge.child, edge.parent)
-    peak = tensors[start].abs().max().item()
+    peak = torch.linalg.vector_norm(tensors[start], math.inf).item()
     if not math.isfinite(peak):
         check_finite(net, "rounding")
     # Squares of huge or tiny entries are no numbers; a power of two scales without rounding.
