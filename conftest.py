@@ -1,5 +1,6 @@
 """What all tests and the examples in docstrings share: no network, one thread, random numbers from a seed."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,13 @@ from packaging.version import Version
 
 if Version(version("transformers")) < Version("5.18"):  # lortalib.serve says so itself
     collect_ignore_glob = ["lortalib/serve/*", "tests/test_serve*.py", "tests/test_cli_serve.py"]
+
+
+def pytest_collection_finish():
+    """Hide what is imported by now from the garbage collector: hundreds of tests collect garbage, and need not
+    look at a million objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

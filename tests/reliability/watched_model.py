@@ -210,6 +210,5 @@ class WatchedModel(RuleBasedStateMachine):
         assert {p: type(m) for p, m in self.model.named_modules()} == self.expected.classes
         self.bank = self.saved = None
         self.what_was_removed_is_freed()
-        gc.unfreeze()
         if hasattr(self, "scratch"):
             self.scratch.cleanup()

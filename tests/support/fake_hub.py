@@ -162,7 +162,7 @@ def fake_hub(monkeypatch, cache):
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.address)  # these two keep the address of before

@@ -48,7 +48,7 @@ class Running:
         self.engine = Engine(self.model, self.bank, [0], room, width, waiting)
         self.adapters = self.engine.adapters
         self.server = Server(self.engine, Letters(), add_from=add_from)
-        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
 
     def __enter__(self):
