@@ -27,6 +27,7 @@ class WeightChanges(AdapterDict):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.training = model.training
         self._model = [model]  # in a list, so that it is not registered as a submodule
         self._record = BaseRecord(model)
         self._states = StatesOfForwards()
