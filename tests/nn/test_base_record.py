@@ -243,6 +243,14 @@ def test_a_change_of_a_module_is_seen_again_when_an_adapter_that_trained_it_is_g
         found["default"].save(tmp_path / "one")
 
 
+def test_a_merged_update_is_no_change(model, tmp_path):
+    adapter = put(model)
+    adapter.merge()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.save(tmp_path)
+
+
 def test_a_change_between_two_calls_of_the_library_is_seen(model, tmp_path):
     adapter = put(model)
     adapter.merge()
@@ -261,6 +269,21 @@ def test_running_statistics_of_a_frozen_base_are_saved(tmp_path):
     model(**IDS)
     with pytest.warns(UserWarning, match=r"in model\.norm\.1\.norm\.num_batches_tracked"):
         adapter.save(tmp_path)
+
+
+def test_statistics_of_a_trained_module_are_in_its_file_and_stay_where_it_is_left_in(tmp_path):
+    model = FAMILIES["Llama"].model("ForCausalLM")
+    model.model.norm = nn.Sequential(model.model.norm, Norm(16))
+    one = put(model)
+    two = put(model, "lora", name="two", targets="q", layers=0, train_also=["norm.1"])
+    model.train()(**IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two.save(tmp_path / "two")
+    two.remove(merged=True)
+    # Beside the weight of q: weight, bias and three numbers of the statistics.
+    with pytest.warns(UserWarning, match=r"q_proj\.weight, .* and 3 more, which no file"):
+        one.save(tmp_path / "one")
 
 
 class Norm(nn.Module):
