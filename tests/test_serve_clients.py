@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from served import Running, random_tensors
 
+from lortalib.serve._http import LARGEST
+
 LONG = 4000  # new tokens: minutes of work
 
 
@@ -130,6 +132,13 @@ REFUSED = {
     ),
     "negative": (post("{}", "Content-Length: -2"), 400, "Content-Length", True),
     "no number": (post("{}", "Content-Length: 1_0"), 400, "Content-Length", True),
+    "power": (
+        post("{}", "Content-Length: \xb2").replace(b"\xc2", b""),
+        400,
+        "Content-Length",
+        True,
+    ),
+    "largest": (post(b" " * LARGEST), 400, "is not JSON", False),
     "large": (post("{}", f"Content-Length: {2**40}"), 413, "at most", True),
     "larger": (post("{}", f"Content-Length: {'9' * 5000}"), 413, "at most", True),
     "unread": (post("{}", path="/v1/other"), 404, "there is no POST", True),
@@ -161,6 +170,23 @@ def test_what_is_no_request_is_refused_and_nothing_is_left_in_the_connection():
                 else:
                     connection.sendall(completion(2))
                     assert answer_of(connection)[0] == 200, why
+
+
+def test_a_forward_that_raises_within_a_streamed_answer_is_said_in_it():
+    with Running() as running:
+        left = [3]
+
+        def slowly(module, args, output):
+            time.sleep(0.05)  # such that the first token is sent
+            output[..., 0] = -1e9
+            left[0] -= 1
+            return output if left[0] else 1 / 0
+
+        running.model.lm_head.register_forward_hook(slowly)
+        with running.send(completion(9, stream="true")) as connection:
+            first, *_, last = connection.makefile().read().split("data: ")[1:]
+        assert '"finish_reason": null' in first
+        assert "division by zero" in last
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):

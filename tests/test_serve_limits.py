@@ -137,6 +137,10 @@ def test_adapters_of_a_bank_can_be_named_and_replaced():
     assert [repr(name) for name in bank] == ["'3'"]
     with pytest.raises(ValueError, match="adapter 'eve' does not fit the bank"):
         adapters.put("eve", {})
+    adapters.put("bob", bank[None])
+    for name in adapters:  # which changes them under way
+        adapters.delete(name)
+    assert len(bank) == 0
     bank.update({3: bank[None], "3": bank[None]})
     with pytest.raises(ValueError, match="cannot tell apart"):
         Catalogue(bank)

@@ -75,6 +75,16 @@ class BaseRecord:
                 found[name] = None
         return list(found)
 
+    def noticed(self, model: nn.Module, leave_out: Iterable[Tensor] = ()) -> list[str]:
+        """List the names that `changed` lists, and of the tensors left out those that had changed before an
+        adapter trained them: they have these values again when it is gone.
+
+        Args:
+            model: the model.
+            leave_out: as for `changed`.
+        """
+        return list(dict.fromkeys([*self._changed, *self.changed(model, leave_out)]))
+
     @contextmanager
     def own_writes(self, model: nn.Module, leave_out: Iterable[Tensor] = ()) -> Iterator[None]:
         """Do not count what is written to the model within this context.
@@ -83,7 +93,7 @@ class BaseRecord:
             model: the model.
             leave_out: as for `changed`.
         """
-        changed = self.changed(model, leave_out)
+        changed = self.noticed(model, leave_out)
         try:
             yield
         finally:

@@ -26,7 +26,7 @@ def carried_over(
         position: the position of the parameter in the line.
 
     Returns:
-        The state for the new parameter, in tensors of its own.
+        The state for the new parameter.
 
     Raises:
         ValueError: a tensor of which it is not known how it follows a change of coordinates.
@@ -44,7 +44,5 @@ def carried_over(
             for change in changes:
                 follow = change.gradient if name in _GRADIENTS else change.square
                 value = follow(position, value)
-        elif isinstance(value, Tensor):
-            value = value.clone()
         found[name] = value
     return found

@@ -27,6 +27,7 @@ class WeightChanges(AdapterDict):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.training = model.training
         self._model = [model]  # in a list, so that it is not registered as a submodule
         self._record = BaseRecord(model)
         self._states = StatesOfForwards()
@@ -36,7 +37,8 @@ class WeightChanges(AdapterDict):
         self._kept = 0  # adapters that were left in the weights for good
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_record": BaseRecord(None, self.changed_base())}
+        noticed = self._record.noticed(self.model, self._in_files())
+        return {**super().__getstate__(), "_record": BaseRecord(None, noticed)}
 
     @property
     def model(self) -> nn.Module:

@@ -53,7 +53,8 @@ class _PassNames:
 
 
 def repeats_of(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> set[int]:
-    """Find how often generation with these arguments may repeat a row, for beams, sequences or both.
+    """Find how often generation with these arguments may repeat a row: for its beams or for its sequences,
+    whichever are more.
 
     Args:
         model: the model; its generation config is the default for the arguments.
@@ -66,5 +67,4 @@ def repeats_of(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any])
         found = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         return {1, *(value for value in found if isinstance(value, int) and value > 0)}
 
-    beams, sequences = numbers("num_beams"), numbers("num_return_sequences")
-    return {one * other for one in beams for other in sequences}
+    return numbers("num_beams") | numbers("num_return_sequences")

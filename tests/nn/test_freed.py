@@ -2,11 +2,13 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
+import torch
 from adapted import put
 from banks import prompts, random_stack, small_llama
+from wrapped_models import wrapped
 
 from lortalib import nn
 from lortalib._torch import live_checkpoints
@@ -65,3 +67,47 @@ def test_a_model_is_freed_with_the_graph_of_its_forward(door, reentrant, backwar
     gc.collect()
     assert model() is None
     assert live_checkpoints() == []
+
+
+def test_parameters_that_a_change_of_rank_replaces_are_freed():
+    model = small_llama()
+    adapter = put(model, rank=3)
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    model(**prompts())[0].square().mean().backward()
+    optimizer.step()
+    old = [weakref.ref(parameter) for parameter in adapter.parameters()]
+    nn.change_rank(adapter, optimizer, 2)
+    gc.collect()
+    assert [reference() for reference in old] == [None] * 5
+
+
+def by_hooks():
+    model = small_llama()
+    adapter = put(model)
+    return model, adapter, adapter.remove
+
+
+def by_peft():
+    model = wrapped(kind="ForCausalLM")
+    return model.get_base_model(), model.base_model.lorta_adapters["default"], model.unload
+
+
+@pytest.mark.parametrize("door", [by_hooks, by_peft])
+def test_an_adapter_that_left_a_model_does_not_keep_it(door):
+    def left():
+        model, adapter, leave = door()
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        handle = model.lm_head.register_forward_hook(interrupt)
+        with suppress(KeyboardInterrupt):
+            model(**prompts())
+        handle.remove()
+        leave()
+        return adapter, weakref.ref(model)
+
+    adapter, model = left()
+    gc.collect()
+    assert model() is None
+    assert adapter.count() > 0

@@ -98,6 +98,23 @@ def test_variants_of_lora(options, inputs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("layers", ["01", "0", "1"])
+def test_modules_that_hold_one_weight_keep_their_own_pairs(layers, tmp_path):
+    def tied():
+        model = FAMILIES["Llama"].model()
+        one, two = (layer.self_attn.q_proj for layer in model.layers)
+        two.weight = one.weight
+        return model
+
+    targets = rf"layers\.[{layers}]\.self_attn\.q_proj"
+    lora = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    theirs, inputs = peft.get_peft_model(tied(), lora).eval(), FAMILIES["Llama"].inputs()
+    theirs.save_pretrained(tmp_path)
+    model = tied()
+    load_lora(model, tmp_path)
+    assert close(output(model, inputs), output(theirs, inputs))
+
+
 def test_it_trains_on_and_merges(inputs, tmp_path):
     family = FAMILIES["Llama"]
     trained(family, "ForCausalLM").save_pretrained(tmp_path)

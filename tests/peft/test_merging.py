@@ -7,9 +7,12 @@ import subprocess
 import sys
 import weakref
 
+import peft
 import pytest
 from adapted import close, output, same_bits
 from wrapped_models import LLAMA, factors, second, wrapped
+
+from lortalib.peft import LortaConfig, LortaLayer
 
 
 class Tied:
@@ -47,6 +50,36 @@ def test_an_adapter_beside_one_on_a_tied_head_is_merged():
     model.unmerge_adapter()
     with pytest.raises(ValueError, match="merging would change both"):
         model.merge_adapter(["default"])
+    model.merge_adapter(["other"])
+    assert close(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_adapters_that_differ_on_modules_of_one_weight_are_not_merged(together):
+    base = LLAMA.model()
+    one, two = (layer.self_attn.q_proj for layer in base.layers)
+    two.weight = one.weight
+    model = peft.get_peft_model(
+        base, LortaConfig(rank=2, target_modules=[r"layers.0.self_attn.q_proj"])
+    )
+    second(model, target_modules=["layers.1.self_attn.q_proj"])
+    model.base_model.set_adapter(["default", "other"])
+    before = one.weight.clone()
+    with pytest.raises(ValueError, match=r"weight of layers\.0\..* is also that of layers\.1\."):
+        model.merge_adapter(None if together else ["default"])
+    assert same_bits(one.weight, before)
+
+
+def test_adapters_on_the_stream_are_merged_together():
+    """What each adds is a product with the weight of the base, without what was merged into it."""
+    options = {"decomposition": "indscal", "acts_on": "stream"}
+    model, inputs = second(wrapped(**options), **options), LLAMA.inputs()
+    model.base_model.set_adapter(["default", "other"])
+    expected = output(model, inputs)
+    layer = next(m for m in model.modules() if isinstance(m, LortaLayer))
+    alone = layer.get_delta_weight("other")
+    model.merge_adapter(["default"])
+    assert same_bits(layer.get_delta_weight("other"), alone)
     model.merge_adapter(["other"])
     assert close(output(model, inputs), expected)
 

@@ -19,7 +19,8 @@ class Letters:
     """A tokenizer of letters."""
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
+        ids = [1 + ord(letter) % 60 for letter in text]
+        return {"input_ids": [1] * add_special_tokens + ids}
 
     chat_template = None
 

@@ -183,10 +183,8 @@ class SourceReader(BankShape):
         """Multiply a network by a factor, by the tensor that the fewest terms use."""
         holders = self.legs[group].holders
         own = self._own_terms(group)
-        # One that several networks have in common is scaled only if there is no other.
-        all_groups = [key for keys in self.keys.values() for key in set(keys)]
-        common = {k for k, key in zip(own, self.keys[group]) if all_groups.count(key) > 1}
-        scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k in common, k))
+        # All groups have one line, so networks that have a parameter in common scale it alike.
+        scaled = min((holders[k] for k in own), key=lambda k: (holders.count(k), k))
         uses = holders.count(scaled)
         if uses > 1 and factor < 0:
             raise ValueError(

@@ -139,9 +139,9 @@ class TaskAdapter(TaskTensors):
             ValueError: not one task is chosen.
         """
         found = self._current.chosen()
-        if len(found) != 1 or found[0] is None:
+        if len(found) != 1 or None in found:
             raise ValueError(why_none(self))
-        return self.network_of(group.name, str(found[0]))
+        return self.network_of(group.name, str(found.pop()))
 
     def snapshot(self) -> Adapter:
         """Copy the chosen task, as an adapter of one task with the name of this one; see `Adapter.snapshot`.

@@ -144,10 +144,10 @@ class CurrentTasks(CurrentBatch):
         """
         return TaskRows(self._owner, chosen, self._gather)
 
-    def chosen(self) -> list[Hashable]:
-        """List the tasks that are chosen now, each once."""
+    def chosen(self) -> set[Hashable]:
+        """Return the tasks that are chosen now."""
         rows = self._open() or self._default()
-        return list(dict.fromkeys(rows.names)) if isinstance(rows, TaskRows) else []
+        return set(rows.names) if isinstance(rows, TaskRows) else set()
 
     def _default(self) -> BatchTensors | None:
         name, rows = self._owner.default, self._rows_of_default

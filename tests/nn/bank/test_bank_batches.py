@@ -77,6 +77,7 @@ def test_the_batch_of_arguments_of_unknown_names():
     for given in (
         {"states": x, "mask": x[:1, None]},
         {"mask": x[:1, :, 0], "places": x[:3, 0], "extra": x},
+        {"mask": x[:1, :1], "places": torch.arange(6), "states": x},
     ):
         torch.testing.assert_close(rows_of(model, bank, [1, 2], given), wanted)
     with bank.using([1, 2, 3]), pytest.raises(ValueError, match=r"named 3 rows, but .* batch of 4"):

@@ -139,6 +139,17 @@ def test_an_added_task_leaves_the_others_as_they_are_bit_for_bit(line, start):
     )
 
 
+def test_every_task_has_memory_and_a_mode_like_an_adapter_of_its_own():
+    """accelerate leaves out of a file what has the memory of another parameter."""
+    model = model_of().eval()
+    adapter = adapted(model)
+    adapter.add_task("d")
+    memory = [p.untyped_storage() for p in adapter.parameters()]
+    assert len({each.data_ptr() for each in memory}) == len(memory)
+    assert [each.nbytes() for each in memory] == [p.nbytes for p in adapter.parameters()]
+    assert not any(module.training for module in model.modules())
+
+
 def test_what_trains_can_be_chosen():
     model = LAW_FAMILIES["encoder"].model()
     adapter = put(model, "metatt_41d", tasks=list(TASKS), train_also=["pooler"])
