@@ -50,7 +50,9 @@ def test_a_computed_weight_is_not_merged(way, acts_on, tmp_path):
     adapter = put(model, **ON[acts_on])
     expected = output(model, prompts())
     assert not close(expected, before)
-    with pytest.raises(ValueError, match=r"v_proj is computed from other parameters in each forward"):
+    with pytest.raises(
+        ValueError, match=r"v_proj is computed from other parameters in each forward"
+    ):
         adapter.merge()
     assert not adapter.merged
     assert same_bits(output(model, prompts()), expected)
