@@ -1,7 +1,10 @@
 """What the server of lortalib.serve bounds, and what it lets clients change."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from banks import small_llama
+from adapted import output, picture, same_bits
+from banks import prompts, small_llama
 from served import Letters, Running, random_tensors, tiny
 from test_serve_clients import answer_of, completion, endless, post, until
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 import lortalib
 from lortalib.serve import BusyError, Catalogue, Engine, Request, Server, end_tokens
@@ -179,6 +184,74 @@ def test_an_engine_that_could_answer_nothing(options, why):
         Engine(torch.nn.Linear(2, 2), bank, [0])
     with pytest.raises(TypeError, match="engine must be an Engine"):
         Server(None, Letters())
+
+
+def test_an_engine_that_could_not_start_leaves_the_model(monkeypatch):
+    model = tiny()
+    bank = lortalib.nn.bank(model, "cp", 2)
+    look, attention = picture(model).keys(), model.config._attn_implementation
+    expected = output(model, prompts())
+
+    def warmup(manager):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ContinuousBatchingManager, "warmup", warmup)
+        with pytest.raises(MemoryError, match="no room"):
+            Engine(model, bank, [0], room=2**20)
+    assert (picture(model).keys(), model.config._attn_implementation) == (look, attention)
+    assert same_bits(output(model, prompts()), expected)
+    engine = Engine(model, bank, [0], room=256)
+    assert list(engine.answer(Request([5, 6], length=2)))[-1][1]
+    engine.close()
+
+
+def test_a_model_has_one_engine():
+    with Running() as running:
+        with pytest.raises(ValueError, match="has an engine already"):
+            Engine(running.model, running.bank, [0])
+        assert list(running.engine.answer(Request([5, 6], length=2)))[-1][1]
+
+
+def test_an_answer_that_nobody_begins_to_read_is_given_up(monkeypatch):
+    with Running() as running:
+        given_up = []
+        cancel = running.engine._manager.cancel_request
+        monkeypatch.setattr(
+            running.engine._manager,
+            "cancel_request",
+            lambda name: given_up.append(name) or cancel(name),
+        )
+        running.engine.answer(Request([5, 6], length=500)).close()
+        assert given_up == ["0"]
+
+
+def test_a_request_that_could_not_be_submitted_does_not_wait(monkeypatch):
+    with Running() as running:
+        monkeypatch.setattr(running.engine._manager, "add_request", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            running.engine.answer(Request([5, 6], length=2))
+        assert not running.engine._running
+
+
+OPEN_AT_THE_END = """
+from banks import random_stack
+from served import tiny
+import lortalib
+from lortalib.serve import Engine, Request
+
+model = tiny()
+bank = lortalib.nn.bank(model, "cp", 2)
+engine = Engine(model, bank, [0], room=256)
+assert list(engine.answer(Request([5, 6], length=2)))[-1][1]
+raise SystemExit(3)
+"""
+
+
+def test_a_process_ends_though_an_engine_was_not_closed():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", OPEN_AT_THE_END], env=environment, timeout=120)
+    assert done.returncode == 3
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

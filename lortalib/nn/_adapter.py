@@ -203,7 +203,7 @@ class Adapter(AdapterFiles):
         Raises:
             KeyError: no such site.
             RuntimeError: the adapter is on no model.
-            ValueError: the weight is quantised.
+            ValueError: the weight is quantised, or computed from other parameters.
         """
         _, site = self._find(site)
         return self.require_host().base_weight(site)
@@ -306,8 +306,9 @@ class Adapter(AdapterFiles):
         ``remove(merged=True)``.
 
         Raises:
-            ValueError: a factor is not finite, or a weight cannot take the update: it is quantised or
-                shared with a module that has no such update, or its dtype overflows.
+            ValueError: a factor is not finite, or a weight cannot take the update: it is quantised,
+                computed from other parameters (parametrize, prune) or shared with a module that has no such
+                update, or its dtype overflows.
         """
         self.require_host().merge(self)
 

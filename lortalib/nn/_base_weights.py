@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ._anatomy import Site, original_parameters, original_weight
+from ._anatomy import Site, check_stored, original_parameters, original_weight
 from ._found_modules import FoundModules
 from ._offloaded import is_on_disk, offloaded_numbers
 from ._sharded import (
@@ -58,8 +58,9 @@ class BaseWeights:
             merged: all adapters that are to be merged into these weights.
 
         Raises:
-            ValueError: a weight is quantised, on a disk, or shared with a module that is not updated
-                alike, or a result is not finite. After any error every weight is unchanged.
+            ValueError: a weight is quantised, computed from other parameters, on a disk, or shared with a
+                module that is not updated alike, or a result is not finite. After any error every weight is
+                unchanged.
         """
         divide_again(self._model)
         updates = _by_weight(merged)
@@ -83,9 +84,16 @@ class BaseWeights:
 
     def restore(self, sites: Iterable[Site]) -> None:
         """Restore the base's weights of these sites bit for bit. This allocates no memory, and may be called
-        again after an interrupt."""
+        again after an interrupt.
+
+        Raises:
+            ValueError: a weight is computed from other parameters since it was merged. Nothing is changed.
+        """
         divide_again(self._model)
-        for site in {weight_name(site): site for site in sites}.values():
+        named = {weight_name(site): site for site in sites}
+        for site in named.values():
+            check_stored(self._modules.get_submodule(site.path), site.parameter, site.path)
+        for site in named.values():
             base = self._base.get(weight_name(site))
             if base is not None:
                 _copy(base, self._stored(site))
@@ -94,7 +102,8 @@ class BaseWeights:
         """Return the base's weight of a site, also while adapters are merged into the model's weight.
 
         Raises:
-            ValueError: the weight is quantised, or has another shape than the site.
+            ValueError: the weight is quantised, computed from other parameters, or has another shape than
+                the site.
         """
         kept = self._base.get(weight_name(site))
         return self._weight(site).detach() if kept is None else kept
@@ -123,10 +132,11 @@ class BaseWeights:
 
     def _weight(self, site: Site, write: bool = False) -> Tensor:
         module = self._modules.get_submodule(site.path)
+        check_stored(module, site.parameter, site.path)
         weight = original_weight(module, site.parameter)
         if not isinstance(weight, nn.Parameter) or not _holds_numbers(weight):
             raise ValueError(
-                f"the weight of {site.path} is quantised ({weight.dtype}); it "
+                f"the weight of {site.path} is quantised ({getattr(weight, 'dtype', type(module))}); it "
                 "cannot take an update. Merge into the unquantised model instead"
             )
         if write and is_zero_parameter(weight):

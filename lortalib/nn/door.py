@@ -29,7 +29,7 @@ Example:
 from __future__ import annotations
 
 from ._adapter import Adapter
-from ._anatomy import MLP_ROLES, SiteList, linear_sites, understood_sites
+from ._anatomy import MLP_ROLES, SiteList, check_stored, linear_sites, understood_sites
 from ._config import check_settings
 from ._files import Difference, compare_updates, describe_for_peft, lora_config
 from ._forward import (
@@ -70,6 +70,7 @@ __all__ = [
     "are_letters",
     "by_module",
     "check_settings",
+    "check_stored",
     "check_whole",
     "choose_sites",
     "compare_updates",

@@ -26,6 +26,7 @@ from ..nn.door import (
     Pair,
     Place,
     add_update,
+    check_stored,
     divided_like,
     execution_device,
     is_finite,
@@ -267,6 +268,8 @@ class LortaLayer(nn.Module, BaseTunerLayer):
 
     def _write(self, weight: Tensor) -> None:
         """Set the weight of the base layer; a weight that FSDP2 divides is copied into FSDP2's memory."""
+        base = self.get_base_layer()
+        check_stored(base, "weight", f"a {type(base).__name__} that was merged")
         own = self.get_base_weight()
         if hasattr(own, "device_mesh") != hasattr(weight, "device_mesh"):
             raise RuntimeError(

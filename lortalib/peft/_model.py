@@ -204,7 +204,7 @@ class LortaModel(BaseTuner):
         """Add the updates of adapters to the weights, as `BaseTuner` describes.
 
         Raises:
-            ValueError: a weight is shared with a module that the adapters do not change in the same way.
+            ValueError: a weight is computed, or shared with a module that the adapters do not change alike.
         """
         check_tied(self.model, adapter_names)
         divide_again(self.model, self._weights())

@@ -1,4 +1,4 @@
-"""Refuses to merge into weights that are shared with modules that the adapters do not change."""
+"""Refuses to merge into weights that are shared with modules that the adapters do not change, or computed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..nn import Site
+from ..nn.door import check_stored
 from ._layer import LortaLayer
 
 
 def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
-    """Refuse to merge if a weight is shared with a module that the adapters do not change in the same way.
+    """Refuse to merge if a weight is shared with a module that the adapters do not change in the same way, or
+    is computed from other parameters.
 
     Args:
         model: the model with PEFT's layers.
@@ -31,6 +33,7 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
             names = module.active_adapters if adapter_names is None else adapter_names
             own = {name: sites for name, sites in module.sites().items() if name in names}
             if own:
+                check_stored(module.get_base_layer(), "weight", path)
                 updates[f"{path}.base_layer"] = own
                 weights[f"{path}.base_layer"] = module.get_base_layer()._parameters.get("weight")
     for path, own in updates.items():

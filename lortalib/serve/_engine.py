@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -27,6 +28,9 @@ MODEL = Kind(
     lambda value: hasattr(value, "init_continuous_batching"),
 )
 BANK = Kind("a bank, as lortalib.nn.bank makes it", lambda value: isinstance(value, Bank))
+
+#: The threads in which managers of transformers run. Python waits for them at the end of a process.
+_GENERATING: WeakSet[threading.Thread] = WeakSet()
 
 
 class BusyError(RuntimeError):
@@ -55,7 +59,9 @@ class Engine:
     Raises:
         TypeError: the model or the bank is of another kind.
         ImportError: transformers is older than 5.18.
-        ValueError: no token ends a completion; or a number that is too small.
+        ValueError: no token ends a completion; a number that is too small; the model has an engine already.
+
+    After any error, as of memory for a room that is too large, the model is as before.
 
     Example:
         >>> import lortalib
@@ -97,6 +103,11 @@ class Engine:
                 f"the engine needs a room of at least {page} tokens, a width of at least 1 and at least 1 "
                 f"request that may wait; found {room}, {width} and {waiting}"
             )
+        if any(isinstance(_owner(hook), Engine) for hook in model._forward_pre_hooks.values()):
+            raise ValueError(
+                "the model has an engine already, and two would read each other's forwards; close() that one "
+                "first, or change its adapters through engine.adapters"
+            )
         self.model, self.waiting = model, waiting
         self._ends = list(ends)
         self.adapters = Catalogue(bank)
@@ -105,6 +116,22 @@ class Engine:
         self._numbers = count()
         self._context: AbstractContextManager[Any] | None = None
         self.room = room // page * page
+        self._hooks: list[Any] = []
+        attention = model.config._attn_implementation
+        try:
+            self._start(page, width)
+        except BaseException:
+            for hook in self._hooks:
+                hook.remove()
+            if model.config._attn_implementation != attention:
+                model.set_attn_implementation(attention)
+            raise
+        self._reader = threading.Thread(target=self._deliver, daemon=True)
+        self._reader.start()
+
+    def _start(self, page: int, width: int) -> None:
+        """Start transformers' continuous batching, with the hooks around the model's forward."""
+        model = self.model
         self._manager = model.init_continuous_batching(
             # The hook behind the forward draws, and the manager takes the largest score.
             GenerationConfig(do_sample=False, eos_token_id=self._ends, pad_token_id=self._ends[0]),
@@ -117,17 +144,17 @@ class Engine:
                 use_cuda_graph=False,
             ),
         )
-        self._hooks = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        ]
+        before, behind = model.register_forward_pre_hook, model.register_forward_hook
+        self._hooks.append(before(self._enter, with_kwargs=True, prepend=True))
+        self._hooks.append(behind(self._leave, with_kwargs=True, always_call=True))
         self._manager.warmup()  # makes the scheduler
         self._scheduler = self._manager.batch_processor.scheduler
         self._clear_cancelled = self._scheduler.clear_cancelled_requests
         self._scheduler.clear_cancelled_requests = self._give_up
         self._manager.start()
-        self._reader = threading.Thread(target=self._deliver, daemon=True)
-        self._reader.start()
+        thread = getattr(self._manager, "_generation_thread", None)
+        if thread is not None:
+            _GENERATING.add(thread)
 
     def check_waiting(self) -> None:
         """Refuse a request, before anything is done for it, where as many wait as may.
@@ -174,16 +201,24 @@ class Engine:
             name = str(next(self._numbers))
             self._running[name] = request
         options = {"max_new_tokens": request.length, "eos_token_id": self._ends, "streaming": True}
-        if self._manager.add_request(request.ids, request_id=name, **options) is None:
-            self._finish(name)
+        added = None
+        try:
+            added = self._manager.add_request(request.ids, request_id=name, **options)
+        finally:
+            if added is None:
+                self._finish(name)
+        if added is None:
             raise RuntimeError("the engine takes no more requests")
-        return self._updates(name, request, has_gone)
+        updates = self._updates(name, request, has_gone)
+        next(updates)  # only an iterator that has begun gives the request up when it is closed
+        return updates
 
     def _updates(
         self, name: str, request: Request, has_gone: Callable[[], bool]
     ) -> Iterator[tuple[list[int], bool]]:
         done = False
         try:
+            yield [], False
             while not done:
                 if has_gone():
                     raise ConnectionAbortedError("nobody waits for the answer")
@@ -225,9 +260,12 @@ class Engine:
             hook.remove()
 
     def _deliver(self) -> None:
-        """Hand the outputs of the manager to those who wait."""
+        """Hand the outputs of the manager to those who wait, until it stops; stop it at the end of the
+        process, which would wait for it without an end."""
         while True:
             running = self._manager.is_running()
+            if running and not _others_run():
+                self._manager.stop(block=True)
             output = self._manager.get_result(timeout=0.1)
             if output is not None:
                 request = self._running.get(output.request_id)
@@ -273,3 +311,16 @@ class Engine:
             row.copy_(request.scores(row))
         output.logits = logits
         return output
+
+
+def _owner(hook: Any) -> object:
+    """Return the object of which a hook is a method."""
+    return getattr(hook, "__self__", None)
+
+
+def _others_run() -> bool:
+    """Return True if the process has threads to wait for, apart from those of engines."""
+    return any(
+        thread.is_alive() and not thread.daemon and thread not in _GENERATING
+        for thread in threading.enumerate()
+    )

@@ -16,6 +16,7 @@ from .sites import (
 from .stacks import SiteList
 from .weights import (
     as_stored,
+    check_stored,
     is_conv1d,
     is_projection,
     original_parameters,
@@ -38,6 +39,7 @@ __all__ = [
     "as_stored",
     "check_experts",
     "check_model",
+    "check_stored",
     "is_conv1d",
     "is_projection",
     "linear_sites",

@@ -48,6 +48,29 @@ def original_weight(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
+def check_stored(module: nn.Module, name: str, path: str) -> None:
+    """Refuse a weight that its module computes from other parameters whenever it is used.
+
+    torch's parametrize, weight_norm and prune do so. An update of what is stored is not one of the weight.
+
+    Args:
+        module: the module.
+        name: name of the weight in the module.
+        path: path of the module, for the message.
+
+    Raises:
+        ValueError: the weight is computed.
+    """
+    # A tensor that is no parameter of the module: a hook of weight_norm or prune writes it in each forward.
+    if is_parametrized(module, name) or isinstance(vars(module).get(name), Tensor):
+        raise ValueError(
+            f"the {name} of {path} is computed from other parameters in each forward (by "
+            "torch.nn.utils.parametrize, weight_norm or prune), so an update can neither be added to what is "
+            "stored nor taken out. Make it an ordinary parameter first (parametrize.remove_parametrizations, "
+            "prune.remove), or leave the adapter unmerged"
+        )
+
+
 def original_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's own parameters by name; for a parametrized one, its original."""
     own = dict(module.named_parameters(recurse=False))
