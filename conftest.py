@@ -18,8 +18,8 @@ if Version(version("transformers")) < Version("5.18"):  # lortalib.serve says so
 
 
 def pytest_collection_finish():
-    """Hide what is imported by now from the garbage collector: hundreds of tests collect garbage, and need not
-    look at a million objects that stay."""
+    """Hide what is imported by now from the garbage collector: hundreds of tests collect garbage, and need
+    not look at a million objects that stay."""
     gc.collect()
     gc.freeze()
 
