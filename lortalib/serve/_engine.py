@@ -103,7 +103,7 @@ class Engine:
                 f"the engine needs a room of at least {page} tokens, a width of at least 1 and at least 1 "
                 f"request that may wait; found {room}, {width} and {waiting}"
             )
-        if any(isinstance(_owner(hook), Engine) for hook in model._forward_pre_hooks.values()):
+        if any(isinstance(_owner(hook), Engine) for hook in model._forward_hooks.values()):
             raise ValueError(
                 "the model has an engine already, and two would read each other's forwards; close() that one "
                 "first, or change its adapters through engine.adapters"
