@@ -30,9 +30,8 @@ KNOWN = {
     "torch.ops.aten._unsafe_view.default": "the name of an operation",
     "_from_config": "transformers' way from a config to a model of its class",
     "_experts_implementation": "what a config says of its packed experts",
+    "_attn_implementation": "which attention a model computes, which continuous batching replaces",
     "_name_or_path": "where transformers keeps the name of a model",
-    "_attn_implementation": "which attention a model uses, to give it back",
-    "_generation_thread": "the thread of transformers' manager, for which the end of a process waits",
     "_hf_hook": "what accelerate puts on a module that it moves",
 }
 

@@ -125,13 +125,20 @@ def _normalised(net: TensorNetwork, tensors: list[Tensor], root: int) -> list[Te
     weight = columns[0].new_ones(columns[0].shape[-1])
     for k, column in enumerate(columns):
         flat = column.reshape(-1, column.shape[-1])
-        norm = flat.norm(dim=0)
+        norm = _norms_of_columns(flat)
         if k != root:
             largest = flat.gather(0, flat.abs().argmax(0, keepdim=True))[0]
             norm = torch.where(norm > 0, norm, 1.0) * torch.where(largest < 0, -1.0, 1.0)
             columns[k] = column / norm
             weight = weight * norm
     columns[root] = columns[root] * weight
-    sizes = columns[root].reshape(-1, len(weight)).norm(dim=0)
+    sizes = _norms_of_columns(columns[root].reshape(-1, len(weight)))
     order = sizes.argsort(descending=True, stable=True)
     return [column[..., order].movedim(-1, axis) for column, axis in zip(columns, axes)]
+
+
+def _norms_of_columns(matrix: Tensor) -> Tensor:
+    """Compute the norm of each column, also where the squares of its entries are no numbers."""
+    peaks = matrix.abs().amax(0)
+    norms: Tensor = torch.linalg.vector_norm(matrix / torch.where(peaks > 0, peaks, 1.0), dim=0)
+    return norms * peaks

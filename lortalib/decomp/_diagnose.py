@@ -14,6 +14,7 @@ from ._canonical import joins_all
 from ._environment import gram_parts
 from ._inner import check_modes
 from ._pieces import Pieces, joined, pieces_of
+from ._powers import of_size_one, times_power
 from ._refine import on_common_factors
 from ._tensor_network import TensorNetwork
 
@@ -62,7 +63,7 @@ def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
         (torch.Size([8]), True)
     """
     check_finite(net, "a singular value")
-    pieces = _wide(net)
+    pieces, exponent = _of_size_one(net)
     found = {}
     for mode in net.modes:
         own = net.legs.open_legs([mode])
@@ -70,7 +71,7 @@ def singular_values(net: TensorNetwork) -> dict[str, Tensor]:
         products = joined(pieces, other).contract((*own, *(leg + "'" for leg in own)))
         size = net.shape[mode]
         squares = torch.linalg.eigvalsh(products.reshape(size, size))
-        found[mode] = squares.clamp(min=0).sqrt().flip(0)
+        found[mode] = times_power(squares.clamp(min=0).sqrt().flip(0), exponent)
     return found
 
 
@@ -95,9 +96,8 @@ def component_norms(net: TensorNetwork, bond: str | None = None) -> Tensor:
         torch.Size([2])
     """
     bond = _numbering(net, bond)
-    pieces = _wide(net)
-    squares = joined(pieces, pieces.renamed("'", (*net.open_legs, bond))).contract((bond,))
-    return squares.clamp(min=0).sqrt()
+    pieces, exponent = _of_size_one(net)
+    return times_power(_norms(pieces, net, bond), exponent)
 
 
 @takes_network
@@ -131,9 +131,9 @@ def congruence(
     check_modes(net, other)
     net, other = on_common_factors(net, other)
     one, two = _numbering(net, bond), _numbering(other, bond)
-    pieces, second = _wide(net), _wide(other).renamed("'", net.modes)
-    products = joined(pieces, second).contract((one, two + "'"))
-    norms = component_norms(net, one).unsqueeze(1) * component_norms(other, two)
+    (pieces, _), (second, _) = _of_size_one(net), _of_size_one(other)
+    products = joined(pieces, second.renamed("'", net.modes)).contract((one, two + "'"))
+    norms = _norms(pieces, net, one).unsqueeze(1) * _norms(second, other, two)
     return products / torch.where(norms > 0, norms, 1.0)
 
 
@@ -218,7 +218,7 @@ def conditioning(net: TensorNetwork) -> dict[str, float]:
         [1.0, 1.0, 1.0]
     """
     check_values(net.stored, "a condition number")
-    pieces, found = _wide(net), dict[str, float]()
+    (pieces, _), found = _of_size_one(net), dict[str, float]()
     for k, name in enumerate(net.names):
         value = condition(gram_parts(pieces, k, net.open_legs))
         found[name] = max(value, found.get(name, 0.0))
@@ -227,6 +227,19 @@ def conditioning(net: TensorNetwork) -> dict[str, float]:
 
 def _wide(net: TensorNetwork) -> Pieces:
     return pieces_of(net).wide()
+
+
+def _of_size_one(net: TensorNetwork) -> tuple[Pieces, Tensor]:
+    """Divide a network by a power of two; see `of_size_one`."""
+    pieces = _wide(net)
+    tensors, exponent = of_size_one(pieces.tensors)
+    return Pieces(pieces.terms, tuple(tensors)), exponent
+
+
+def _norms(pieces: Pieces, net: TensorNetwork, bond: str) -> Tensor:
+    """Compute the norm of each summand of the sum over a bond of a network's tensors."""
+    squares = joined(pieces, pieces.renamed("'", (*net.open_legs, bond))).contract((bond,))
+    return squares.clamp(min=0).sqrt()
 
 
 def _numbering(net: TensorNetwork, bond: str | None) -> str:

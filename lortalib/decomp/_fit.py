@@ -168,7 +168,7 @@ def fit(
     if run is None:
         scaled = (rescaled(net.legs, tensors, 1.0) for tensors in first)
         if isinstance(start, TensorNetwork):
-            scaled = (rescaled(net.legs, tensors, 1 / read.scale) for tensors in first)
+            scaled = (_divided(net.legs, tensors, read.scale) for tensors in first)
         run = _best_run(net.legs, scaled, read.objective, ridge, tolerance, sweeps, progress)
     conditions = Sweeper(net.legs, run.tensors, read.objective, ridge).conditions()
     network = _finished(made, run.tensors, read)
@@ -249,7 +249,7 @@ def _run_of_tensorly(
     """Run TensorLy's algorithm; None if there is none, or if it meets a singular matrix or ends in NaN."""
     lines = {str(get_format(kind).legs(net.shape)): kind for kind in TENSORLY}
     kind = lines.get(str(net.legs))
-    if read.dense is None or kind is None:
+    if read.dense is None or kind is None or len(net.modes) < 2:
         return None
     found = fit_with_tensorly(kind, read.dense, net, tolerance, sweeps)
     how = f"TensorLy {TENSORLY[kind]}"
@@ -262,6 +262,12 @@ def rescaled(legs: Legs, tensors: Sequence[Tensor], factor: float) -> list[Tenso
     k = min(trainable, key=lambda k: (legs.owners.count(k), tensors[k].numel()))
     share = factor ** (1 / legs.owners.count(k))
     return [t * share if owner == k else t for t, owner in zip(tensors, legs.owners)]
+
+
+def _divided(legs: Legs, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Divide the tensor of a line by a positive number, also by one whose inverse is infinite."""
+    half = 1 / math.sqrt(scale)
+    return rescaled(legs, rescaled(legs, tensors, half), half)
 
 
 def _finished(net: Network, tensors: Sequence[Tensor], read: Target) -> Network:
@@ -282,10 +288,8 @@ def _error_of(network: TensorNetwork, read: Target) -> float:
     network = read.refinement.of(network)
     pieces = pieces_of(network)
     wide = [tensor.detach().double() for tensor in pieces.tensors]
-    factor = 1 / read.scale if read.scale else 1.0
-    return read.objective.relative_error(
-        Pieces(pieces.terms, tuple(rescaled(network.legs, wide, factor)))
-    )
+    divided = _divided(network.legs, wide, read.scale or 1.0)
+    return read.objective.relative_error(Pieces(pieces.terms, tuple(divided)))
 
 
 def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._kinds import NAMES, takes
 from ._arguments import NETWORK, takes_network
 from ._pieces import Pieces, joined, pieces_of
+from ._powers import of_size_one, times_power
 from ._refine import on_common_factors
 from ._tensor_network import NetworkView, TensorNetwork
 
@@ -82,8 +83,9 @@ def norm(net: TensorNetwork, *, over: str | Sequence[str] = ()) -> Tensor:
         >>> torch.allclose(norm(net), net.dense().norm())
         True
     """
-    wide = _cast(net, torch.float64)
-    return inner(wide, wide, over=over).clamp(min=0).sqrt().to(net.tensors[0].dtype)
+    wide, exponent = _of_size_one(net)
+    found = inner(wide, wide, over=over).clamp(min=0).sqrt()
+    return times_power(found, exponent).to(net.tensors[0].dtype)
 
 
 @takes_network
@@ -113,14 +115,22 @@ def distance(one: TensorNetwork, other: TensorNetwork, *, over: str | Sequence[s
         True
     """
     dtype = torch.promote_types(one.tensors[0].dtype, other.tensors[0].dtype)
-    one, other = _cast(one, torch.float64), _cast(other, torch.float64)
-    cross = inner(one, other, over=over)
-    squares = inner(one, one, over=over) + inner(other, other, over=over)
-    return (squares - 2 * cross).clamp(min=0).sqrt().to(dtype)
+    (one, first), (other, second) = _of_size_one(one), _of_size_one(other)
+    top = torch.maximum(first, second)
+    a, b = (first - top).exp2(), (second - top).exp2()
+    cross = inner(one, other, over=over) * a * b
+    squares = inner(one, one, over=over) * a**2 + inner(other, other, over=over) * b**2
+    return times_power((squares - 2 * cross).clamp(min=0).sqrt(), top).to(dtype)
+
+
+def _of_size_one(net: TensorNetwork) -> tuple[TensorNetwork, Tensor]:
+    """Divide a network by a power of two, in float64; see `of_size_one`."""
+    tensors, exponent = of_size_one(tensor.double() for tensor in net.tensors)
+    return NetworkView(net.legs, tensors, net.modes), exponent
 
 
 def _cast(net: TensorNetwork, dtype: torch.dtype) -> TensorNetwork:
-    """Return the network in a dtype; in float64, squares of usual entries neither overflow nor vanish."""
+    """Return the network in a dtype."""
     if net.tensors[0].dtype == dtype:
         return net
     return NetworkView(net.legs, [tensor.to(dtype) for tensor in net.tensors], net.modes)

@@ -92,7 +92,7 @@ def tt_line(shape: Shape) -> str:
 
 def train_line(modes: Sequence[str], shape: Shape) -> str:
     """Write the line of a tensor train through ``modes`` in this order."""
-    bonds = [_fresh(shape, letter) for letter in islice(_letters(), len(modes) - 1)]
+    bonds = [_fresh(shape, letter) for letter in islice(_letters(), max(0, len(modes) - 1))]
     left, right = ["", *bonds], [*bonds, ""]
     return ", ".join(" ".join(filter(None, legs)) for legs in zip(modes, left, right))
 

@@ -32,6 +32,9 @@ BANK = Kind("a bank, as lortalib.nn.bank makes it", lambda value: isinstance(val
 #: The threads in which managers of transformers run. Python waits for them at the end of a process.
 _GENERATING: WeakSet[threading.Thread] = WeakSet()
 
+#: The models that have an engine.
+_ANSWERING: WeakSet[Any] = WeakSet()
+
 
 class BusyError(RuntimeError):
     """Raised for a request that is one too many."""
@@ -103,7 +106,7 @@ class Engine:
                 f"the engine needs a room of at least {page} tokens, a width of at least 1 and at least 1 "
                 f"request that may wait; found {room}, {width} and {waiting}"
             )
-        if any(isinstance(_owner(hook), Engine) for hook in model._forward_hooks.values()):
+        if model in _ANSWERING:
             raise ValueError(
                 "the model has an engine already, and two would read each other's forwards; close() that one "
                 "first, or change its adapters through engine.adapters"
@@ -126,6 +129,7 @@ class Engine:
             if model.config._attn_implementation != attention:
                 model.set_attn_implementation(attention)
             raise
+        _ANSWERING.add(model)
         self._reader = threading.Thread(target=self._deliver, daemon=True)
         self._reader.start()
 
@@ -151,10 +155,10 @@ class Engine:
         self._scheduler = self._manager.batch_processor.scheduler
         self._clear_cancelled = self._scheduler.clear_cancelled_requests
         self._scheduler.clear_cancelled_requests = self._give_up
+        others = set(threading.enumerate())
         self._manager.start()
-        thread = getattr(self._manager, "_generation_thread", None)
-        if thread is not None:
-            _GENERATING.add(thread)
+        new = set(threading.enumerate()) - others
+        _GENERATING.update(thread for thread in new if "generation" in thread.name)
 
     def check_waiting(self) -> None:
         """Refuse a request, before anything is done for it, where as many wait as may.
@@ -258,6 +262,7 @@ class Engine:
         self._manager.destroy()
         for hook in self._hooks:
             hook.remove()
+        _ANSWERING.discard(self.model)
 
     def _deliver(self) -> None:
         """Hand the outputs of the manager to those who wait, until it stops; stop it at the end of the
@@ -311,11 +316,6 @@ class Engine:
             row.copy_(request.scores(row))
         output.logits = logits
         return output
-
-
-def _owner(hook: Any) -> object:
-    """Return the object of which a hook is a method."""
-    return getattr(hook, "__self__", None)
 
 
 def _others_run() -> bool:

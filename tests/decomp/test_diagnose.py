@@ -16,16 +16,21 @@ from lortalib.decomp import (
     Shape,
     block_term,
     budget,
+    canonical,
     component_norms,
     conditioning,
     congruence,
     core_consistency,
     cp,
+    distance,
     fit,
     formats,
     gram,
     lora,
     multilinear_ranks,
+    network,
+    norm,
+    singular_values,
     suggest_rank,
     tucker,
 )
@@ -275,3 +280,44 @@ def test_a_table_prints_what_it_has():
     ]
     assert len(table) == 2
     assert table.suggested is table[1]
+
+
+def multiplied(net, size):
+    """The network times a number, whose parameters of other networks are not touched."""
+    tensors = [tensor.detach() for tensor in net.tensors]
+    return Network(net.legs, [tensors[0] * size, *tensors[1:]], net.modes)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1e160, 1e200])
+@pytest.mark.parametrize("line", ["cp", "tt"])
+def test_sizes_whose_squares_are_no_numbers(line, size):
+    one, other = (
+        network(line, SHAPE, 2, init="normal", dtype=torch.float64, generator=generator(seed))
+        for seed in (1, 2)
+    )
+    near, far = multiplied(one, size), multiplied(other, size)
+    torch.testing.assert_close(norm(near) / size, norm(one))
+    torch.testing.assert_close(norm(near, over="in") / size, norm(one, over="in"))
+    torch.testing.assert_close(distance(near, far) / size, distance(one, other))
+    torch.testing.assert_close(distance(near, one), norm(one) if size < 1 else norm(near))
+    bond = next(iter(one.ranks))
+    torch.testing.assert_close(component_norms(near, bond) / size, component_norms(one, bond))
+    torch.testing.assert_close(
+        congruence(near, far, bond), congruence(one, other, bond), rtol=1e-6, atol=1e-8
+    )
+    for mode, values in singular_values(one).items():
+        torch.testing.assert_close(singular_values(near)[mode] / size, values, rtol=1e-6, atol=1e-6)
+    assert multilinear_ranks(near) == multilinear_ranks(one)
+    assert conditioning(near) == pytest.approx(conditioning(one))
+    torch.testing.assert_close(canonical(near).dense() / size, one.dense())
+
+
+def test_norms_have_gradients_at_any_size():
+    tensors = [torch.randn(n, 2, dtype=torch.float64, generator=generator(n)) for n in (4, 7)]
+    first = (tensors[0] * 1e200).requires_grad_()
+    legs = network("in r, out r", {"in": 4, "out": 7}, 2).legs
+    net = NetworkView(legs, [first, tensors[1]], ("in", "out"))
+    norm(net).backward()
+    plain = tensors[0].clone().requires_grad_()
+    norm(NetworkView(legs, [plain, tensors[1]], ("in", "out"))).backward()
+    torch.testing.assert_close(first.grad, plain.grad)

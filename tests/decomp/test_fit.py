@@ -512,3 +512,23 @@ def test_the_best_of_all_starts_is_returned():
         assert found.error == pytest.approx(min(ends), rel=1e-9)
         places.add(ends.index(min(ends)))
     assert len(places) > 2  # so neither the first nor the last one is taken for the best
+
+
+@pytest.mark.parametrize("line", ["tt", "tucker", "in p, layer p q, out q"])
+def test_the_error_of_a_target_below_the_normal_numbers_is_a_number(line):
+    target = random_dense(3, 4, 2) * 1e-310
+    found = fit(target, line, rank=8, modes=MODES)
+    assert found.error < 1e-6
+    torch.testing.assert_close(found.network.dense() * 1e300, target * 1e300, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("line", ["tt", "tucker"])
+def test_a_target_with_one_axis(line):
+    target = random_dense(5)
+    found = fit(target, line, rank=1, modes="in")
+    assert found.error < 1e-12
+
+
+def test_a_train_without_modes_is_refused():
+    with pytest.raises(ValueError, match="the line of legs is empty"):
+        fit(torch.tensor(3.0), "tt", 1, modes="")
