@@ -46,8 +46,14 @@ def endless(running):
     return forwards
 
 
+def with_a_reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+
+
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_leaves_is_given_up(stream):
+@pytest.mark.parametrize("leave", [socket.socket.close, with_a_reset])
+def test_a_client_that_leaves_is_given_up(leave, stream):
     with Running(positions=LONG + 10, room=LONG + 32) as running:
         forwards = endless(running)
         running.adapters.put("ann", random_tensors(running.bank, 1))
@@ -56,7 +62,7 @@ def test_a_client_that_leaves_is_given_up(stream):
         until(lambda: len(forwards) > 10)
         running.adapters.delete("ann")
         assert len(running.bank) == 1  # the request has it still
-        connection.close()
+        leave(connection)
         until(lambda: not running.engine._running)
         assert len(running.bank) == 0
         assert len(forwards) < LONG / 2
@@ -151,11 +157,12 @@ REFUSED = {
 }
 
 
-def answer_of(connection):
-    """The status and the body of an answer."""
+def answer_of(connection, closed=None):
+    """The status and the body of an answer, which says whether the connection is closed."""
     file = connection.makefile("rb")
     status = int(file.readline().split()[1])
     headers = dict(line.decode().strip().split(": ") for line in iter(file.readline, b"\r\n"))
+    assert closed in (None, headers.get("Connection") == "close")
     return status, file.read(int(headers["Content-Length"])).decode()
 
 
@@ -163,7 +170,7 @@ def test_what_is_no_request_is_refused_and_nothing_is_left_in_the_connection():
     with Running() as running:
         for why, (data, wanted, part, closed) in REFUSED.items():
             with running.send(data) as connection:
-                status, text = answer_of(connection)
+                status, text = answer_of(connection, closed)
                 assert (status, part in text) == (wanted, True), (why, status, text)
                 if closed:
                     assert connection.recv(1) == b"", why
@@ -202,9 +209,7 @@ def test_a_client_that_leaves_with_its_body_unsent_is_no_error(capfd):
     with Running() as running:
         for cut in (20, 60, -1):
             running.send(completion(2)[:cut]).close()
-        connection = running.send(completion(2))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        connection.close()  # with a reset
+        with_a_reset(running.send(completion(2)))
         assert len(running.complete("base", [5, 6], 2)) == 2
     assert "Traceback" not in capfd.readouterr().err
 

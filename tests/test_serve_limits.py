@@ -262,6 +262,13 @@ def test_an_older_transformers_is_refused(monkeypatch):
         Engine(model, bank, [0])
 
 
+def test_a_closed_engine_leaves_no_hook():
+    with Running() as running:
+        running.complete("base", [5])
+    hooks = [*running.model._forward_pre_hooks.values(), *running.model._forward_hooks.values()]
+    assert not [hook for hook in hooks if getattr(hook, "__self__", None) is running.engine]
+
+
 def test_a_server_that_stops_waits_for_answers_that_are_being_written():
     with Running() as running:
         server, inside, done = running.server, threading.Event(), threading.Event()

@@ -1,11 +1,13 @@
 """How the server of lortalib.serve draws tokens, and how it divides an answer into pieces of text."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lortalib.serve import Request, Server
+from lortalib.serve import Engine, Request, Server
 
 
 @given(
@@ -46,6 +48,15 @@ def test_draws_have_the_chances_of_the_softmax():
     half = Request([0], top_p=0.5, seed=0)  # the first token has it, so the other is never drawn
     assert len({int(half.scores(torch.zeros(2)).argmax()) for _ in range(20)}) == 1
     assert Request([0], temperature=0).scores(logits) is logits
+
+
+def test_scores_are_not_rounded_to_the_dtype_of_the_model():
+    engine, logits = Engine.__new__(Engine), torch.zeros(1, 1, 8, dtype=torch.bfloat16)
+    drawn = [(Request([0], seed=0), SimpleNamespace(has_new_token=True))]
+    engine._context, engine._batch = None, lambda: drawn
+    output = engine._leave(None, (), {"logits_to_keep": 1}, SimpleNamespace(logits=logits))
+    wanted = Request([0], seed=0).scores(logits[0, 0].float())
+    assert torch.equal(output.logits[0, 0], wanted.float())
 
 
 class Texts:

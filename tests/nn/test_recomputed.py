@@ -263,6 +263,17 @@ def test_a_forward_behind_the_change_counts(base, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("leave_in", [False, True])
+def test_what_was_left_in_the_weights_meanwhile_counts(base, kind, leave_in):
+    scene = Scene(base)
+    scene.two.merge()
+    loss = loss_of(scene.model, kind)
+    with scene.two.disabled():  # after which the same update is merged again
+        scene.third().remove(merged=leave_in)
+    refused(loss) if leave_in else loss.backward()
+
+
+@each_kind
 def test_a_failed_change_is_none(base, kind, monkeypatch):
     scene = Scene(base)
     loss = loss_of(scene.model, kind)
