@@ -108,13 +108,27 @@ class BaseWeights:
         kept = self._base.get(weight_name(site))
         return self._weight(site).detach() if kept is None else kept
 
-    def keep_merged(self, adapter: Merged) -> None:
-        """Make the update of a merged adapter part of the base's weights."""
-        new = {}
+    def keep_merged(self, adapter: Merged, rest: Sequence[Merged]) -> None:
+        """Make the update of a merged adapter part of the base's weights.
+
+        Args:
+            adapter: the adapter.
+            rest: the adapters that stay merged. Weights that they have in common with the adapter are computed
+                again from the new base, as later calls would.
+
+        Raises:
+            ValueError: a result is not finite. After any error everything is as before.
+        """
+        before, new = self._base, {}
         for name, members in _by_weight([adapter]).items():
-            base = self._base[name]
-            new[name] = _sum(name, base, members, base.dtype)
-        self._base |= new
+            new[name] = _sum(name, before[name], members, before[name].dtype)
+        held = _by_weight(rest)
+        try:
+            self._base = before | new
+            self.write([site for site in adapter.sites if weight_name(site) in held], rest)
+        except BaseException:
+            self._base = before
+            raise
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the kept weights of these names."""

@@ -166,6 +166,22 @@ def test_remove_merged_leaves_the_update(llama, inputs, dtype):
     assert not hasattr(llama, "lortalib")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_stays_merged_is_merged_into_the_new_base(llama, dtype):
+    """To the bit, whichever was applied first: as if the other had been left in the weights before."""
+    llama.to(dtype)
+    one, other = put(llama, name="one"), put(llama, name="other", targets="qv", seed=1)
+    base = weights(llama)
+    one.merge()
+    other.remove(merged=True)
+    now = weights(llama)
+    one.unmerge()
+    kept = weights(llama)
+    assert not all(map(same_bits, kept, base))
+    one.merge()
+    assert all(map(same_bits, weights(llama), now))
+
+
 def test_the_weights_move_with_the_model_while_merged(llama):
     adapter = put(llama)
     before = weights(llama)
