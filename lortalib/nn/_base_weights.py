@@ -113,8 +113,8 @@ class BaseWeights:
 
         Args:
             adapter: the adapter.
-            rest: the adapters that stay merged. Weights that they have in common with the adapter are computed
-                again from the new base, as later calls would.
+            rest: the adapters that stay merged. Weights that they have in common with the adapter are
+                computed again from the new base, as later calls would.
 
         Raises:
             ValueError: a result is not finite. After any error everything is as before.

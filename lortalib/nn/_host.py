@@ -244,7 +244,9 @@ class AdapterHost(WeightChanges):
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
             self._leave_in([*self._updated(adapter), *adapter.trained_modules.modules(self.model)])
-            rest = {name: each for name, each in self._merged_copies.items() if name != adapter.name}
+            rest = {
+                name: each for name, each in self._merged_copies.items() if name != adapter.name
+            }
             self._weights.keep_merged(self._merged_copies[adapter.name], self._in_order(rest))
             undo.pop_all()
 
