@@ -1,4 +1,4 @@
-"""The real models of the examples, and the usual tiny one."""
+"""The real models of the examples, the usual tiny one, and what no file of tests may leave behind."""
 
 import sys
 

@@ -172,7 +172,7 @@ class AdapterHost(WeightChanges):
     def _unmerge(self, adapter: Adapter) -> None:
         if not adapter.merged:
             return
-        copies = {name: each for name, each in self._merged_copies.items() if name != adapter.name}
+        copies = self._copies_without(adapter)
         rest = self._in_order(copies)
         with self._changing(self._updated(adapter)):
             try:
@@ -187,6 +187,10 @@ class AdapterHost(WeightChanges):
                     vars(self)["_merged_copies"] = copies
                     self._weights.keep_only(rest)
                 raise
+
+    def _copies_without(self, adapter: Adapter) -> dict[str, Adapter]:
+        """Return the snapshots of all merged adapters but one."""
+        return {name: each for name, each in self._merged_copies.items() if name != adapter.name}
 
     def _restore(self, adapter: Adapter, rest: list[Adapter]) -> None:
         """Take an adapter's update out of the weights and set the flag; ``rest`` stays merged."""
@@ -244,10 +248,8 @@ class AdapterHost(WeightChanges):
                 undo.callback(self._unmerge, adapter)
                 self.merge(adapter)
             self._leave_in([*self._updated(adapter), *adapter.trained_modules.modules(self.model)])
-            rest = {
-                name: each for name, each in self._merged_copies.items() if name != adapter.name
-            }
-            self._weights.keep_merged(self._merged_copies[adapter.name], self._in_order(rest))
+            rest = self._in_order(self._copies_without(adapter))
+            self._weights.keep_merged(self._merged_copies[adapter.name], rest)
             undo.pop_all()
 
     def _take_off(self, adapter: Adapter) -> None:

@@ -30,11 +30,11 @@ from ..nn.door import (
 from ._config import LortaConfig
 from ._held import PeftHost
 from ._layer import LortaLayer, LortaLinear
+from ._mergeable import prepare_to_merge, prepare_to_unmerge
 from ._mixed_batch import BASE, named_rows, repeats_of
-from ._sharded import divide_again
+from ._sharded import weights_of
 from ._sum import check_sum, describe_sum, weighted_sum, with_ranks
 from ._targets import known_sites, named_targets, sites_of
-from ._tied import check_tied
 from ._undo import Snapshot
 from ._whole_modules import whole_modules
 
@@ -206,18 +206,17 @@ class LortaModel(BaseTuner):
         Raises:
             ValueError: a weight is computed, or shared with a module that the adapters do not change alike.
         """
-        check_tied(self.model, adapter_names)
-        divide_again(self.model, self._weights())
+        prepare_to_merge(self.model, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Restore the base's weights bit for bit, as `BaseTuner` describes."""
-        divide_again(self.model, {})
-        super().unmerge_adapter()
+        """Restore the base's weights bit for bit, as `BaseTuner` describes.
 
-    def _weights(self) -> dict[str, Tensor]:
-        named = self.model.named_modules()
-        return {path: layer.weight for path, layer in named if isinstance(layer, LortaLayer)}
+        Raises:
+            ValueError: a weight is computed from other parameters since it was merged. Nothing is changed.
+        """
+        prepare_to_unmerge(self.model)
+        super().unmerge_adapter()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as `BaseTuner` describes."""
@@ -233,8 +232,7 @@ class LortaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            check_tied(self.model, adapter_names)
-            divide_again(self.model, self._weights())
+            prepare_to_merge(self.model, adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for name in self.lorta_adapters:
             self._release(name)
@@ -264,7 +262,7 @@ class LortaModel(BaseTuner):
             if next(networks.parameters()).dtype in (torch.float16, torch.bfloat16):
                 networks.float()
             return
-        weight = next(iter(self._weights().values()))
+        weight = next(iter(weights_of(self.model).values()))
         if weight.dtype.is_floating_point:
             networks.to(weight.dtype)
 

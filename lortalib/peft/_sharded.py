@@ -8,6 +8,17 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..nn import door
+from ._layer import LortaLayer
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight of every layer of PEFT that has adapters, by its path.
+
+    Args:
+        model: the model.
+    """
+    named = model.named_modules()
+    return {path: layer.weight for path, layer in named if isinstance(layer, LortaLayer)}
 
 
 def divide_again(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -23,5 +34,5 @@ def divide_again(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         warnings.warn(
             f"FSDP2 divides other weights of the model, but not that of {left[0]}. If it gathered it for a "
             "forward, its change will be lost: call reshard() on the outermost model before merging",
-            stacklevel=4,
+            stacklevel=5,
         )

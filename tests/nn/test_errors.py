@@ -33,7 +33,10 @@ BAD = {
     "fractional rank": ({"rank": 2.0}, r"must be an integer >= 1; found 2\.0"),
     "no rank": ({"rank": None}, r"must be an integer >= 1; found None"),
     "rank as text": ({"rank": "8"}, r"must be an integer >= 1; found '8'"),
-    "too many ranks": ({"decomposition": LINE, "rank": (2, 2, 2)}, r"3 ranks .* the bonds are p, q"),
+    "too many ranks": (
+        {"decomposition": LINE, "rank": (2, 2, 2)},
+        r"3 ranks were given, \(2, 2, 2\); the bonds are p, q",
+    ),
     "rank 0 in a tuple": ({"decomposition": LINE, "rank": (2, 0)}, r"bond 'q' must .* found 0"),
     "unknown bond": ({"decomposition": LINE, "rank": {"p": 2, "x": 2}}, r"p, x; .* are p, q"),
     # targets and layers

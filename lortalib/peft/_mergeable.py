@@ -1,4 +1,4 @@
-"""Refuses to merge into weights that are shared with modules that the adapters do not change, or computed."""
+"""Refuses weights that adapters cannot be merged into, or taken out of, before any weight is changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ from torch import nn
 from ..nn import Site
 from ..nn.door import check_stored
 from ._layer import LortaLayer
+from ._sharded import divide_again, weights_of
 
 
-def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+def prepare_to_merge(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Check that adapters can be merged, and let FSDP2 divide gathered parameters again.
+
+    Args:
+        model: the model with PEFT's layers.
+        adapter_names: the adapters that are to be merged; the active adapters by default.
+
+    Raises:
+        ValueError: a weight is computed, or shared with a module that the adapters do not change alike.
+    """
+    _check_mergeable(model, adapter_names)
+    divide_again(model, weights_of(model))
+
+
+def _check_mergeable(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
     """Refuse to merge if a weight is shared with a module that the adapters do not change in the same way, or
     is computed from other parameters.
 
@@ -45,3 +60,18 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
                     "same way; merging would change both. Untie them first (tie_word_embeddings=False), or "
                     "leave the adapter unmerged"
                 )
+
+
+def prepare_to_unmerge(model: nn.Module) -> None:
+    """Check that adapters can be taken out of the weights, and let FSDP2 divide gathered parameters again.
+
+    Args:
+        model: the model with PEFT's layers.
+
+    Raises:
+        ValueError: a weight is computed from other parameters since it was merged.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, LortaLayer) and module.merged:
+            check_stored(module.get_base_layer(), "weight", path)
+    divide_again(model, {})
