@@ -21,6 +21,9 @@ NEAR = 1e-2
 #: The share of a diagonal entry that Cholesky leaves of it, below which a Gram matrix counts as singular.
 FLAT = 1e-8
 
+#: The same share below which the squared distance that the normal equations tell has lost too many digits.
+STEEP = 1e-4
+
 #: Steps of L-BFGS in one sweep, for lines in which a parameter stands several times.
 DESCENT_STEPS = 100
 
@@ -104,7 +107,7 @@ class Sweeper:
 
         Returns:
             The squared distance to the target, where the normal equations tell it well: far from the target,
-            and if they leave no direction open.
+            and if they leave no direction open, nor almost.
         """
         parts, now, legs = self._parts(position), self.tensors[position], self.terms[position]
         triangles = triangles_of(parts, self.ridge)
@@ -118,7 +121,10 @@ class Sweeper:
             self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
             return None
         now = self.tensors[position] = divided(target, parts, triangles, legs)
-        if position != self._once[-1]:
+        is_last = position == self._once[-1]
+        if not is_last or (
+            self.objective.is_dense and not all(_leaves(t, STEEP) for t in triangles)
+        ):
             return None
         # With G = L L^T, |T - N|^2 is |T|^2 less |L^-1 b|^2: a sum of squares, in which no terms cancel.
         half = divided(target, parts, triangles, legs, half=True)
@@ -210,12 +216,16 @@ def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None
         if ridge:
             matrices = matrices + ridge * torch.eye(matrices.shape[-1]).to(matrices)
         triangle, info = torch.linalg.cholesky_ex(matrices)
-        pivots = triangle.diagonal(dim1=-2, dim2=-1).square()
-        is_regular = pivots > FLAT * matrices.diagonal(dim1=-2, dim2=-1)
-        if bool(info.any()) or not bool(is_regular.all()):
+        if bool(info.any()) or not _leaves(triangle, FLAT):
             return None
         found.append(triangle)
     return found
+
+
+def _leaves(triangle: Tensor, share: float) -> bool:
+    """Return True if Cholesky left more than a share of every diagonal entry, the sum of squares of a row."""
+    squares = triangle.square()
+    return bool((squares.diagonal(dim1=-2, dim2=-1) > share * squares.sum(-1)).all())
 
 
 def divided(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from strategies import FORMATS, build, examples, generator, random_networks, seeds, small
@@ -97,6 +97,7 @@ def test_the_error_falls_and_the_last_one_is_the_error(name, data):
 @pytest.mark.parametrize("name", [name for name in FITTED if name not in TIED])
 @examples(4)
 @given(seed=seeds, digits=st.floats(-0.5, 6), masked=st.booleans())
+@example(seed=0, digits=2.125, masked=True)  # Tucker: the last Gram matrix is all but singular
 def test_the_errors_are_right_at_any_distance(name, seed, digits, masked):
     """Far from the target they come from the normal equations, near it from the residual."""
     truth, start = truth_and_start(name)
@@ -368,7 +369,7 @@ def test_complex_tensors_are_refused(convert):
 
 
 DENSE = torch.ones(2, 3, 4, dtype=torch.float64)
-NET = cp({"layer": 2, "in": 3, "out": 4}, 2, init="normal", dtype=torch.float64)
+NET = build("cp", {"layer": 2, "in": 3, "out": 4}, 2)
 ODD = {"layer": 2, "in": 3, "out": 5}
 
 
@@ -417,8 +418,8 @@ def test_a_fit_repeats_and_changes_nothing():
     one, two = (fit(NET, "ring", 2, sweeps=4) for _ in range(2))
     assert one.errors == two.errors
     assert all(map(torch.equal, before, NET.tensors))
-    many = fit(NET, "ring", 2, sweeps=4, restarts=3)
-    assert many.error <= one.error
+    one, many = (fit(NET, "ring", 1, sweeps=4, restarts=more) for more in (0, 3))
+    assert 0.01 < many.error <= one.error  # not exact: below 1e-8 are rounding errors
 
     def stop(sweep, error):
         raise KeyboardInterrupt
