@@ -16,7 +16,7 @@ from ._pieces import Pieces
 
 #: The relative error to a dense target below which right-hand sides are those of the residual, and errors are
 #: summed, entry by entry. Above it differences of contractions have all the digits that matter.
-NEAR = 1e-2
+NEAR = 5e-2
 
 #: The share of a diagonal entry that Cholesky leaves of it, below which a Gram matrix counts as singular.
 FLAT = 1e-8
