@@ -98,7 +98,9 @@ def test_the_error_falls_and_the_last_one_is_the_error(name, data):
 @examples(4)
 @given(seed=seeds, digits=st.floats(-0.5, 6), masked=st.booleans())
 @example(seed=0, digits=2.125, masked=True)  # Tucker: the last Gram matrix is all but singular
-@example(seed=0, digits=3.0, masked=False)  # a train: an error of 0.01, of whose square few digits are left
+@example(
+    seed=0, digits=3.0, masked=False
+)  # a train: an error of 0.01, of whose square few digits are left
 def test_the_errors_are_right_at_any_distance(name, seed, digits, masked):
     """Far from the target they come from the normal equations, near it from the residual."""
     truth, start = truth_and_start(name)
