@@ -213,6 +213,18 @@ def test_a_model_has_one_engine():
         assert list(running.engine.answer(Request([5, 6], length=2)))[-1][1]
 
 
+def test_only_the_engine_calls_its_model():
+    with Running() as running:
+        expected = running.complete("base", [5, 6], 20)
+        with ThreadPoolExecutor(1) as pool:
+            answers = [pool.submit(running.complete, "base", [5, 6], 20) for _ in range(3)]
+            while not all(each.done() for each in answers):
+                with pytest.raises(RuntimeError, match=r"engine.answer.*or engine.close"):
+                    running.model(**prompts())
+        assert [each.result() for each in answers] == [expected] * 3
+    running.model(**prompts())
+
+
 def test_an_answer_that_nobody_begins_to_read_is_given_up(monkeypatch):
     with Running() as running:
         given_up = []

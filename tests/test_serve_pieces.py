@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lortalib.serve import Engine, Request, Server
+from lortalib.serve import Engine, Request, Server, _engine
 
 
 @given(
@@ -50,7 +50,8 @@ def test_draws_have_the_chances_of_the_softmax():
     assert Request([0], temperature=0).scores(logits) is logits
 
 
-def test_scores_are_not_rounded_to_the_dtype_of_the_model():
+def test_scores_are_not_rounded_to_the_dtype_of_the_model(monkeypatch):
+    monkeypatch.setattr(_engine, "_is_of_engine", lambda: True)
     engine, logits = Engine.__new__(Engine), torch.zeros(1, 1, 8, dtype=torch.bfloat16)
     drawn = [(Request([0], seed=0), SimpleNamespace(has_new_token=True))]
     engine._context, engine._batch = None, lambda: drawn

@@ -292,7 +292,16 @@ class Engine:
         return [(self._running[each.state.request_id], each) for each in states]
 
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Name the adapter of each token."""
+        """Name the adapter of each token.
+
+        Raises:
+            RuntimeError: another than the engine called the model, whose hooks and batch are the engine's.
+        """
+        if not _is_of_engine():
+            raise RuntimeError(
+                "an engine answers on this model, so only the engine can call it; ask engine.answer(request), "
+                "or engine.close() first"
+            )
         row: list[Hashable] = []
         for request, each in self._batch():
             request.has_begun = True
@@ -302,6 +311,8 @@ class Engine:
 
     def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the logits by scores of which each request's next token has the largest."""
+        if not _is_of_engine():  # it was refused before, and has no part in the running batch
+            return None
         context, self._context = self._context, None
         if context is not None:
             context.__exit__(None, None, None)
@@ -316,6 +327,11 @@ class Engine:
             row.copy_(request.scores(row))
         output.logits = logits
         return output
+
+
+def _is_of_engine() -> bool:
+    """Return True in the thread of an engine's manager."""
+    return threading.current_thread() in _GENERATING
 
 
 def _others_run() -> bool:
