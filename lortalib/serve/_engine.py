@@ -299,8 +299,8 @@ class Engine:
         """
         if not _is_of_engine():
             raise RuntimeError(
-                "an engine answers on this model, so only the engine can call it; ask engine.answer(request), "
-                "or engine.close() first"
+                "an engine answers on this model, so only the engine can call it; ask "
+                "engine.answer(request), or engine.close() first"
             )
         row: list[Hashable] = []
         for request, each in self._batch():
