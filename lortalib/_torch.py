@@ -198,6 +198,16 @@ def remove_pre_hook(module: torch.nn.Module, hook: object) -> None:
         hooks.pop(key, None)
 
 
+def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """Return the dictionary in which a module keeps its children by name, and no copy of it."""
+    return module._modules
+
+
+def hooks_of(module: torch.nn.Module) -> list[object]:
+    """List the hooks that run before and behind a module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a module's own buffers that its state dict contains, by name."""
     hidden = module._non_persistent_buffers_set

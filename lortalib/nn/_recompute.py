@@ -58,6 +58,8 @@ class AdapterScope(CheckpointScope):
         super().begin(module, frame)
         if self.running is not before:
             self.adapter.bring_back()
+            if self.adapter.active and not self.adapter.merged:
+                self.check_places()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "adapter": self.adapter}

@@ -99,6 +99,7 @@ class BatchSizeHook:
         batch = self._current.get()
         if batch is not None:
             if not is_tracing():
+                self._current.scope.check_places()
                 if self._stream:
                     check_unmerged(module, self._stream)
                 if batch.size > 1:
@@ -231,10 +232,10 @@ def attach_rows(
         home: the home of the bank, which a copy of the model fills again.
     """
     groups = [source.group for source in current.sources]
-    updates = [
-        (model.get_submodule(path), RowUpdate(current, path, sites))
+    updates = {
+        path: RowUpdate(current, path, sites)
         for path, sites in by_module(site for group in groups for site in group.sites)
-    ]
+    }
     for source in current.sources:
         source.prepare()
     try:
@@ -244,8 +245,9 @@ def attach_rows(
         stream = [site for group in groups if group.on_stream for site in group.sites]
         size = BatchSizeHook(current, model, stream, home)
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
-        for module, update in updates:
-            handles.append(put_hook(module, update))
+        for path, update in updates.items():
+            handles.append(put_hook(model.get_submodule(path), update))
+        handles.append(current.scope.place(model, updates))
     except BaseException:
         detach(handles)
         raise

@@ -11,9 +11,10 @@ from ..._torch import forget_compiled
 from .._group import Group
 from .added_weight import WeightHandle, add_to_weight
 from .hooks import by_module, put_hook, watch_forwards
+from .places import Places
 from .update import AdapterLike, ModuleUpdate
 
-Handle = Union[RemovableHandle, WeightHandle]
+Handle = Union[RemovableHandle, WeightHandle, Places]
 
 
 class AttachableAdapter(AdapterLike, Protocol):
@@ -33,13 +34,15 @@ def attach(model: nn.Module, adapter: AttachableAdapter, handles: list[Handle]) 
     try:
         for handle in watch_forwards(model, adapter.scope, adapter.groups):
             handles.append(handle)
-        for path, sites in by_module(s for group in adapter.groups for s in group.sites):
+        members = dict(by_module(s for group in adapter.groups for s in group.sites))
+        for path, sites in members.items():
             module = model.get_submodule(path)
             if sites[0].weight_read_directly:
                 for site in sites:
                     handles.append(add_to_weight(module, adapter, site))
             else:
                 handles.append(put_hook(module, ModuleUpdate(adapter, sites)))
+        handles.append(adapter.scope.place(model, members))
         for source in adapter.sources:
             source.prepare()
     except BaseException:

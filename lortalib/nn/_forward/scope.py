@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..._torch import is_capturing, is_in_backward
 from .module_sites import Pair
 from .pairs import PairSource
+from .places import Places
 from .rows import Layout
 from .thin_products import down
 
@@ -169,6 +170,7 @@ class ForwardScope:
         sources: the sources of the pairs; the list may still grow.
     """
 
+    _places: Places | None = None  # a copy of a model has none
     _local: threading.local
     _last: PairSet | None  # the pairs of the previous forward
 
@@ -193,6 +195,34 @@ class ForwardScope:
         if running is not None and running.module is not module and running.is_on_stack():
             return
         self._local.running = Running(module, frame, self)
+
+    def place(self, model: nn.Module, paths: Iterable[str]) -> Places:
+        """Watch the places of updated modules, on which the hooks are.
+
+        Args:
+            model: the model.
+            paths: the paths of the modules.
+
+        Returns:
+            The handle that ends this.
+        """
+        self._places = Places(model, paths)
+        return self._places
+
+    def check_places(self) -> None:
+        """Refuse a forward from which updates would be missing.
+
+        Raises:
+            RuntimeError: other code has put another module where an updated one was.
+        """
+        replaced = self._places.replaced() if self._places is not None else []
+        if replaced:
+            raise RuntimeError(
+                f"{replaced[0]} is another module than the one that was given its update"
+                + f", and so are {len(replaced) - 1} more" * (len(replaced) > 1)
+                + ": the forward would leave the update out. Replace modules before apply, load or bank; or "
+                "now save the adapter or the bank, remove it, and load it again"
+            )
 
     def current_pairs(self) -> PairSet:
         """Return the pairs of the previous forward if no parameter changed since, else make new pairs."""

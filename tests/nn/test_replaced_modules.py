@@ -1,0 +1,130 @@
+"""Modules that other code replaces after an adapter or a bank was put on the model."""
+
+import copy
+
+import pytest
+import torch
+from adapted import output, put, same_bits
+from banks import alone, filled, prompts, rows_of, small_llama
+from torch import nn
+
+import lortalib
+
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+def replace(model, path):
+    """Put a copy without hooks at a path; return the module that was there."""
+    known = model.get_submodule(path)
+    fresh = copy.deepcopy(known)
+    for module in fresh.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    model.set_submodule(path, fresh)
+    return known
+
+
+DOORS = {
+    "beside": lambda model: put(model),
+    "stream": lambda model: put(model, acts_on="stream"),
+    "tasks": lambda model: put(model, "metatt_41d", tasks=["news", "code"]),
+}
+
+
+def forward(model, adapter):
+    if hasattr(adapter, "using"):
+        with adapter.using("news"):
+            return output(model, prompts())
+    return output(model, prompts())
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("path", [PATH, "model.layers.0.self_attn", "model.layers.1"])
+def test_a_forward_that_would_miss_updates_is_refused(door, path):
+    model = small_llama()
+    adapter = DOORS[door](model)
+    expected = forward(model, adapter)
+    known = replace(model, path)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=path.replace(".", r"\.") + r".* is another module"):
+            forward(model, adapter)
+    with adapter.disabled():
+        assert same_bits(output(model, prompts()), output(small_llama(), prompts()))
+    model.set_submodule(path, known)
+    assert same_bits(forward(model, adapter), expected)
+    replace(model, path)
+    adapter.remove()
+    assert same_bits(output(model, prompts()), output(small_llama(), prompts()))
+
+
+def test_rows_of_a_bank_that_would_miss_updates_are_refused():
+    model = small_llama()
+    bank = filled(model, number=1)
+    replace(model, "model.layers.1.self_attn")
+    with pytest.raises(RuntimeError, match=r"and so are 3 more.*save the adapter or the bank"):
+        rows_of(model, bank, [0, None], prompts())
+    assert same_bits(output(model, prompts()), alone(small_llama(), None, prompts()))
+    bank.remove()
+    assert rows_of(model, filled(model, number=1), [0, None], prompts()).isfinite().all()
+
+
+def test_it_is_put_on_what_is_there_by_loading_it_again(tmp_path):
+    model = small_llama()
+    adapter = put(model)
+    expected = output(model, prompts())
+    replace(model, PATH)
+    with pytest.warns(UserWarning, match="has changed since"):
+        adapter.save(tmp_path)
+    adapter.remove()
+    lortalib.nn.load(model, tmp_path)
+    assert same_bits(output(model, prompts()), expected)
+
+
+def test_a_merged_adapter_is_in_the_weights_that_are_there():
+    model = small_llama()
+    adapter = put(model)
+    expected = output(model, prompts())
+    replace(model, PATH)
+    adapter.merge()
+    merged = output(model, prompts())
+    torch.testing.assert_close(merged, expected)
+    adapter.unmerge()
+    assert same_bits(output(model, prompts()), expected)
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("path", [PATH, "model.layers.1"])
+def test_a_wrapper_around_a_module_replaces_nothing(path):
+    model = small_llama()
+    put(model)
+    expected = output(model, prompts())
+    model.set_submodule(path, Around(model.get_submodule(path)))
+    for _ in range(2):
+        assert same_bits(output(model, prompts()), expected)
+    inner = model.get_submodule(path).inner
+    model.set_submodule(path, inner)
+    assert same_bits(output(model, prompts()), expected)
+
+
+def test_a_module_that_takes_the_hooks_over_replaces_nothing():
+    model = small_llama()
+    put(model)
+    expected = output(model, prompts())
+    known = replace(model, PATH)
+    model.get_submodule(PATH)._forward_hooks.update(known._forward_hooks)
+    assert same_bits(output(model, prompts()), expected)
+
+
+def test_layers_can_be_taken_out():
+    model = small_llama()
+    put(model)
+    model.model.layers = model.model.layers[:1]
+    assert output(model, prompts()).isfinite().all()
