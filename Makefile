@@ -5,7 +5,7 @@ WHEEL_TESTS ?= tests/decomp tests/laws tests/nn/test_adapter.py tests/nn/test_me
 BITS := tests/laws $(patsubst %,tests/nn/test_%.py,mlp merge adapter storage beside transactions)
 PYTEST ?= -m 'not slow'
 BIN := .venv/bin
-BENCHMARKS := training memory inference bank users scale files decomp plots
+BENCHMARKS := training least memory inference bank users scale files decomp plots
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait by spinning slow each other down when the machine has other work.
