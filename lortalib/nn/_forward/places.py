@@ -37,7 +37,9 @@ class Places:
         module that took its hooks over. Costs next to nothing while no module of the model has changed."""
         if all(children.get(name) is module for children, name, module in self._links):
             return []
-        found = [path for path, module in self._modules.items() if self._is_replaced(path, module)]
+        updated = {id(module) for module in self._modules.values()}
+        updated |= {id(hook) for module in self._modules.values() for hook in _hooks(module)}
+        found = [path for path in self._modules if self._is_replaced(path, updated)]
         if not found:
             self._links = self._chains()
         return found
@@ -60,13 +62,23 @@ class Places:
                 module = child
         return list(links.values())
 
-    def _is_replaced(self, path: str, module: nn.Module) -> bool:
+    def _is_replaced(self, path: str, updated: set[int]) -> bool:
+        """Return True if nothing at a path has an update.
+
+        Args:
+            path: the path of an updated module.
+            updated: the ids of all updated modules and their hooks; layers may have changed places.
+        """
         try:
             present = self._model.get_submodule(path)
         except AttributeError:  # the part of the model was taken out, and does not run
             return False
-        hooks = set(map(id, hooks_of(module)))
-        return all(
-            each is not module and hooks.isdisjoint(map(id, hooks_of(each)))
+        return not any(
+            id(each) in updated or not updated.isdisjoint(map(id, _hooks(each)))
             for each in present.modules()
         )
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """List the hooks of a module that add updates."""
+    return [hook for hook in hooks_of(module) if hasattr(hook, "update")]
