@@ -7,7 +7,7 @@ longer than the product, and a fit asks for the same contractions thousands of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import dropwhile
 from typing import NamedTuple, Union
 
@@ -16,6 +16,13 @@ from torch import Tensor
 
 from .._torch import is_autocast, is_tracing
 from ._einsum import Path
+
+#: Below so many entries, many matrices take longer to be called than to be multiplied: they are copied into
+#: one, or multiplied by vectors entry by entry.
+LEAST_MATRIX = 2048
+
+#: The size of each leg.
+Sizes = Mapping[str, int]
 
 
 class Turn(NamedTuple):
@@ -84,15 +91,24 @@ def steps_of(path: Path, shapes: tuple[tuple[int, ...], ...]) -> tuple[Step, ...
         shapes: the shape of each tensor.
     """
     values, steps = list(shapes), list[Step]()
+    # Results between stay as the product leaves them: which axis of the equation each of their axes is.
+    axes = [tuple(range(len(shape))) for shape in shapes]
     for left, right, equation in path:
         inputs, _, output = equation.partition("->")
         one, _, other = inputs.partition(",")
         size = dict(zip(one + other, (*values[left], *values[right])))
-        values.append(tuple(size[leg] for leg in output))
         if left == right:
-            steps.append(Step(left, right, (_turn(one, output, size), None, None), False))
-        else:
-            steps.append(Step(left, right, *_product(one, other, output, size)))
+            return (Step(left, right, (_turn(one, output, size), None, None), False),)
+        places = {
+            left: "".join(one[axis] for axis in axes[left]),
+            right: "".join(other[axis] for axis in axes[right]),
+        }
+        small, large = sorted(places, key=lambda k: _volume(places[k], size))
+        is_last = len(steps) == len(path) - 1
+        plan = _product(places[small], places[large], output, size, is_last)
+        steps.append(Step(small, large, plan.turns, plan.has_matrices))
+        values.append(tuple(size[leg] for leg in output))
+        axes.append(tuple(output.index(leg) for leg in plan.legs))
     return tuple(steps)
 
 
@@ -114,29 +130,52 @@ def run_steps(steps: Sequence[Step], tensors: Sequence[Tensor]) -> Tensor:
     return values[-1]
 
 
-def _product(one: str, other: str, output: str, size: dict[str, int]) -> tuple[Turns, bool]:
-    """Plan the product of two tensors, whose legs are letters; see `Step` for the results."""
-    large = max(one, other, key=lambda legs: math.prod(size[leg] for leg in legs))
-    inner = "".join(leg for leg in large if leg in one and leg in other and leg not in output)
-    batch = "".join(leg for leg in output if leg in one and leg in other)
-    rows = "".join(leg for leg in one if leg in output and leg not in other)
-    columns = "".join(leg for leg in other if leg in output and leg not in one)
-    # Products of matrices copy a tensor whose batch lies innermost in memory, products of entries do not.
-    is_innermost = large[-1:] in [*batch] and not (rows and columns)
-    if not inner or is_innermost or (batch and not rows and not columns):
+class _Product(NamedTuple):
+    """How two tensors are multiplied: as in `Step`, and the legs of the result."""
+
+    turns: Turns
+    has_matrices: bool
+    legs: str
+
+
+def _product(small: str, large: str, output: str, size: Sizes, is_last: bool) -> _Product:
+    """Plan the product of two tensors, whose legs are letters.
+
+    Args:
+        small: the legs of the first tensor.
+        large: the legs of the second, which is not smaller.
+        output: the legs of the result.
+        size: the size of every leg.
+        is_last: whether the result has to have its legs in this order.
+    """
+    inner = "".join(leg for leg in large if leg in small and leg not in output)
+    batch = "".join(leg for leg in output if leg in small and leg in large)
+    rows = "".join(leg for leg in small if leg in output and leg not in large)
+    columns = "".join(leg for leg in large if leg in output and leg not in small)
+    is_short = _volume(inner + rows + columns, size) < LEAST_MATRIX
+    # For each place of a batch, a matrix and a vector, or two vectors.
+    is_narrow = batch and not (rows and columns) and (is_short or not (rows or columns))
+    if not inner or is_narrow:
         every = output + inner
-        left, right = (_turn(legs, _broadcast(every, legs), size) for legs in (one, other))
-        return (left, right, _turn(every, output, size)), False
+        left, right = (_turn(legs, _broadcast(every, legs), size) for legs in (small, large))
+        return _Product((left, right, _turn(every, output, size)), False, output)
+    # The small matrix stands first: then the entries of the large one are used in the order of memory.
+    groups = ((batch, rows, inner), (batch, inner, columns), (batch, rows, columns))
+    before, _, after = "".join(leg for leg in large if leg in inner + columns).partition(inner)
+    if before and after and not batch and _volume(inner + after, size) >= LEAST_MATRIX:
+        groups = (("", rows, inner), (before, inner, after), (before, rows, after))
     # Without a batch a vector may take the place of a matrix.
-    first, second, third = (
-        [legs for legs in groups if legs or batch]
-        for groups in ((batch, rows, inner), (batch, inner, columns), (batch, rows, columns))
-    )
+    first, second, third = ([legs for legs in group if legs or batch] for group in groups)
     found = "".join(third)
-    result = _turn(found, output, size)
+    result = _turn(found, output, size) if is_last else None
     if any(len(legs) != 1 for legs in third):
         result = (result or Turn())._replace(split=tuple(size[leg] for leg in found))
-    return (_turn(one, first, size), _turn(other, second, size), result), True
+    turns = _turn(small, first, size), _turn(large, second, size), result
+    return _Product(turns, True, output if is_last else found)
+
+
+def _volume(legs: str, size: Sizes) -> int:
+    return math.prod(size[leg] for leg in legs)
 
 
 def _broadcast(every: str, legs: str) -> list[str]:
@@ -144,12 +183,12 @@ def _broadcast(every: str, legs: str) -> list[str]:
     return list(dropwhile("".__eq__, [leg if leg in legs else "" for leg in every]))
 
 
-def _turn(legs: str, groups: Sequence[str], size: dict[str, int]) -> Turn | None:
+def _turn(legs: str, groups: Sequence[str], size: Sizes) -> Turn | None:
     """Plan how a tensor gets one axis for each group of its legs, of size 1 for none; others are summed."""
     wanted = "".join(groups)
     kept = [leg for leg in legs if leg in wanted]
     order = tuple(kept.index(leg) for leg in wanted)
-    merged = tuple(math.prod(size[leg] for leg in group) for group in groups)
+    merged = tuple(_volume(group, size) for group in groups)
     found = Turn(
         summed=tuple(axis for axis, leg in enumerate(legs) if leg not in wanted) or None,
         order=None if order == tuple(range(len(order))) else order,

@@ -1,11 +1,14 @@
 """Contractions that are planned down to single operations."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples, generator, seeds
 
+from lortalib.decomp import _steps
 from lortalib.decomp._einsum import contraction_path
 from lortalib.decomp._pieces import Pieces
 from lortalib.decomp._steps import has_values_only, run_steps, steps_of
@@ -31,13 +34,15 @@ def pieces(draw):
 
 
 @examples(300)
-@given(pieces())
-def test_they_give_what_einsum_gives(drawn):
+@given(pieces(), st.sampled_from([1, 10, 2048]))
+def test_they_give_what_einsum_gives(drawn, least):
+    """Whatever is multiplied as matrices."""
     found, output = drawn
     inputs = ",".join(map("".join, found.terms))
     expected = torch.einsum(f"{inputs}->{''.join(output)}", *found.tensors)
     path = contraction_path(found.terms, output, tuple(found.sizes.items()))
-    steps = steps_of(path, tuple(tensor.shape for tensor in found.tensors))
+    with mock.patch.object(_steps, "LEAST_MATRIX", least):
+        steps = steps_of(path, tuple(tensor.shape for tensor in found.tensors))
     torch.testing.assert_close(run_steps(steps, found.tensors), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -52,10 +57,23 @@ def test_gradients_and_autocast_keep_their_way(dtype):
     assert square.dtype == dtype
 
 
-def test_a_product_reads_a_batch_that_lies_innermost_in_place():
-    """The second product of an update of CP: matrices would first be copied, one for each component."""
-    path = contraction_path(
-        (("a", "b", "r"), ("b", "r")), ("a", "r"), (("a", 8), ("b", 8), ("r", 4))
-    )
-    (step,) = steps_of(path, ((8, 8, 4), (8, 4)))
-    assert not step.has_matrices
+@pytest.mark.parametrize("size", [4, 64])
+def test_many_small_matrices_are_multiplied_entry_by_entry(size):
+    """The second product of an update of CP, a matrix and a vector for each component."""
+    terms, sizes = (("r", "a", "b"), ("b", "r")), (("r", 5), ("a", size), ("b", size))
+    path = contraction_path(terms, ("a", "r"), sizes)
+    (step,) = steps_of(path, ((5, size, size), (size, 5)))
+    assert step.has_matrices == (size == 64)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_large_tensor_is_used_as_it_lies_in_memory(axis):
+    """The first product of an update of CP makes no copy of the target, whichever its mode."""
+    large, legs = torch.randn(64, 64, 64, generator=generator()), ("a", "b", "c")
+    terms, sizes = (legs, (legs[axis], "r")), (*((leg, 64) for leg in legs), ("r", 2))
+    path = contraction_path(terms, (*(leg for leg in legs if leg != legs[axis]), "r"), sizes)
+    (step,) = steps_of(path, (large.shape, (64, 2)))
+    turn = step.turns[step.right == 0]
+    turned = large if turn is None else turn.of(large)
+    assert step.has_matrices
+    assert turned.data_ptr() == large.data_ptr()
