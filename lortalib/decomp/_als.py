@@ -76,7 +76,7 @@ class Sweeper:
         if self.steps > 1:
             self._descend()
             loss = None
-        error = math.inf if loss is None else self.objective.relative(loss)
+        error = math.inf if loss is None else self.objective.relative(loss.item())
         if loss is None or (self.objective.is_dense and error <= NEAR):
             error = self.objective.relative_error(self.pieces)
         self._is_far = error > NEAR or not self.objective.is_dense
@@ -84,6 +84,8 @@ class Sweeper:
 
     def penalised(self, error: float) -> float:
         """Compute the objective, with the ridge, from the relative error of a target of norm one."""
+        if not self.ridge:
+            return error**2
         squares = sum(self.tensors[k].square().sum().item() for k in self.order)
         return error**2 + self.ridge * squares
 
@@ -110,7 +112,7 @@ class Sweeper:
             and if they leave no direction open, nor almost.
         """
         parts, now, legs = self._parts(position), self.tensors[position], self.terms[position]
-        triangles = triangles_of(parts, self.ridge)
+        triangles, least = triangles_of(parts, self.ridge)
         if not self._is_far:
             right = self.objective.residual_side(self.pieces, position)
             self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
@@ -121,10 +123,7 @@ class Sweeper:
             self.tensors[position] = now + step(parts, triangles, right, now, legs, self.ridge)
             return None
         now = self.tensors[position] = divided(target, parts, triangles, legs)
-        is_last = position == self._once[-1]
-        if not is_last or (
-            self.objective.is_dense and not all(_leaves(t, STEEP) for t in triangles)
-        ):
+        if position != self._once[-1] or (self.objective.is_dense and least <= STEEP):
             return None
         # With G = L L^T, |T - N|^2 is |T|^2 less |L^-1 b|^2: a sum of squares, in which no terms cancel.
         half = divided(target, parts, triangles, legs, half=True)
@@ -201,31 +200,33 @@ def step(
     return divided(right, parts, triangles, legs)
 
 
-def triangles_of(parts: Sequence[GramPart], ridge: float) -> list[Tensor] | None:
+def triangles_of(
+    parts: Sequence[GramPart], ridge: float
+) -> tuple[list[Tensor], float] | tuple[None, float]:
     """Compute the Cholesky factor of each part of a Gram matrix.
 
     Returns:
-        None if a row of a part all but depends on those above it; or if there is a ridge and not one part,
-        since a Kronecker product with a ridge is none.
+        The factors, and the least share of a diagonal entry that Cholesky leaves of it. No factors if a row
+        of a part all but depends on those above it; or if there is a ridge and not one part, since a
+        Kronecker product with a ridge is none.
     """
     if ridge and len(parts) != 1:
-        return None
-    found = []
+        return None, 0.0
+    found, least = [], 1.0
     for part in parts:
         matrices = part.matrices
         if ridge:
             matrices = matrices + ridge * torch.eye(matrices.shape[-1]).to(matrices)
         triangle, info = torch.linalg.cholesky_ex(matrices)
-        if bool(info.any()) or not _leaves(triangle, FLAT):
-            return None
+        if info.any():
+            return None, 0.0
+        pivots, whole = (each.diagonal(dim1=-2, dim2=-1) for each in (triangle, matrices))
+        share = (pivots.square() / whole).min().item()
+        if not share > FLAT:  # also for NaN
+            return None, 0.0
         found.append(triangle)
-    return found
-
-
-def _leaves(triangle: Tensor, share: float) -> bool:
-    """Return True if Cholesky left more than a share of every diagonal entry, the sum of squares of a row."""
-    squares = triangle.square()
-    return bool((squares.diagonal(dim1=-2, dim2=-1) > share * squares.sum(-1)).all())
+        least = min(least, share)
+    return found, least
 
 
 def divided(
@@ -305,13 +306,11 @@ def condition(parts: Sequence[GramPart]) -> float:
     modes = tuple(dict.fromkeys(mode for part in parts for mode in part.modes))
     total = torch.ones([1] * len(modes))
     for part in parts:
-        diagonal = part.matrices.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-        diagonal = torch.where(diagonal > 0, diagonal, 1.0)
-        values = torch.linalg.eigvalsh(
-            part.matrices / diagonal.unsqueeze(-1) / diagonal.unsqueeze(-2)
-        )
-        eps = torch.finfo(values.dtype).eps * values.shape[-1]
-        low, high = values[..., 0], values[..., -1]
+        info = torch.finfo(part.matrices.dtype)
+        roots = part.matrices.diagonal(dim1=-2, dim2=-1).clamp(min=info.tiny).sqrt()
+        scaled = part.matrices / roots.unsqueeze(-1) / roots.unsqueeze(-2)
+        low, high = torch.linalg.eigvalsh(scaled).aminmax(dim=-1)
+        eps = info.eps * scaled.shape[-1]
         ratio = torch.where(low > eps * high, high / low, torch.inf)
         total = total * _aligned(ratio, [modes.index(mode) for mode in part.modes], len(modes))
     return float(total.max())

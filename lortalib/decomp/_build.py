@@ -31,6 +31,24 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> Network:
     """Make the network that a parsed line describes; see `network` for arguments and errors."""
+    sizes, tensors = draw(legs, shape, rank, init, generator, device, dtype)
+    return Network(legs, tensors, shape.modes, sizes=sizes)
+
+
+def draw(
+    legs: Legs,
+    shape: Shape,
+    rank: Rank,
+    init: StartLike,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, int], list[Tensor]]:
+    """Draw the starting values of a network; see `network` for arguments and errors.
+
+    Returns:
+        The size of every leg and vector, and what is stored for each term of the line.
+    """
     GENERATOR.check("generator", generator)
     DEVICE.check("device", device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -49,7 +67,7 @@ def build(
     tensors = start_vectors(hashes, legs.owners, tensors)
     target = torch.device(device) if device is not None else torch.get_default_device()
     made = [t.to(target, dtype).contiguous() for t in tensors]
-    return Network(legs, [made[holder] for holder in legs.holders], modes, sizes=sizes)
+    return sizes, [made[holder] for holder in legs.holders]
 
 
 def _check_sizes(legs: Legs, sizes: Mapping[str, int]) -> None:

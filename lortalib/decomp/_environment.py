@@ -125,28 +125,52 @@ def gram_parts(
         modes: the modes of the network.
         weight: the tensors of a weight for each entry; None for weights of one.
     """
-    rest = pieces.without(position)
-    both = joined(rest, rest.renamed("'", modes), weight or Pieces((), ()))
-    parts = []
-    for group, batch, bonds in _plan(both.terms, len(rest.terms), pieces.terms[position], modes):
-        found = both.subset(group).contract([*batch, *bonds, *(bond + "'" for bond in bonds)])
-        size = math.prod(found.shape[len(batch) : len(batch) + len(bonds)])
-        parts.append(GramPart(batch, bonds, found.reshape(*found.shape[: len(batch)], size, size)))
+    weights = weight or Pieces((), ())
+    tensors, parts = pieces.tensors + weights.tensors, []
+    for plan in _plans(pieces.terms, weights.terms, position, modes):
+        own = Pieces(plan.terms, tuple([tensors[k] for k in plan.places]))
+        found, lead = own.contract(plan.axes), len(plan.modes)
+        size = math.prod(found.shape[lead : lead + len(plan.bonds)])
+        matrices = found.reshape(*found.shape[:lead], size, size)
+        parts.append(GramPart(plan.modes, plan.bonds, matrices))
     return parts
 
 
+class _PartPlan(NamedTuple):
+    """How a part of the Gram matrix of a parameter is contracted.
+
+    Attributes:
+        modes, bonds: as of `GramPart`.
+        places: positions of its tensors among those of the network, followed by the weights.
+        terms: their legs.
+        axes: the axes of the result.
+    """
+
+    modes: Names
+    bonds: Names
+    places: tuple[int, ...]
+    terms: tuple[Names, ...]
+    axes: Names
+
+
 @compile_constant
-def _plan(
-    terms: tuple[Names, ...], half: int, legs: Names, modes: Names
-) -> list[tuple[list[int], Names, Names]]:
-    """List the parts of the Gram matrix of a parameter: the positions of their terms, and the modes and bonds
-    of the parameter that they have. It is cached, since a fit asks in every sweep."""
-    found = []
-    for group in _groups(terms, half, set(legs) & set(modes)):
-        carried = {leg for k in group for leg in terms[k]}
+def _plans(
+    terms: tuple[Names, ...], weights: tuple[Names, ...], position: int, modes: Names
+) -> list[_PartPlan]:
+    """Plan the parts of the Gram matrix of a parameter. It is cached, since a fit asks in every sweep."""
+    legs, number = terms[position], len(terms)
+    rest = [k for k in range(number) if k != position]
+    places = [*rest, *rest, *range(number, number + len(weights))]
+    own = tuple(terms[k] for k in rest)
+    copies = tuple(tuple(leg if leg in modes else leg + "'" for leg in term) for term in own)
+    every, found = own + copies + weights, []
+    for group in _groups(every, len(rest), set(legs) & set(modes)):
+        carried = {leg for k in group for leg in every[k]}
         batch = tuple(leg for leg in legs if leg in modes and leg in carried)
         bonds = tuple(leg for leg in legs if leg not in modes and leg in carried)
-        found.append((group, batch, bonds))
+        axes = (*batch, *bonds, *(bond + "'" for bond in bonds))
+        chosen = tuple(every[k] for k in group)
+        found.append(_PartPlan(batch, bonds, tuple(places[k] for k in group), chosen, axes))
     return found
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from .._kinds import FUNCTION, GENERATOR, takes
 from .._numbers import check_number
 from .._stacklevel import outside
 from ._als import Progress, Sweeper
+from ._build import draw
 from ._fit_start import StartOfFit, net_of_start, starts
 from ._formats import get_format
 from ._legs import Legs
@@ -25,7 +25,7 @@ from ._objective import Objective
 from ._pieces import Pieces, pieces_of
 from ._ranks import Rank
 from ._target import Target, TargetLike, read_target
-from ._tensor_network import TensorNetwork
+from ._tensor_network import NetworkView, TensorNetwork
 from ._tensorly import Modes
 from ._tensorly_fit import TENSORLY, fit_with_tensorly
 from ._tree import is_tree
@@ -149,14 +149,13 @@ def fit(
     ridge = float(ridge)
     read = read_target(target, modes, mask, weights, ridge=ridge, split=form.legs)
     source = generator or torch.Generator().manual_seed(0)
+    legs, asked = form.legs(read.shape), form.by_bond(read.shape, rank)
+    _check_line(legs)
+    made: TensorNetwork
     if isinstance(start, TensorNetwork):
-        made = net_of_start(
-            start, form.legs(read.shape), form.by_bond(read.shape, rank), read.shape
-        )
+        made = net_of_start(start, legs, asked, read.shape)
     else:
-        made = form(read.shape, rank, init="normal", generator=source, dtype=torch.float64)
-        made = made.to(read.device)
-    _check_line(made)
+        made = _random_net(legs, asked, read, source)
     net = read.refinement.of(made)
     first = starts(net, read.objective, start, 1 + restarts, source)
     is_plain = ridge == 0 and restarts == 0 and progress is None and start == "auto"
@@ -185,17 +184,23 @@ def fit(
     )
 
 
+def _random_net(legs: Legs, rank: Rank, read: Target, source: torch.Generator) -> TensorNetwork:
+    """Draw a network of a line for a target, in float64."""
+    tensors = draw(legs, read.shape, rank, "normal", source, None, torch.float64)[1]
+    return NetworkView(legs, [tensor.to(read.device) for tensor in tensors], read.shape.modes)
+
+
 class _Run(NamedTuple):
     """What one start ended in: the parameters for the target of norm one, and how it went.
 
-    `growth` has the norm of all terms after some numbers of sweeps.
+    `earlier` are the parameters after half of the sweeps or less, more than a quarter.
     """
 
     tensors: list[Tensor]
     errors: tuple[float, ...]
     converged: bool
     how: str = "alternating least squares"
-    growth: Mapping[int, float] = MappingProxyType({})
+    earlier: Sequence[Tensor] = ()
 
 
 def _best_run(
@@ -211,12 +216,12 @@ def _best_run(
     best, lowest = None, math.inf
     for first in firsts:
         sweeper = Sweeper(legs, first, objective, ridge)
-        errors, growth = list[float](), dict[int, float]()
+        errors, earlier, later = list[float](), list[Tensor](), list[Tensor]()
         before, converged = math.inf, False
         for number in range(1, sweeps + 1):
             errors.append(sweeper.sweep())
-            if number.bit_count() == 1:  # after 1, 2, 4, 8 ... sweeps, so that it takes no time
-                growth[number] = Sweeper.growth(legs, sweeper.tensors)
+            if number.bit_count() == 1:  # after 1, 2, 4, 8 ... sweeps
+                earlier, later = later, list(sweeper.tensors)
             if progress is not None:
                 progress(number, errors[-1])
             now = math.sqrt(sweeper.penalised(errors[-1]))
@@ -226,7 +231,7 @@ def _best_run(
                 break
             before = now
         if now < lowest:
-            best = _Run(sweeper.tensors, tuple(errors), converged, growth=growth)
+            best = _Run(sweeper.tensors, tuple(errors), converged, earlier=earlier)
             lowest = now
     if best is None:
         raise ValueError(
@@ -247,9 +252,11 @@ def _run_of_tensorly(
     net: TensorNetwork, read: Target, tolerance: float, sweeps: int
 ) -> _Run | None:
     """Run TensorLy's algorithm; None if there is none, or if it meets a singular matrix or ends in NaN."""
-    lines = {str(get_format(kind).legs(net.shape)): kind for kind in TENSORLY}
-    kind = lines.get(str(net.legs))
-    if read.dense is None or kind is None or len(net.modes) < 2:
+    if read.dense is None or len(net.modes) < 2:
+        return None
+    kinds = (kind for kind in TENSORLY if get_format(kind).legs(net.shape) == net.legs)
+    kind = next(kinds, None)
+    if kind is None:
         return None
     found = fit_with_tensorly(kind, read.dense, net, tolerance, sweeps)
     how = f"TensorLy {TENSORLY[kind]}"
@@ -270,7 +277,7 @@ def _divided(legs: Legs, tensors: Sequence[Tensor], scale: float) -> list[Tensor
     return rescaled(legs, rescaled(legs, tensors, half), half)
 
 
-def _finished(net: Network, tensors: Sequence[Tensor], read: Target) -> Network:
+def _finished(net: TensorNetwork, tensors: Sequence[Tensor], read: Target) -> Network:
     """Give the fitted parameters the norm, the dtype and the device of the target."""
     scaled = rescaled(net.legs, tensors, read.scale) if read.scale else list(tensors)
     whole = read.refinement.undone(scaled, net.legs, net.sizes)
@@ -298,12 +305,12 @@ def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:
     Their norm is relative to that of the target. Trees have a best network of every rank, so there large
     terms only mean an unusual basis.
     """
-    if error < EXACT or is_tree(net.legs, net.modes):
+    if error < EXACT:
         return
     now, sweeps = Sweeper.growth(net.legs, run.tensors), len(run.errors)
-    before = [size for number, size in run.growth.items() if 2 * number <= sweeps]
-    grows = sweeps >= 20 and now > 1.05 * before[-1]
-    if now > CANCELLING or (now > GROWING and grows):
+    is_large = now > GROWING and sweeps >= 20
+    grows = is_large and now > 1.05 * Sweeper.growth(net.legs, run.earlier)
+    if (now > CANCELLING or grows) and not is_tree(net.legs, net.modes):
         warnings.warn(
             f"the fit diverges: terms {now:.1f} times as large as the target cancel each other, so "
             "a best network of these ranks may not exist. Try a ridge such as 1e-6, another rank, or "
@@ -313,18 +320,15 @@ def _warn_if_diverged(net: TensorNetwork, run: _Run, error: float) -> None:
         )
 
 
-def _check_line(net: Network) -> None:
+def _check_line(legs: Legs) -> None:
     """Refuse a line that nothing can be fitted with."""
-    terms = net.legs.terms
-    if net.legs.vectors:
+    if legs.vectors:
         raise ValueError(
             "hashed parameters share numbers, so they cannot be fitted one after the other; fit the line "
-            f"without its vectors,\n    {net.legs.unhashed}"
+            f"without its vectors,\n    {legs.unhashed}"
         )
-    if all(term.frozen for term in terms):
-        raise ValueError(
-            f"every parameter is frozen, so there is nothing to fit, in\n    {net.legs}"
-        )
+    if all(term.frozen for term in legs.terms):
+        raise ValueError(f"every parameter is frozen, so there is nothing to fit, in\n    {legs}")
 
 
 def _check_options(tolerance: float, ridge: float, restarts: int, sweeps: int) -> None:

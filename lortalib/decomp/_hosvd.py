@@ -130,12 +130,13 @@ def leading_left_vectors(matrix: Tensor, rank: int, randn: Randn) -> Tensor:
     # Up to this size a Gram matrix takes fewer multiplications than the rounds.
     small_enough, rounds = 2 * ROUNDS * width, 1
     if rank <= columns < rows and columns <= small_enough:
-        guess = matrix @ torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[..., -width:]
+        vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[..., -width:]
+        q = torch.linalg.qr(matrix @ vectors).Q
     elif rows <= small_enough:
-        guess = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[..., -width:]
+        q = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[..., -width:]
     else:
-        guess, rounds = matrix @ randn([columns, width]).to(matrix), ROUNDS
-    q = torch.linalg.qr(guess).Q
+        rounds = ROUNDS
+        q = torch.linalg.qr(matrix @ randn([columns, width]).to(matrix)).Q
     for _ in range(rounds):
         q = torch.linalg.qr(matrix @ (matrix.mT @ q)).Q
     small = q.mT @ matrix

@@ -59,7 +59,7 @@ def _products(
     products = []
     for k, term in enumerate(rest):
         needed = {*output, *(leg for j, each in enumerate(rest) if j != k for leg in each)}
-        products.append(tuple(leg for leg in dict.fromkeys(large + term) if leg in needed))
+        products.append(tuple(leg for leg in dict.fromkeys(term + large) if leg in needed))
     sizes = {leg: size for pair in zip(terms, shapes) for leg, size in zip(*pair)}
     volumes = [math.prod(sizes[leg] for leg in legs) for legs in products]
     if not volumes or min(volumes) > math.prod(shapes[0]):

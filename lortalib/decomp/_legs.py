@@ -148,9 +148,9 @@ class Legs:
             >>> Legs.parse("in p (of n), out q, p q").ranked(["in", "out"])
             ('p', 'n', 'q')
         """
-        bonds = self.bonds(modes)
+        kept = {*self.bonds(modes), *self.vectors}
         named = (name for term in self.terms for name in (*term.legs, term.of))
-        return tuple(dict.fromkeys(name for name in named if name in (*bonds, *self.vectors)))
+        return tuple(dict.fromkeys(name for name in named if name in kept))
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 _MARKS = ("frozen", "zero", "shared", "tied", "full")
@@ -173,6 +174,11 @@ def read_line(line: str) -> tuple[str, tuple[Term, ...]]:
             f"a line of legs has at most {MAX_LINE:,} characters; found {len(line):,}, which "
             f"begin {line[:40]!r}"
         )
+    return _read_line(line)
+
+
+@lru_cache(maxsize=1024)
+def _read_line(line: str) -> tuple[str, tuple[Term, ...]]:
     line = re.sub(r"\s", " ", line)  # one for one, since errors point at columns
     if not line.strip():
         raise LegsError("the line of legs is empty; CP, for instance, is 'in r, out r, layer r'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,17 +24,23 @@ class Objective:
         summands: the pieces of every summand; their other legs are the modes.
         modes: the modes.
         weight: the pieces of the weights of the entries, without other legs than modes; None for ones.
+        squared_norm: the squared norm of the target; None if it is not known.
     """
 
     def __init__(
-        self, summands: Sequence[Pieces], modes: Names, weight: Pieces | None = None
+        self,
+        summands: Sequence[Pieces],
+        modes: Names,
+        weight: Pieces | None = None,
+        squared_norm: float | None = None,
     ) -> None:
         self.summands, self.modes, self.weight = list(summands), modes, weight
         self._weight = weight or Pieces((), ())
         self.is_dense = len(self.summands) == 1 and self.summands[0].terms == (modes,)
-        self.squared_norm = sum(
-            self._pair(one, other).item() for one in self.summands for other in self.summands
-        )
+        if squared_norm is None:
+            pairs = product(self.summands, repeat=2)
+            squared_norm = sum(self._pair(one, other).item() for one, other in pairs)
+        self.squared_norm = squared_norm
         self._kept: KeptProduct | None = None
 
     def scaled(self, factor: float) -> Objective:
@@ -42,7 +49,7 @@ class Objective:
             Pieces(pieces.terms, (pieces.tensors[0] * factor, *pieces.tensors[1:]))
             for pieces in self.summands
         ]
-        return Objective(summands, self.modes, self.weight)
+        return Objective(summands, self.modes, self.weight, factor**2 * self.squared_norm)
 
     def target_side(self, net: Pieces, position: int) -> Tensor:
         """Contract the target, the weights and all tensors but one to the legs of that one.
@@ -106,12 +113,11 @@ class Objective:
 
     def relative_error(self, net: Pieces) -> float:
         """Compute the distance divided by the norm of the target; zero for a zero target met exactly."""
-        return self.relative(self.loss(net))
+        return self.relative(self.loss(net).item())
 
-    def relative(self, loss: Tensor) -> float:
+    def relative(self, squared: float) -> float:
         """Compute the distance divided by the norm of the target from the squared distance."""
-        squared = loss.clamp(min=0).item()
-        return math.sqrt(squared / self.squared_norm) if self.squared_norm else math.sqrt(squared)
+        return math.sqrt(max(0.0, squared) / (self.squared_norm or 1.0))
 
     def _pair(self, one: Pieces, other: Pieces) -> Tensor:
         """Compute the weighted inner product of two collections of pieces."""

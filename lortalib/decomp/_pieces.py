@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ._einsum import Names, Path, compile_constant, contract_along, contraction_path
+from ._steps import Step, has_values_only, run_steps, steps_of
 from ._tensor_network import TensorNetwork
 
 
@@ -51,8 +52,11 @@ class Pieces(NamedTuple):
 
     def contract(self, output: Sequence[str]) -> Tensor:
         """Sum over every leg that is not in ``output``, the axes of the result."""
-        shapes = tuple(tensor.shape for tensor in self.tensors)
-        return contract_along(_path(self.terms, tuple(output), shapes), self.tensors)
+        shapes = tuple([tensor.shape for tensor in self.tensors])
+        plan = self.terms, tuple(output), shapes
+        if has_values_only(self.tensors):
+            return run_steps(_steps(*plan), self.tensors)
+        return contract_along(_path(*plan), self.tensors)
 
 
 @compile_constant
@@ -68,6 +72,13 @@ def _path(terms: tuple[Names, ...], output: Names, shapes: tuple[tuple[int, ...]
     return path
 
 
+@compile_constant
+def _steps(
+    terms: tuple[Names, ...], output: Names, shapes: tuple[tuple[int, ...], ...]
+) -> tuple[Step, ...]:
+    return steps_of(_path(terms, output, shapes), shapes)
+
+
 def pieces_of(net: TensorNetwork) -> Pieces:
     """Collect the tensors of a network; a tied parameter stands once for each of its terms."""
     return Pieces(tuple(term.legs for term in net.legs.terms), tuple(net.tensors))
@@ -75,10 +86,10 @@ def pieces_of(net: TensorNetwork) -> Pieces:
 
 def joined(*several: Pieces) -> Pieces:
     """Put the tensors of several collections into one."""
-    return Pieces(
-        tuple(term for pieces in several for term in pieces.terms),
-        tuple(tensor for pieces in several for tensor in pieces.tensors),
-    )
+    terms, tensors = several[0]
+    for pieces in several[1:]:
+        terms, tensors = terms + pieces.terms, tensors + pieces.tensors
+    return Pieces(terms, tensors)
 
 
 def position_of(net: TensorNetwork, parameter: str | int) -> int:

@@ -67,8 +67,11 @@ class Refinement(NamedTuple):
 
     def of(self, net: TensorNetwork) -> TensorNetwork:
         """Split the open legs of a network; its modes become the open legs."""
+        split = dict(zip(self.open_legs, self.shape))
+        if all(split.get(leg) == net.sizes[leg] for leg in net.open_legs):
+            return net.split
         legs = self.legs(net.legs, net.sizes, net.modes)
-        sizes = {**net.ranks, **dict(zip(self.open_legs, self.shape))}
+        sizes = {**net.ranks, **split}
         tensors = [
             tensor.reshape([sizes[leg] for leg in term.legs])
             for term, tensor in zip(legs.terms, net.tensors)

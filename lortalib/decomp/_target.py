@@ -85,9 +85,6 @@ def read_target(
         whole = reduce(torch.add, [summand.contract(legs) for summand in summands])
         whole = torch.where(weight.tensors[0] > 0, whole, torch.zeros_like(whole))
         summands = [Pieces((legs,), (whole,))]
-    if not all(bool(t.isfinite().all()) for summand in summands for t in summand.tensors):
-        where = " where its weight is not zero" if weight is not None else ""
-        raise ValueError(f"the target holds NaN or infinity{where}; there is nothing near it")
     objective, scale = _normalised(summands, legs, weight)
     is_plain = objective.is_dense and weight is None
     dense = objective.summands[0].tensors[0] if is_plain else None
@@ -125,19 +122,27 @@ def _normalised(
     summands: Sequence[Pieces], modes: tuple[str, ...], weight: Pieces | None
 ) -> tuple[Objective, float]:
     """Divide the target by its norm. Squares of huge or tiny entries are no numbers, so every tensor is
-    divided by its largest entry first."""
-    peaks = [math.prod(t.abs().max().item() for t in s.tensors) for s in summands]
-    peak = max(peaks)
+    divided by its largest entry first.
+
+    Raises:
+        ValueError: a target that is not finite, or whose entries are too large.
+    """
+    peaks = [[torch.linalg.vector_norm(t, math.inf).item() for t in s.tensors] for s in summands]
+    if not all(math.isfinite(each) for own in peaks for each in own):
+        where = " where its weight is not zero" if weight is not None else ""
+        raise ValueError(f"the target holds NaN or infinity{where}; there is nothing near it")
+    wholes = [math.prod(own) for own in peaks]
+    peak = max(wholes)
     if not math.isfinite(peak):
         raise ValueError("the entries of the target are too large for float64; divide it first")
     if peak == 0:
         return Objective(summands, modes, weight), 0.0
     small = []
-    for summand, own in zip(summands, peaks):
-        if own == 0:
+    for summand, own, whole in zip(summands, peaks, wholes):
+        if whole == 0:
             continue
-        tensors = [tensor / tensor.abs().max() for tensor in summand.tensors]
-        small.append(Pieces(summand.terms, (tensors[0] * (own / peak), *tensors[1:])))
+        first, *rest = (tensor / each for tensor, each in zip(summand.tensors, own))
+        small.append(Pieces(summand.terms, (first * (whole / peak), *rest)))
     objective = Objective(small, modes, weight)
     norm = math.sqrt(max(0.0, objective.squared_norm))
     if norm == 0:

@@ -1,8 +1,8 @@
 """Converts networks to TensorLy's objects and back.
 
 TensorLy has one backend setting for the process and one for each thread, and its own context manager
-changes the process-wide one. Therefore every call of TensorLy here runs in a new thread, whose own
-setting is PyTorch: the user's settings are never changed, also if a call fails.
+changes the process-wide one. Therefore a call of TensorLy here runs in a new thread, whose own setting is
+PyTorch, unless that is the setting already: the user's settings are never changed, also if a call fails.
 """
 
 from __future__ import annotations
@@ -101,6 +101,12 @@ def from_tensorly(obj: TensorLyObject, modes: Modes | None = None) -> Network:
 
 def network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) -> Network:
     """Make a network of the object's format, whose axes are named ``names``."""
+    legs, tensors = parameters_of(obj, names)
+    return Network(legs, tensors, order)
+
+
+def parameters_of(obj: TensorLyObject, names: Sequence[str]) -> tuple[Legs, list[Tensor]]:
+    """Write the line of the object's format, whose axes are named ``names``, and copy its tensors."""
     factors = {name: real(factor, "a factor") for name, factor in zip(names, obj.factors)}
     shape = Shape(dict(zip(names, obj.shape)))
     if isinstance(obj, TTTensor):
@@ -117,8 +123,7 @@ def network_of(obj: TensorLyObject, names: Sequence[str], order: Sequence[str]) 
         if isinstance(obj, TuckerTensor):
             modes = [term.legs[0] for term in legs.terms[:-1]]
             tensors.append(real(obj.core, "the core").permute([names.index(m) for m in modes]))
-    copies = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    return Network(legs, copies, order)
+    return legs, [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _as_cp(net: TensorNetwork) -> tuple[type, Any, Sequence[str]] | None:
@@ -219,7 +224,9 @@ def axis_names(modes: Modes | None, sizes: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def with_pytorch(call: Callable[[], Result]) -> Result:
-    """Run ``call`` in a new thread, in which TensorLy's backend is PyTorch."""
+    """Run ``call`` where TensorLy's backend is PyTorch: here if it is, else in a new thread."""
+    if tl.get_backend() == "pytorch":
+        return call()
 
     def run() -> Result:
         tl.set_backend("pytorch", local_threadsafe=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ._tensor_network import TensorNetwork
-from ._tensorly import network_of, with_pytorch
+from ._tensorly import parameters_of, with_pytorch
 
 #: The name of TensorLy's algorithm for a format.
 TENSORLY = {"cp": "parafac", "tucker": "tucker", "tt": "tensor_train"}
@@ -47,7 +47,7 @@ def fit_with_tensorly(
             obj = with_pytorch(lambda: tensor_train(train, [1, *ranks, 1]))
     except LinAlgError:
         return None
-    found = network_of(obj, axes, names)
-    if not all(bool(tensor.isfinite().all()) for tensor in found.tensors):
+    found = parameters_of(obj, axes)[1]
+    if not all(bool(tensor.isfinite().all()) for tensor in found):
         return None
-    return tuple(tensor.detach() for tensor in found.tensors)
+    return tuple(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -64,6 +63,7 @@ class Sides(NamedTuple):
     back: tuple[int, ...]
 
 
+@lru_cache(maxsize=4096)
 def shared_modes(legs: Names, neighbour: Names, bond: str) -> Names:
     """List the modes that two neighbours in a tree share, in the order of the first."""
     return tuple(leg for leg in legs if leg in neighbour and leg != bond)
@@ -80,9 +80,8 @@ def unfold(tensor: Tensor, legs: Names, bond: str, batch: Names) -> Sides:
     """
     order, back = _orders(legs, bond, batch)
     ordered = tensor.permute(order)
-    shape, lead = ordered.shape, len(batch)
-    rows = math.prod(shape[lead:-1])
-    return Sides(ordered.reshape(*shape[:lead], rows, shape[-1]), shape, back)
+    shape = ordered.shape
+    return Sides(ordered.reshape(*shape[: len(batch)], -1, shape[-1]), shape, back)
 
 
 @lru_cache(maxsize=4096)

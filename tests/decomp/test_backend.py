@@ -11,6 +11,7 @@ from reference import on
 from strategies import build
 
 from lortalib.decomp import fit, from_tensorly, get_format, tucker
+from lortalib.decomp._tensorly import with_pytorch
 
 SHAPE = (3, 2, 2, 5, 4)
 
@@ -77,3 +78,8 @@ def test_several_threads_at_once(default):
         found = list(threads.map(run, locals_))
     assert found == [{local or default} for local in locals_]
     assert tl.get_backend() == default == seen_by_a_new_thread()
+
+
+def test_a_thread_is_made_only_where_a_setting_would_change(default):
+    is_here = with_pytorch(threading.get_ident) == threading.get_ident()
+    assert is_here == (default == "pytorch")

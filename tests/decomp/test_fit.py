@@ -536,3 +536,12 @@ def test_a_target_with_one_axis(line):
 def test_a_train_without_modes_is_refused():
     with pytest.raises(ValueError, match="the line of legs is empty"):
         fit(torch.tensor(3.0), "tt", 1, modes="")
+
+
+def test_factors_of_equal_names_and_other_sizes_are_not_the_same():
+    """A mode of 12 split as 1 x 12 in the target and as 3 x 4 in the line."""
+    tensors = [torch.ones(1, 2), torch.randn(12, 2, generator=generator()), torch.ones(5, 2)]
+    target = Network("in.1 r, in.2 r, out r", [t.double() for t in tensors], ["in", "out"])
+    found = fit(target, "in.1:3 a, in.2:4 a b, out b", (3, 5))
+    assert found.error < 1e-6
+    assert torch.allclose(found.network.dense(), target.dense(), atol=1e-6)
