@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._torch import forget_compiled, is_tracing
+from ..._torch import forget_compiled, is_recorded, is_tracing
 from .._adapters import adapters
 from .._anatomy import Site
 from .._base_weights import weight_name
@@ -188,7 +188,7 @@ class RowUpdate:
         assert batch is not None, "a hook asks whether it is on"
         scope = self._current.scope
         batch.check(x, self._path, scope.running)
-        running = None if is_tracing() else scope.running
+        running = None if is_recorded() else scope.running
         for slot in self._slots:
             pair, maps = batch.pair(slot, y.dtype, y.device, running)
             features = self._features_of(slot, y.device) if maps.middle is not None else None
