@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils import _python_dispatch as dispatch
 from torch.utils import checkpoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -58,14 +60,47 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def is_tracing() -> bool:
-    """Return True under torch.compile, tracing, torch.func and FakeTensor, where caches and autograd
-    Functions must not be used."""
+    """Return True under torch.compile, tracing, make_fx, torch.func, forward-mode derivatives and FakeTensor,
+    where caches and autograd Functions must not be used."""
+    modes = torch._C._TorchDispatchModeKey
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or torch._C._get_dispatch_mode(modes.FAKE) is not None
+        or torch._C._get_dispatch_mode(modes.PROXY) is not None
         or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or is_interpreter_tracing()
+        or forward_ad._current_level >= 0  # type: ignore[attr-defined]
     )
+
+
+def is_recorded() -> bool:
+    """Return True where the same operations have to run every time, and results must not be written to: while
+    torch traces, and within a selective checkpoint, which keeps results of its first run for its second."""
+    return is_tracing() or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(
+            isinstance(mode, _SELECTIVE) for mode in dispatch._get_current_dispatch_mode_stack()
+        )
+    )
+
+
+def is_interpreter_tracing() -> bool:
+    """Return True while torch.jit.trace records a forward."""
+    return torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def not_traced() -> Iterator[None]:
+    """Within this context torch.jit.trace records nothing, and sizes are integers as elsewhere."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def is_in_backward() -> bool:
@@ -122,6 +157,11 @@ def _top_saved_tensor_hooks() -> Any:
     return None if top is None else top(True) or ()
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Return True for one of the tensors that autograd's ``is_grads_batched=True`` calculates with."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def is_capturing() -> bool:
     """Return True while a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -144,6 +184,13 @@ _ON_STACK = {
 
 #: The classes of these objects.
 _CHECKPOINTS: Any = checkpoint._CheckpointFrame, checkpoint.CheckpointFunction._backward_cls  # type: ignore[attr-defined]
+
+
+#: The modes of the first and the second run of a selective checkpoint.
+_SELECTIVE: Any = (
+    checkpoint._CachingTorchDispatchMode,  # type: ignore[attr-defined]
+    checkpoint._CachedTorchDispatchMode,  # type: ignore[attr-defined]
+)
 
 
 def _suspended(generator: Any) -> dict[str, Any]:

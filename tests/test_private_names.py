@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import lortalib
 from lortalib import _torch
@@ -136,8 +138,17 @@ def test_what_they_tell_is_still_so():
     )
     with torch._subclasses.fake_tensor.FakeTensorMode():
         told.append(_torch.is_tracing())
+    with torch.autograd.forward_ad.dual_level():
+        told.append(_torch.is_tracing())
+    make_fx(lambda x: (told.append(_torch.is_tracing()), x + 1)[1])(torch.ones(2))
     assert told
     assert all(told)
+
+    assert not _torch.is_recorded()
+    for mode in create_selective_checkpoint_contexts([]):
+        with mode:
+            assert not _torch.is_tracing()
+            assert _torch.is_recorded()
 
     x = torch.ones(2, requires_grad=True)
     told = [_torch.is_in_backward()]

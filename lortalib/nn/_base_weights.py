@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class BaseWeights:
         self._model = model
         self._modules = FoundModules(model) if modules is None else modules
         self._base: dict[str, Tensor] = {}
+        self._peft: dict[str, list[str]] = {}  # of each kept weight: what PEFT had merged into it
 
     def write(self, sites: Iterable[Site], merged: Sequence[Merged]) -> None:
         """Set the weights of these sites to the base's weights plus the updates of some adapters.
@@ -58,13 +60,16 @@ class BaseWeights:
             merged: all adapters that are to be merged into these weights.
 
         Raises:
-            ValueError: a weight is quantised, computed from other parameters, on a disk, or shared with a
-                module that is not updated alike, or a result is not finite. After any error every weight is
+            ValueError: a weight is quantised, computed from other parameters, on a disk, shared with a
+                module that is not updated alike, or has an update of another model's adapter, or a result is
+                not finite. After any error every weight is
                 unchanged.
         """
         divide_again(self._model)
         updates = _by_weight(merged)
         named = {weight_name(site): site for site in sites}
+        self._keep_alone(named.values())
+        self._check_peft(named)
         weights = {name: self._weight(site, write=True) for name, site in named.items()}
         self._check_holders(weights, updates)
         written: list[tuple[Tensor, Tensor]] = []
@@ -73,6 +78,7 @@ class BaseWeights:
             for name, weight in weights.items():
                 present = weight.detach().clone()
                 base = self._base.setdefault(name, present)
+                self._peft.setdefault(name, self._merged_by_peft(named[name]))
                 result = _sum(name, base, updates.get(name, []), weight.dtype)
                 written.append((weight, present))
                 _copy(result, weight)
@@ -87,12 +93,21 @@ class BaseWeights:
         again after an interrupt.
 
         Raises:
-            ValueError: a weight is computed from other parameters since it was merged. Nothing is changed.
+            ValueError: since it was merged, a weight was quantised, is computed from other parameters, or
+                PEFT has merged into it. Nothing is changed.
         """
         divide_again(self._model)
         named = {weight_name(site): site for site in sites}
+        self._check_peft(named)
         for site in named.values():
-            check_stored(self._modules.get_submodule(site.path), site.parameter, site.path)
+            module = self._modules.get_submodule(site.path)
+            check_stored(module, site.parameter, site.path)
+            if not _holds_numbers(original_weight(module, site.parameter)):
+                raise ValueError(
+                    f"the weight of {site.path} was quantised after an update was merged into it, so the "
+                    "base's numbers cannot be put back. Quantise first, then apply or load the adapter; or "
+                    "make the update part of the base for good: remove(merged=True)"
+                )
         for site in named.values():
             base = self._base.get(weight_name(site))
             if base is not None:
@@ -132,7 +147,9 @@ class BaseWeights:
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop the kept weights of these names."""
-        self._base = {name: base for name, base in self._base.items() if name not in set(names)}
+        gone = set(names)
+        self._base = {name: base for name, base in self._base.items() if name not in gone}
+        self._peft = {name: known for name, known in self._peft.items() if name in self._base}
 
     def keep_only(self, merged: Sequence[Merged]) -> None:
         """Drop the kept weights that none of these adapters is merged into."""
@@ -177,6 +194,42 @@ class BaseWeights:
             )
         return found
 
+    def _merged_by_peft(self, site: Site) -> list[str]:
+        """List the adapters that PEFT's layers around a module have merged into its weight."""
+        around = self._model.get_submodule(site.path).modules()
+        return [name for each in around for name in getattr(each, "merged_adapters", ())]
+
+    def _check_peft(self, named: Mapping[str, Site]) -> None:
+        """Refuse weights that PEFT has written since the base's were kept, which lack what PEFT wrote."""
+        for name, site in named.items():
+            now = self._merged_by_peft(site)
+            before = self._peft.get(name, now)
+            if now != before:
+                raise ValueError(
+                    f"PEFT had merged {before} into {site.path} when an update was merged into it, and has "
+                    f"merged {now} now, so the base's weight that was kept is out of date. Take back PEFT's "
+                    "change first (unmerge_adapter() or merge_adapter()), then unmerge here"
+                )
+
+    def _keeps(self, module: nn.Module) -> bool:
+        """Return True if the base's weight of a module is kept, since adapters are merged into it."""
+        paths = {name.rpartition(".")[0] for name in self._base}
+        return any(self._modules.get_submodule(path) is module for path in paths)
+
+    def _keep_alone(self, sites: Iterable[Site]) -> None:
+        """Refuse modules whose base's weight is kept for the adapters of another model, which contains this
+        one or is a part of it: each would take the other's update for the base's."""
+        for site in sites:
+            module = self._modules.get_submodule(site.path)
+            keepers = _KEEPERS.setdefault(module, WeakSet())
+            if any(other is not self and other._keeps(module) for other in keepers):
+                raise ValueError(
+                    f"an adapter of another model, which shares {site.path} with this one, is merged into "
+                    "it. Unmerge that adapter first, or make it part of the base: remove(merged=True). "
+                    "Adapters that were all applied to one model can be merged together"
+                )
+            keepers.add(self)
+
     def _check_holders(
         self,
         weights: Mapping[str, Tensor],
@@ -203,6 +256,10 @@ class BaseWeights:
                         f"adapter {adapter.name!r} does not change in the same way; merging would change "
                         "both. Give the modules weights of their own first, or leave the adapter unmerged"
                     )
+
+
+#: What keeps, or has kept, the base's weight of a module: one for each model that the module is part of.
+_KEEPERS: WeakKeyDictionary[nn.Module, WeakSet[BaseWeights]] = WeakKeyDictionary()
 
 
 def _memory(weight: Tensor) -> object:

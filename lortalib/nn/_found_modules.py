@@ -28,7 +28,15 @@ class FoundModules:
         Raises:
             AttributeError: the model has no module at this path.
         """
-        present = module_at(self._model, path)
+        try:
+            present = module_at(self._model, path)
+        except AttributeError as error:
+            if path not in self._known:
+                raise
+            raise AttributeError(
+                f"{path}, which an adapter updates, was taken out of the model. Put it back to merge, "
+                "unmerge or remove the adapter; or save the adapter and load it onto the model as it is now"
+            ) from error
         known = self._known.setdefault(path, present)
         if known is not present and all(inner is not known for inner in present.modules()):
             known = self._known[path] = present

@@ -19,7 +19,7 @@ from ._adapter_dict import home_of
 from ._anatomy import ATTRIBUTE, Site
 from ._base_weights import BaseWeights, weight_name
 from ._finite import check_finite
-from ._forward import detach
+from ._forward import Places, detach
 from ._found_modules import FoundModules
 from ._gradient_flags import GradientFlags, set_flags
 from ._recompute_guard import guard, never
@@ -61,6 +61,11 @@ class AdapterHost(WeightChanges):
     def bring_back(self, adapter: Adapter) -> None:
         """Bring the modules that train with an adapter back from accelerate's offloading."""
         adapter.trained_modules.bring_back(self.model)
+
+    def places(self, adapter: Adapter) -> Places | None:
+        """Return the places of the modules that an adapter updates, which have its hooks."""
+        handles = self._handles.get(adapter.name, [])
+        return next((each for each in handles if isinstance(each, Places)), None)
 
     def prepare_files(self, adapter: Adapter) -> None:
         """Let FSDP2 divide the gathered parameters again, because it may gather them in a rounded dtype."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ._anatomy import Site
+from ._forward import Places
 
 
 class Host(Protocol):
@@ -25,6 +26,9 @@ class Host(Protocol):
 
     def bring_back(self, adapter: Any) -> None:
         """Bring the modules that train with an adapter back from accelerate's offloading."""
+
+    def places(self, adapter: Any) -> Places | None:
+        """Return the places of the modules that an adapter updates, which have its hooks."""
 
     def prepare_files(self, adapter: Any) -> None:
         """Prepare the parameters for a file, or refuse to write one."""

@@ -59,6 +59,7 @@ class AdapterScope(CheckpointScope):
         if self.running is not before:
             self.adapter.bring_back()
             if self.adapter.active and not self.adapter.merged:
+                self.watch(self.adapter.places())
                 self.check_places()
 
     def __getstate__(self) -> dict[str, Any]:

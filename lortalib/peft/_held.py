@@ -40,6 +40,9 @@ class PeftHost:
         ]
         adapter.trained_modules.bring_back(self.model, paths)
 
+    def places(self, adapter: Any) -> None:
+        """Return nothing: a layer of PEFT that was replaced is gone with its adapters."""
+
     def prepare_files(self, adapter: Any) -> NoReturn:
         """Refuse to write a file, because PEFT may train modules that only its own files contain."""
         _refuse(adapter, "save_pretrained(folder), or base_model.export_lora(folder)")

@@ -109,3 +109,40 @@ def test_peft_does_not_take_an_update_out_of_a_computed_weight():
     with pytest.raises(ValueError, match=r"layers\.1\..* is computed from other parameters"):
         model.unmerge_adapter()
     assert same_bits(output(model, prompts()), expected)  # that of layer 0 is not taken out alone
+
+
+# Weights that are read directly
+
+
+class Kept(torch.nn.Module):
+    def forward(self, weight):
+        return weight
+
+
+OF_A_NAME = {
+    "parametrize": lambda m, name: parametrize.register_parametrization(m, name, Kept()),
+    "prune": lambda m, name: prune.l1_unstructured(m, name, amount=0.5),
+    "weight_norm": torch.nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("way", OF_A_NAME)
+def test_a_weight_that_is_read_directly_is_not_computed_too(way):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 3, 32)
+    base = model(x)
+    attention = model.layers[0].self_attn
+    adapter = put(model)
+    want = model(x)
+    with pytest.raises(RuntimeError, match="would take the weight 'in_proj_weight' together with"):
+        OF_A_NAME[way](attention, "in_proj_weight")
+    assert torch.equal(model(x), want)
+    adapter.remove()
+    assert torch.equal(model(x), base)
+    OF_A_NAME[way](attention, "in_proj_weight")
+    with pytest.raises(ValueError, match=r"is computed from other parameters .* read directly"):
+        put(model)
+    assert close(model(x), base) or way == "prune"

@@ -1,6 +1,7 @@
 """Modules that other code replaces after an adapter or a bank was put on the model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -55,6 +56,43 @@ def test_a_forward_that_would_miss_updates_is_refused(door, path):
     replace(model, path)
     adapter.remove()
     assert same_bits(output(model, prompts()), output(small_llama(), prompts()))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "twice": lambda model: copy.deepcopy(copy.deepcopy(model)),
+}
+each_copy = pytest.mark.parametrize("way", COPIES)
+
+
+@each_copy
+@pytest.mark.parametrize("door", DOORS)
+def test_a_copy_of_the_model_notices_it_too(door, way):
+    model = small_llama()
+    adapter = DOORS[door](model)
+    expected = forward(model, adapter)
+    copied = COPIES[way](model)
+    own = lortalib.nn.adapters(copied)["default"]
+    known = replace(copied, PATH)
+    with pytest.raises(RuntimeError, match=f"{PATH} is another module"):
+        forward(copied, own)
+    assert same_bits(forward(model, adapter), expected)
+    copied.set_submodule(PATH, known)
+    assert same_bits(forward(copied, own), expected)
+    own.remove()
+    assert same_bits(output(copied, prompts()), output(small_llama(), prompts()))
+
+
+@each_copy
+def test_a_copy_of_a_model_with_a_bank_notices_it_too(way):
+    model = small_llama()
+    bank = filled(model, number=1)
+    copied, own = COPIES[way]((model, bank))
+    replace(copied, PATH)
+    with pytest.raises(RuntimeError, match=f"{PATH} is another module"):
+        rows_of(copied, own, [0, None], prompts())
+    assert rows_of(model, bank, [0, None], prompts()).isfinite().all()
 
 
 def test_rows_of_a_bank_that_would_miss_updates_are_refused():

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._torch import forget_compiled, is_tracing
+from ..._torch import forget_compiled, is_recorded, is_tracing
 from .._adapters import adapters
 from .._anatomy import Site
 from .._base_weights import weight_name
 from .._forward import (
     Handle,
+    Places,
     Slot,
     add_update,
     by_module,
@@ -77,6 +78,9 @@ class BatchSizeHook:
         model: the model, whose signature orders the arguments.
         stream: the sites, if the bank acts on the stream.
         home: the home of the bank, which a copy of the model fills again.
+
+    Attributes:
+        places: the places of the updated modules, once they have their hooks; a copy of the model has them.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class BatchSizeHook:
         parameters = inspect.signature(model.forward).parameters.values()
         by_name = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._current, self._stream, self._home = current, stream, home
+        self.places: Places | None = None
         self._names = [p.name for p in parameters if p.kind not in by_name]
         self._positional = [
             p.name for p in parameters if p.kind not in (*by_name, inspect.Parameter.KEYWORD_ONLY)
@@ -99,6 +104,7 @@ class BatchSizeHook:
         batch = self._current.get()
         if batch is not None:
             if not is_tracing():
+                self._current.scope.watch(self.places)
                 self._current.scope.check_places()
                 if self._stream:
                     check_unmerged(module, self._stream)
@@ -188,7 +194,7 @@ class RowUpdate:
         assert batch is not None, "a hook asks whether it is on"
         scope = self._current.scope
         batch.check(x, self._path, scope.running)
-        running = None if is_tracing() else scope.running
+        running = None if is_recorded() else scope.running
         for slot in self._slots:
             pair, maps = batch.pair(slot, y.dtype, y.device, running)
             features = self._features_of(slot, y.device) if maps.middle is not None else None
@@ -247,7 +253,8 @@ def attach_rows(
         handles.append(model.register_forward_pre_hook(size, with_kwargs=True))
         for path, update in updates.items():
             handles.append(put_hook(model.get_submodule(path), update))
-        handles.append(current.scope.place(model, updates))
+        size.places = current.scope.place(model, updates)
+        handles.append(size.places)
     except BaseException:
         detach(handles)
         raise

@@ -4,6 +4,7 @@ from .attach import Handle, attach, detach
 from .hooks import Update, UpdateHook, by_module, put_hook, watch_forwards
 from .module_sites import Pair
 from .pairs import PairSource
+from .places import Places
 from .rows import EvenRows, RowMaps, TokenRows
 from .scope import ForwardScope
 from .update import (
@@ -27,6 +28,7 @@ __all__ = [
     "Pair",
     "PairSource",
     "Place",
+    "Places",
     "RowMaps",
     "Slot",
     "TokenRows",

@@ -13,7 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
+from ..._torch import is_interpreter_tracing
 from .._anatomy import Site
 from .update import AdapterLike
 
@@ -42,7 +46,17 @@ def add_to_weight(module: nn.Module, adapter: AdapterLike, site: Site) -> Weight
         module: the module that has the weight.
         adapter: the adapter.
         site: the site.
+
+    Raises:
+        ValueError: the weight is computed from other parameters.
     """
+    if module._parameters.get(site.parameter) is None:
+        raise ValueError(
+            f"the {site.parameter} of {site.path} is computed from other parameters (by "
+            "torch.nn.utils.parametrize, weight_norm or prune) and read directly, where no update can be "
+            "added to it. Make it an ordinary parameter first (parametrize.remove_parametrizations, "
+            "prune.remove), or leave it out of targets"
+        )
     handle = WeightHandle(module, adapter, site)
     try:
         _set_updates(module, (*module.__dict__.get(_UPDATES, ()), (adapter, site)))
@@ -99,24 +113,44 @@ def _restore(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 #: Looks a parameter up by its path, and refuses what is none, such as a weight plus updates.
 _LOOKUP = nn.Module.get_parameter.__code__
 
-
-def _is_asked_for_by_name() -> bool:
-    """Return True if the weight is read by ``get_parameter``, which wants the base's parameter itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return sys._getframe(2).f_code is _LOOKUP
+#: The files of functions that replace a weight by one which is computed from what they read.
+_REPLACING = frozenset(
+    function.__code__.co_filename
+    for function in (register_parametrization, BasePruningMethod.apply, WeightNorm.remove)
+)
 
 
 def _reader(name: str) -> Any:
     def read(module: nn.Module) -> Tensor | None:
         weight: Tensor | None = module._parameters[name]
-        if _is_asked_for_by_name():
+        asking = None if torch.compiler.is_compiling() else sys._getframe(1).f_code
+        if asking is _LOOKUP:
             return weight
-        for adapter, site in module.__dict__.get(_UPDATES, ()):
-            if site.parameter == name and adapter.adds_update:
-                assert weight is not None
-                update = adapter.delta(site, module._parameters[name])
-                weight = weight + update.to(weight.device, weight.dtype)
-        return weight
+        if asking is not None and asking.co_filename in _REPLACING:
+            raise RuntimeError(
+                f"{asking.co_name} would take the weight {name!r} together with the updates of adapters for "
+                "the base's; remove the adapters first, or merge them, if the weight is to have their updates"
+            )
+        try:
+            return _updated(module, name, weight)
+        except AttributeError as error:  # nn.Module would answer it with the weight alone
+            raise RuntimeError(
+                f"the update of the weight {name!r} could not be computed: {error}"
+            ) from error
 
     return read
+
+
+def _updated(module: nn.Module, name: str, weight: Tensor | None) -> Tensor | None:
+    """Return a weight of a module with the updates of the adapters that are on."""
+    for adapter, site in module.__dict__.get(_UPDATES, ()):
+        if site.parameter == name and adapter.adds_update:
+            assert weight is not None
+            if is_interpreter_tracing():
+                raise RuntimeError(
+                    f"torch.jit.trace cannot follow the update of {site.path}.{name}, a weight that is read "
+                    "directly; merge() the adapter, then trace, or use torch.export or torch.compile"
+                )
+            update = adapter.delta(site, module._parameters[name])
+            weight = weight + update.to(weight.device, weight.dtype)
+    return weight

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..._torch import is_batched
+
 
 class Counter:
     """A counter that only grows: `MakePairs` increases it in every backward, and its owner reads it."""
@@ -105,6 +107,13 @@ class MakePairs(Function):
             raise RuntimeError(
                 f"a parameter of the network {how.name!r} was changed in place between "
                 "the forward and the backward; run the forward again after a step of the optimiser"
+            )
+        if any(each is not None and is_batched(each) for each in gradients):
+            raise RuntimeError(
+                "several gradients at once (is_grads_batched=True, or vectorize=True of "
+                "torch.autograd.functional) do not pass through the network "
+                f"{how.name!r}; use torch.func.vmap, jacrev or hessian with torch.func.functional_call, "
+                "or one gradient after another"
             )
         how.backwards.value += 1
         # A parameter that was frozen after the forward gets no gradient, as in autograd itself.

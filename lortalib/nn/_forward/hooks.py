@@ -48,8 +48,8 @@ class UpdateHook(OutputHook):
         if not self.update.is_on:
             return None
         if isinstance(output, tuple):  # quantised layers return their scale beside the output
-            return (self._added(module, args[0], output[0]), *output[1:])
-        return self._added(module, args[0], output)
+            return (self._added(module, _input_of(module, args), output[0]), *output[1:])
+        return self._added(module, _input_of(module, args), output)
 
     def _added(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.update.place is Place.BESIDE:
@@ -72,10 +72,22 @@ class InputHook:
         """Return the arguments with the update added to the first, as torch calls a forward pre-hook."""
         if not self.update.is_on:
             return None
-        before = _before_updates(module, Place.INPUT, args[0])
-        after = self.update(before, args[0])
+        x = _input_of(module, args)
+        before = _before_updates(module, Place.INPUT, x)
+        after = self.update(before, x)
         _mark(module, Place.INPUT, after, before)
         return (after, *args[1:])
+
+
+def _input_of(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """Return the input of a module, which is its first argument; torch's hooks get no others."""
+    if not args:
+        raise TypeError(
+            f"a {type(module).__name__} that an adapter or a bank updates was called with keywords alone, as "
+            "in linear(input=x), where its hooks find no input; pass the input by position, as in linear(x)"
+        )
+    x: Tensor = args[0]
+    return x
 
 
 def _mark(module: nn.Module, place: Place, after: Tensor, before: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch import integers, without_autocast
+from ..._torch import integers, not_traced, without_autocast
 from ...decomp import CutPlan, NetworkView, TensorNetwork, ThreeWayPlan, three_way_plan
 from .._anatomy import Site
 from .._group import Group
@@ -115,7 +115,7 @@ class PairSource:
         """
         self._check_numbers(device)
         tensors = self.spread(self.network.stored)
-        cuts = self._cut(self._view(tensors).select(layer=layer).tensors, False)
+        cuts = self._cut(self._of_layer(tensors, layer), False)
         first, second = self._signatures[number].pair(cuts, self.scaling)
         device = first.device if device is None else device
         return Pair(first.to(device, dtype), second.to(device, dtype))
@@ -248,6 +248,14 @@ class PairSource:
         at = integers(layers, tensors[0].device)
         return self._view(tensors).index_select("layer", at).tensors
 
+    def _of_layer(self, tensors: Sequence[Tensor], layer: int) -> list[Tensor]:
+        """Take one layer of the tensors of the terms; torch.jit.trace, whose sizes are tensors, follows."""
+        legs = [term.legs for term in self._legs.unhashed.terms]
+        return [
+            tensor.select(own.index("layer"), layer) if "layer" in own else tensor
+            for own, tensor in zip(legs, tensors)
+        ]
+
     def _view(self, tensors: Sequence[Tensor]) -> NetworkView:
         return NetworkView(self._legs, tensors, self.network.modes)
 
@@ -263,7 +271,8 @@ class PairSource:
         """Return the recipe for the cuts of a head count; it is worked out once."""
         key = heads, over_layers, like.dtype, like.device
         if key not in self._recipes:
-            with torch.inference_mode(False), torch.no_grad():  # constants outlive this forward
+            # Constants outlive this forward.
+            with not_traced(), torch.inference_mode(False), torch.no_grad():
                 self._recipes[key] = self._make_recipe(heads, over_layers, like)
         return self._recipes[key]
 

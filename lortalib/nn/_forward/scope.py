@@ -170,7 +170,7 @@ class ForwardScope:
         sources: the sources of the pairs; the list may still grow.
     """
 
-    _places: Places | None = None  # a copy of a model has none
+    _places: Places | None = None  # a copy has none, until `watch`
     _local: threading.local
     _last: PairSet | None  # the pairs of the previous forward
 
@@ -208,6 +208,16 @@ class ForwardScope:
         """
         self._places = Places(model, paths)
         return self._places
+
+    def watch(self, places: Places | None) -> None:
+        """Watch places that a copy of the model brought along; its scope, which modules refer to that are
+        copied alone too, did not.
+
+        Args:
+            places: the places; None changes nothing.
+        """
+        if self._places is None:
+            self._places = places
 
     def check_places(self) -> None:
         """Refuse a forward from which updates would be missing.

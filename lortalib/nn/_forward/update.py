@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..._torch import has_global_forward_hooks, is_tracing
+from ..._torch import has_global_forward_hooks, is_recorded
 from .._anatomy import Site, is_conv1d
 from .._offloaded import offloaded_numbers
 from .module_sites import ModuleSites, Pair
@@ -134,7 +134,7 @@ class ModuleUpdate:
         """
         owner = self.owner
         p = owner.dropout if owner.training else 0.0
-        running = None if is_tracing() else owner.scope.running
+        running = None if is_recorded() else owner.scope.running
         dtype, device = y.dtype, y.device
         for source, number, layer in self.slots:
             if running is None:
@@ -198,10 +198,11 @@ def may_write_output(module: nn.Module) -> bool:
     """Return True if a module's output is a new tensor that only hooks of updates have seen.
 
     Such an output can be changed in place, because autograd does not need the output of a linear map.
-    The answer is False while torch traces, which can follow only plain operations.
+    The answer is False while torch traces, which can follow only plain operations, and within a selective
+    checkpoint, which can keep the output.
     """
     return (
-        not is_tracing()
+        not is_recorded()
         and (type(module) is nn.Linear or is_conv1d(module))
         and "forward" not in module.__dict__
         and not has_global_forward_hooks()
