@@ -54,7 +54,7 @@ peft-suite: .venv/.suite  ## PEFT's own tests, of the installed version, on this
 docs: .venv/.docs  ## the documentation, as HTML in docs/_build; a public name that it lacks is an error
 	$(BIN)/python -m sphinx -E -W -q -b html docs docs/_build
 
-bench: .venv/.bench  ## the benchmarks, under 45 minutes; tables are written beside the scripts
+bench: .venv/.bench  ## the benchmarks, under 50 minutes; tables are written beside the scripts
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/speed/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/speed/start.py
 	$(BIN)/python benchmarks/speed/imports.py

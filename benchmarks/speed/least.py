@@ -1,4 +1,4 @@
-"""What is the least that CP's update can take, however it is implemented on PyTorch's products?
+"""What do the products of CP's update take alone, without the pairs and the library around them?
 
 The time of a training step above the floor, relative to that of PEFT LoRA, of lortalib's CP and of CP's
 products alone: the pairs are parameters, a bare hook adds them. A 6-layer Llama of width 576, rank 8 on

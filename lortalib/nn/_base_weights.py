@@ -61,8 +61,8 @@ class BaseWeights:
 
         Raises:
             ValueError: a weight is quantised, computed from other parameters, on a disk, shared with a
-                module that is not updated alike, or has an update of another model's adapter, or a result is
-                not finite. After any error every weight is
+                module that is not updated alike, has an update of another model's adapter, or was written by
+                PEFT since the base's was kept; or a result is not finite. After any error every weight is
                 unchanged.
         """
         divide_again(self._model)
