@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..decomp import Network
-from ._forward import PairSource, Places
+from ._forward import PairSource
 from ._host_interface import Host
 from ._offloaded import bring_back
 from ._recompute import AdapterScope, Remembered, added_in_forward
@@ -71,10 +71,6 @@ class AdapterModule(nn.Module):
         if torch.compiler.is_compiling():
             return self.active and not self.merged
         return added_in_forward(self)
-
-    def places(self) -> Places | None:
-        """Return the places of the updated modules in the model; None on no model, or while merged."""
-        return self._host[0].places(self) if self._host else None
 
     def keep_pairs(self) -> AbstractContextManager[None]:
         """Reuse the low-rank pairs of the forward before within a context, without comparing parameters.

@@ -59,7 +59,8 @@ class AdapterScope(CheckpointScope):
         if self.running is not before:
             self.adapter.bring_back()
             if self.adapter.active and not self.adapter.merged:
-                self.watch(self.adapter.places())
+                if self.adapter.is_on_model:
+                    self.watch(self.adapter.require_host().places(self.adapter))
                 self.check_places()
 
     def __getstate__(self) -> dict[str, Any]:
